@@ -1,0 +1,1 @@
+"""Multi-LoRA kernels over a paged pool, each beside its torch oracle. Needs torch alone."""

@@ -1,0 +1,1 @@
+"""Multi-LoRA serving: one base model, thousands of adapters."""

@@ -1,0 +1,1 @@
+"""Accounting of the page pool (integers only), and in `storage` the bytes themselves."""

@@ -1,0 +1,1 @@
+"""The base model: families, weights, forward pass, sampling."""

@@ -1,0 +1,133 @@
+"""Frozen values that cross threads and processes. Standard library only."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+BASE_ID = "base"
+DEFAULT_MAX_TOKENS = 256
+MAX_STOP_STRINGS = 16
+
+
+class FinishReason(StrEnum):
+    EOS = "eos"
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Tier(StrEnum):
+    """Where an adapter's weights are, highest tier they have reached."""
+
+    DISK = "disk"
+    READING = "reading"
+    HOST = "host"
+    DEVICE = "device"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn. `temperature` 0 is greedy; `top_k` None keeps all tokens; `seed` None draws one."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterUse:
+    """One adapter version as a request uses it; `scale` multiplies the adapter's own."""
+
+    digest: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRequest:
+    """A validated, tokenized request. `adapter` None is the base model."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    adapter: AdapterUse | None
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """An error on its way through a process boundary: see `errors.error_from_reason`."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenDelta:
+    """What one step added to one request. After `finish` or `failure` nothing follows for that request."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    finish: FinishReason | None = None
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """What start-up found out."""
+
+    device: str
+    dtype: str
+    vocab_size: int
+    context_tokens: int
+    block_tokens: int
+    page_bytes: int
+    num_pages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterResidency:
+    """One adapter version above the disk tier."""
+
+    digest: str
+    tier: Tier
+    num_pages: int
+    pins: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineCounters:
+    """Totals since the engine started."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finished_requests: int = 0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolStats:
+    """Pages by owner; the five counts after `num_pages` add up to it."""
+
+    num_pages: int
+    free: int
+    retiring: int
+    sequences: int
+    adapters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStatus:
+    pool: PoolStats
+    running: int
+    waiting: int
+    pins: int
+    adapters: tuple[AdapterResidency, ...]
+    counters: EngineCounters = field(default_factory=EngineCounters)
