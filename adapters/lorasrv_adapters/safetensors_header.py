@@ -27,6 +27,7 @@ DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
 
 _WHAT = "safetensors header"
 _LENGTH_BYTES = 8
+_MAX_DIM = 1 << 48
 _METADATA = "__metadata__"
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
@@ -121,11 +122,11 @@ def _entry(name: str, value: Any, data_start: int, limits: HeaderLimits) -> Tens
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise MalformedFile(f"{_WHAT}: tensor {name} has unknown dtype {quote(dtype)}")
-    if not isinstance(shape, list) or not all(type(dim) is int and dim > 0 for dim in shape):
+    if not isinstance(shape, list) or not all(type(dim) is int and 0 < dim <= _MAX_DIM for dim in shape):
         raise MalformedFile(f"{_WHAT}: tensor {name} has shape {quote(shape)}; dimensions are integers >= 1")
     if len(shape) > limits.max_ndim:
         raise MalformedFile(f"{_WHAT}: tensor {name} has {len(shape)} dimensions; the limit is {limits.max_ndim}")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int and o >= 0 for o in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_offset(o) for o in offsets):
         raise MalformedFile(f"{_WHAT}: tensor {name} has data_offsets {quote(offsets)}")
     begin, end = offsets
     num_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
@@ -134,6 +135,10 @@ def _entry(name: str, value: Any, data_start: int, limits: HeaderLimits) -> Tens
             f"{_WHAT}: tensor {name} of {dtype} {quote(shape)} takes {num_bytes} bytes, not {end - begin}"
         )
     return TensorEntry(name=name, dtype=dtype, shape=tuple(shape), begin=data_start + begin, end=data_start + end)
+
+
+def _is_offset(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _check_metadata(metadata: Any) -> None:
