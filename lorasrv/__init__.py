@@ -1,0 +1,1 @@
+"""lorasrv: one base model, many LoRA adapters, one server."""
