@@ -71,8 +71,9 @@ def _refused_features(fields: Mapping[str, Any]) -> list[ContentError]:
         if key in _REMOTE_CODE or (key == "auto_mapping" and value):
             continue  # reported by _refused_paths
         if key in _ALLOWED_VALUES:
-            allowed = any(value is known or (isinstance(known, str) and value == known)
-                          for known in _ALLOWED_VALUES[key])
+            allowed = any(
+                value is known or (isinstance(known, str) and value == known) for known in _ALLOWED_VALUES[key]
+            )
         else:
             allowed = value is None or value is False or value in ("", [], {})
         if not allowed:
