@@ -4,13 +4,15 @@ A blob is complete or absent: it is written elsewhere on the same file system, s
 never changes, so any number of processes may read. Writing and deleting belong to the registry alone.
 """
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from lorasrv_adapters.errors import CorruptBlob
+from lorasrv_adapters.errors import CorruptBlob, RegistryUnavailable, StorageFull
 from lorasrv_adapters.reference import check_digest
 
 _CHUNK_BYTES = 1 << 20
@@ -43,8 +45,11 @@ class BlobStore:
         """Store `data`; returns its digest."""
         digest = hashlib.sha256(data).hexdigest()
         partial = self._root / f"{digest}{_PARTIAL_SUFFIX}"
-        partial.write_bytes(data)
-        self.put_file(partial, digest)
+        try:
+            partial.write_bytes(data)
+            self.put_file(partial, digest)
+        finally:
+            partial.unlink(missing_ok=True)
         return digest
 
     def open(self, digest: str) -> BinaryIO:
@@ -114,3 +119,15 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Turn what the operating system says about a disk into StorageFull or RegistryUnavailable, without its paths."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFull("the registry's disk is full") from error
+        name = errno.errorcode.get(error.errno or 0, type(error).__name__)
+        raise RegistryUnavailable(f"the registry's disk fails: {name}") from error

@@ -9,8 +9,9 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from lorasrv_adapters.errors import ContentError, RegistryUnavailable, content_error
+from lorasrv_adapters.errors import ContentError, RegistryUnavailable, StorageFull, content_error
 from lorasrv_adapters.records import Adapter, Upload, UploadFile, UploadState, Version
 
 SCHEMA_VERSION = 1
@@ -64,8 +65,17 @@ class Catalogue:
 
     def insert_upload(self, upload: Upload) -> None:
         files = json.dumps([[file.name, file.size_bytes, file.sha256] for file in upload.files])
-        row = (upload.tenant, upload.upload_id, upload.adapter_id, upload.state.value, files, "[]", None,
-               upload.create_time, upload.expire_time)  # fmt: skip
+        row = (
+            upload.tenant,
+            upload.upload_id,
+            upload.adapter_id,
+            upload.state.value,
+            files,
+            "[]",
+            None,
+            upload.create_time,
+            upload.expire_time,
+        )
         with self._transaction() as db:
             db.execute(f"INSERT INTO uploads ({_UPLOAD_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?)", row)
 
@@ -110,7 +120,7 @@ class Catalogue:
                     version.size_bytes,
                     version.fingerprint,
                     now,
-                ),  # fmt: skip
+                ),
             ).fetchone()
             db.executemany("INSERT OR IGNORE INTO version_blobs VALUES (?,?)", [(sequence, blob) for blob in blobs])
             db.execute(
@@ -132,27 +142,35 @@ class Catalogue:
         tags = self._rows("SELECT tag, digest FROM tags WHERE tenant=? AND adapter_id=?", tenant, adapter_id)
         versions = self._rows(
             f"SELECT {_VERSION_COLUMNS} FROM versions WHERE tenant=? AND adapter_id=? ORDER BY sequence DESC",
-            tenant, adapter_id,
-        )  # fmt: skip
+            tenant,
+            adapter_id,
+        )
         return Adapter(
-            tenant=tenant, adapter_id=adapter_id, tags=dict(tags), versions=tuple(map(_to_version, versions)),
-            create_time=rows[0][0], update_time=rows[0][1],
-        )  # fmt: skip
+            tenant=tenant,
+            adapter_id=adapter_id,
+            tags=dict(tags),
+            versions=tuple(map(_to_version, versions)),
+            create_time=rows[0][0],
+            update_time=rows[0][1],
+        )
 
     def adapter_ids(self, tenant: str, after: str, limit: int) -> list[str]:
         """Up to `limit` ids greater than `after`, ascending."""
         rows = self._rows(
             "SELECT adapter_id FROM adapters WHERE tenant=? AND adapter_id>? ORDER BY adapter_id LIMIT ?",
-            tenant, after, limit,
-        )  # fmt: skip
+            tenant,
+            after,
+            limit,
+        )
         return [adapter_id for (adapter_id,) in rows]
 
     def blobs_of(self, tenant: str, adapter_id: str) -> dict[str, set[str]]:
         """Version digest to the blobs that the version consists of, its manifest included."""
         rows = self._rows(
             "SELECT digest, blob FROM versions JOIN version_blobs USING (sequence) WHERE tenant=? AND adapter_id=?",
-            tenant, adapter_id,
-        )  # fmt: skip
+            tenant,
+            adapter_id,
+        )
         found: dict[str, set[str]] = {}
         for digest, blob in rows:
             found.setdefault(digest, set()).add(blob)
@@ -178,7 +196,8 @@ class Catalogue:
             "SELECT 1 FROM adapters LEFT JOIN versions USING (tenant, adapter_id) WHERE digest IS NULL"
         )
         assert not self._rows(
-            "SELECT sequence FROM versions LEFT JOIN version_blobs USING (sequence) GROUP BY sequence HAVING count(blob) < 3"
+            "SELECT sequence FROM versions LEFT JOIN version_blobs USING (sequence) "
+            "GROUP BY sequence HAVING count(blob) < 3"
         )
 
     def _migrate(self) -> None:
@@ -206,31 +225,44 @@ class Catalogue:
                     self._db.execute("ROLLBACK")
                 raise
 
-    def _rows(self, query: str, *parameters: object) -> list[tuple]:
+    def _rows(self, query: str, *parameters: object) -> list[tuple[Any, ...]]:
         with _sqlite_errors():
             return self._db.execute(query, parameters).fetchall()
 
-    def _to_upload(self, row: tuple) -> Upload:
+    def _to_upload(self, row: tuple[Any, ...]) -> Upload:
         tenant, upload_id, adapter_id, state, files, errors, digest, create_time, expire_time = row
         versions = self._rows(
             f"SELECT {_VERSION_COLUMNS} FROM versions WHERE tenant=? AND adapter_id=? AND digest=?",
-            tenant, adapter_id, digest,
-        )  # fmt: skip
+            tenant,
+            adapter_id,
+            digest,
+        )
         return Upload(
-            tenant=tenant, upload_id=upload_id, adapter_id=adapter_id, state=UploadState(state),
-            files=tuple(UploadFile(name=name, size_bytes=size, sha256=sha256) for name, size, sha256 in json.loads(files)),
+            tenant=tenant,
+            upload_id=upload_id,
+            adapter_id=adapter_id,
+            state=UploadState(state),
+            files=tuple(
+                UploadFile(name=name, size_bytes=size, sha256=sha256) for name, size, sha256 in json.loads(files)
+            ),
             errors=tuple(content_error(reason, message) for reason, message in json.loads(errors)),
             version=_to_version(versions[0]) if versions else None,
-            create_time=create_time, expire_time=expire_time,
-        )  # fmt: skip
+            create_time=create_time,
+            expire_time=expire_time,
+        )
 
 
-def _to_version(row: tuple) -> Version:
+def _to_version(row: tuple[Any, ...]) -> Version:
     digest, rank_min, rank_max, target_modules, size_bytes, fingerprint, create_time = row
     return Version(
-        digest=digest, rank_min=rank_min, rank_max=rank_max, target_modules=tuple(json.loads(target_modules)),
-        size_bytes=size_bytes, fingerprint=fingerprint, create_time=create_time,
-    )  # fmt: skip
+        digest=digest,
+        rank_min=rank_min,
+        rank_max=rank_max,
+        target_modules=tuple(json.loads(target_modules)),
+        size_bytes=size_bytes,
+        fingerprint=fingerprint,
+        create_time=create_time,
+    )
 
 
 @contextmanager
@@ -239,4 +271,6 @@ def _sqlite_errors() -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", type(error).__name__)
+        if name == "SQLITE_FULL":
+            raise StorageFull("the registry's disk is full") from error
         raise RegistryUnavailable(f"catalogue cannot be used: {name}") from error

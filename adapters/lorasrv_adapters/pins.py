@@ -1,6 +1,7 @@
 """Which versions running generations hold, and what becomes of the blobs of those that are deleted meanwhile."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 from lorasrv_adapters.blobs import BlobStore
 from lorasrv_adapters.catalogue import Catalogue
@@ -34,14 +35,21 @@ class PinnedBlobs:
         self._counts[digest] -= 1
         if not self._counts[digest]:
             del self._counts[digest]
-            self._delete_unneeded(self._deleted.pop(digest, frozenset()))
+            self.delete_unneeded(self._deleted.pop(digest, frozenset()))
 
     def release(self, digest: str, blobs: set[str]) -> None:
         """A version's row has gone: its blobs go too, now or with the last pin."""
         if digest in self._counts:
             self._deleted[digest] = frozenset(blobs)
         else:
-            self._delete_unneeded(frozenset(blobs))
+            self.delete_unneeded(frozenset(blobs))
+
+    def delete_unneeded(self, blobs: Iterable[str]) -> None:
+        """Delete those of `blobs` that nothing needs."""
+        kept = self.kept_blobs()
+        for blob in blobs:
+            if blob not in kept and not self._catalogue.has_blob(blob):
+                self._blobs.delete(blob)
 
     def kept_blobs(self) -> set[str]:
         """Blobs kept only for pinned versions that were deleted."""
@@ -51,9 +59,3 @@ class PinnedBlobs:
         """Raises AssertionError on a broken invariant."""
         assert all(count > 0 for count in self._counts.values())
         assert self._deleted.keys() <= self._counts.keys()
-
-    def _delete_unneeded(self, blobs: frozenset[str]) -> None:
-        kept = self.kept_blobs()
-        for blob in blobs:
-            if blob not in kept and not self._catalogue.has_blob(blob):
-                self._blobs.delete(blob)

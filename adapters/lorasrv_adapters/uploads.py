@@ -1,10 +1,9 @@
 """Writing an upload's files: appended at the committed offset, by the newest writer only."""
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
+from lorasrv_adapters.blobs import storage_errors
 from lorasrv_adapters.errors import InvalidUpload, OffsetMismatch, UploadNotReceiving, UploadSuperseded
 from lorasrv_adapters.records import UploadFile
 from lorasrv_adapters.staging import Staging
@@ -32,13 +31,11 @@ class UploadWriter:
         file: UploadFile,
         work: UploadWork,
         staging: Staging,
-        storage_errors: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._upload_id = upload_id
         self._file = file
         self._work = work
         self._staging = staging
-        self._storage_errors = storage_errors
         work.writers[file.name] = self
 
     @property
@@ -54,7 +51,7 @@ class UploadWriter:
         """
         if self._work.validating:
             raise UploadNotReceiving(f"upload {self._upload_id} is validating")
-        with self._work.lock, self._storage_errors():
+        with self._work.lock, storage_errors():
             if self._work.ended:
                 raise UploadNotReceiving(f"upload {self._upload_id} has ended")
             if self._work.writers.get(self._file.name) is not self:
@@ -66,7 +63,7 @@ class UploadWriter:
                 )
             if current + len(data) > self._file.size_bytes:
                 raise InvalidUpload(
-                    f"{self._file.name}: {current + len(data)} bytes are more than the {self._file.size_bytes} announced"
+                    f"{self._file.name}: byte {current + len(data)} is past the size of {self._file.size_bytes}"
                 )
             self._staging.append(self._upload_id, self._file.name, data)
             return current + len(data)
