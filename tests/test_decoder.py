@@ -21,7 +21,11 @@ CONFIGS: dict[str, dict[str, object]] = {
     "gqa": {},
     "mha": {"num_key_value_heads": 6},
     "mqa_tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
-    "wide_heads": {"head_dim": 32, "num_key_value_heads": 3, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+    "wide_heads": {
+        "head_dim": 32,
+        "num_key_value_heads": 3,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+    },
 }
 
 
