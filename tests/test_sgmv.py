@@ -123,7 +123,7 @@ def test_equals_dense_bf16(case: str) -> None:
     compare(BF16, *CASES[case], torch.bfloat16)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_equals_dense_on_random_segments(seed: int) -> None:
     rng = random.Random(seed)
     bounds = sorted(rng.sample(range(41), 8))

@@ -30,7 +30,9 @@ def module(layer: int, index: int, rank: int, seed: int) -> PackedModule:
     )
 
 
-def read_matrix(storage: PageStorage, directory: Tensor, first: int, rank: int, matrix: Matrix, dtype: torch.dtype) -> Tensor:
+def read_matrix(
+    storage: PageStorage, directory: Tensor, first: int, rank: int, matrix: Matrix, dtype: torch.dtype
+) -> Tensor:
     """Follow the directory's addresses, tile by tile, as `lorasrv_kernels.reference` states them."""
     found = torch.full((rank, matrix.cols), float("nan"), dtype=dtype)
     for row in range(0, rank, TILE_ROWS):
