@@ -87,9 +87,7 @@ class Decoder:
         query = reference.rope(query, cos, sin)
         reference.write_kv(reference.rope(key, cos, sin), value, kv, index, batch.slots)
         out = torch.empty_like(query)
-        reference.paged_attention(
-            query, kv, index, batch.block_tables, batch.query_starts, batch.context_lengths, out
-        )
+        reference.paged_attention(query, kv, index, batch.block_tables, batch.query_starts, batch.context_lengths, out)
         return _project(out.flatten(1), layer.o, lora, index, self._o_module)
 
     def _mlp(self, index: int, layer: LayerWeights, x: Tensor, lora: _Lora | None) -> Tensor:  # [num_tokens, hidden]
