@@ -1,0 +1,35 @@
+# Each command sets up all it needs, in .venv. PYTHON names the interpreter; TORCH_INDEX_URL a package index to take
+# torch from, e.g. https://download.pytorch.org/whl/cpu where there is no GPU.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-all lint format proto proto-check clean
+
+demo: $(READY)
+	$(BIN)/lorasrv demo
+
+test: lint proto-check
+	$(BIN)/pytest -q
+
+test-all: lint proto-check
+	$(BIN)/pytest -q -m "not gpu"
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else "lorasrv needs Python >= 3.11; $(PYTHON) is %d.%d. Name another with PYTHON=..." % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) --editable ".[server,dev]"
+	touch $@
