@@ -33,3 +33,17 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) --editable ".[server,dev]"
 	touch $@
+
+GENERATE = $(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
+	$(wildcard proto/lorasrv/v1/*.proto)
+
+proto: $(READY)
+	$(call GENERATE,.)
+
+proto-check: $(READY)
+	rm -rf build/proto && mkdir -p build/proto
+	$(call GENERATE,build/proto)
+	diff -r -x __init__.py -x __pycache__ build/proto/lorasrv/v1 lorasrv/v1 || { echo "Generated code is stale: run make proto"; exit 1; }
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis
