@@ -1,0 +1,153 @@
+"""Token ids to text, as they come: never half a character, never text at or behind a stop string."""
+
+import codecs
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+
+from lorasrv.errors import InvalidRequest
+
+_REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+# A token's text depends on its neighbours only: the leading space on whether any token stands before it, a split
+# character on the at most three bytes before. So a short window decodes to the same ending as the whole output.
+_WINDOW_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDelta:
+    """Text that is final, and the stop string that ended the output, if one did."""
+
+    text: str
+    stop: str | None = None
+
+
+class TextStream:
+    """The text of one running request. Owned by one thread; decoding a token costs the same at any length of output.
+
+    The deltas up to and with `finish()` add up to what the tokenizer makes of the tokens as a continuation of the
+    prompt, special tokens skipped, cut before the first stop string. Invalid UTF-8 comes out as U+FFFD, one for each
+    maximal invalid part. (`Tokenizer.decode` agrees for byte-level vocabularies. For `<0xNN>` tokens it would spoil a
+    whole run of bytes, characters already sent included, for one invalid byte behind them.)
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop: tuple[str, ...] = ()) -> None:
+        self._decoder = _TokenDecoder(tokenizer, prompt_token_ids)
+        self._stops = _StopMatcher(stop)
+        self._num_tokens = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens taken so far; those behind the token that completed a stop string do not count."""
+        return self._num_tokens
+
+    def push(self, token_ids: Sequence[int]) -> TextDelta:
+        """Take the next tokens. After a delta with `stop`, further tokens are ignored."""
+        text = ""
+        for token_id in token_ids:
+            if self._stops.matched is not None:
+                break
+            self._num_tokens += 1
+            text += self._stops.push(self._decoder.push(token_id))
+        return TextDelta(text=text, stop=self._stops.matched)
+
+    def finish(self) -> TextDelta:
+        """No token follows: what was held back."""
+        text = self._stops.push(self._decoder.finish()) + self._stops.finish()
+        return TextDelta(text=text, stop=self._stops.matched)
+
+
+class _TokenDecoder:
+    """Tokens to text that no later token can change."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._window: list[int] = []
+        for token_id in reversed(prompt_token_ids):
+            if len(self._window) == _WINDOW_TOKENS:
+                break
+            if token_id not in self._skipped:
+                self._window.insert(0, token_id)
+        self._held = ""  # a U+FFFD at the window's end that may yet become a character
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None or token_id in self._skipped:
+            return ""
+        byte = self._byte_of(token_id, token)
+        text = self._push_token(token_id) if byte is None else self._push_byte(token_id, byte)
+        if len(self._window) >= 2 * _WINDOW_TOKENS:
+            del self._window[:-_WINDOW_TOKENS]
+        return text
+
+    def finish(self) -> str:
+        text = self._bytes.decode(b"", final=True) + self._held
+        self._held = ""
+        return text
+
+    def _push_token(self, token_id: int) -> str:
+        invalid = self._bytes.decode(b"", final=True)
+        start = len(self._decode(self._window)) - len(self._held)
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        self._held = _REPLACEMENT if text.endswith(_REPLACEMENT) else ""
+        return invalid + text[start : len(text) - len(self._held)]
+
+    def _push_byte(self, token_id: int, byte: bytes) -> str:
+        text = self._held + self._bytes.decode(byte)
+        self._held = ""
+        self._window.append(token_id)
+        return text
+
+    def _byte_of(self, token_id: int, token: str) -> bytes | None:
+        """The byte that a byte-fallback token stands for; a token merely spelled like one decodes to itself."""
+        match = _BYTE_TOKEN.fullmatch(token)
+        if match is None or self._decode([token_id]) == token:
+            return None
+        return bytes.fromhex(match[1])
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+class _StopMatcher:
+    """Lets text pass up to the first stop string; holds back an ending that may become one.
+
+    The match that completes first wins, and of two that complete at the same character the longer: that does not
+    depend on how the text was cut into tokens.
+    """
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        if "" in stop:
+            raise InvalidRequest("stop", "a stop string is empty")
+        self._stop = stop
+        self._longest = max((len(string) for string in stop), default=0)
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        if self.matched is not None:
+            return ""
+        text = self._held + text
+        found = [(at + len(string), at, string) for string in self._stop if (at := text.find(string)) >= 0]
+        if found:
+            _, at, self.matched = min(found)
+            self._held = ""
+            return text[:at]
+        cut = self._first_possible_start(text)
+        self._held = text[cut:]
+        return text[:cut]
+
+    def finish(self) -> str:
+        text, self._held = self._held, ""
+        return text
+
+    def _first_possible_start(self, text: str) -> int:
+        for start in range(max(0, len(text) - self._longest + 1), len(text)):
+            if any(string.startswith(text[start:]) for string in self._stop):
+                return start
+        return len(text)
