@@ -10,6 +10,7 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from lorasrv_adapters.records import ResolvedVersion
 from tokenizers import Tokenizer
 
 from lorasrv.engine.client import Engine
@@ -20,17 +21,10 @@ from lorasrv.server.requests import AdapterRef, Delta, Event, Finished, Generati
 from lorasrv.types import BASE_ID, AdapterUse, EngineRequest, FinishReason, TokenDelta
 
 
-class ResolvedVersion(Protocol):
-    @property
-    def digest(self) -> str: ...
-
-
 class Versions(Protocol):
     """The part of the registry that admission needs. May block; safe to call from worker threads."""
 
-    def resolve(self, tenant: str, reference: str) -> ResolvedVersion: ...
-
-    def pin(self, digest: str) -> None: ...
+    def acquire(self, tenant: str, reference: str) -> ResolvedVersion: ...
 
     def unpin(self, digest: str) -> None: ...
 
@@ -65,6 +59,7 @@ class FrontDesk:
         self._workers = workers
         self._clock = clock
         self._running: set[tuple[str, str]] = set()
+        self._adapter_ids: dict[str, str] = {}
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -72,6 +67,10 @@ class FrontDesk:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    def adapter_id(self, digest: str) -> str | None:
+        """What a version that was asked for here is called; the name it was last asked for by, if it has several."""
+        return self._adapter_ids.get(digest)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """One Started, then Deltas, then one Finished. Closing the generator early cancels the engine's work.
@@ -131,22 +130,18 @@ class FrontDesk:
         if adapter.name == BASE_ID:
             yield None
             return
-        pinning = self._workers.submit(self._resolve_and_pin, tenant, adapter.name)
+        pinning = self._workers.submit(self._versions.acquire, tenant, adapter.name)
         try:
-            digest = await asyncio.shield(asyncio.wrap_future(pinning))
-            yield AdapterUse(digest=digest, scale=1.0 if adapter.scale is None else adapter.scale)
+            version = await asyncio.shield(asyncio.wrap_future(pinning))
+            self._adapter_ids[version.digest] = version.adapter_id
+            yield AdapterUse(digest=version.digest, scale=1.0 if adapter.scale is None else adapter.scale)
         finally:
             # Shielded, and waiting for `pinning` in the worker: a cancelled call gives its pin back too.
             await asyncio.shield(asyncio.wrap_future(self._workers.submit(self._unpin, pinning)))
 
-    def _resolve_and_pin(self, tenant: str, reference: str) -> str:
-        digest = self._versions.resolve(tenant, reference).digest
-        self._versions.pin(digest)
-        return digest
-
-    def _unpin(self, pinning: "Future[str]") -> None:
+    def _unpin(self, pinning: Future[ResolvedVersion]) -> None:
         if pinning.exception() is None:
-            self._versions.unpin(pinning.result())
+            self._versions.unpin(pinning.result().digest)
 
     async def _admit(self, request: GenerationRequest, use: AdapterUse | None) -> EngineRequest:
         sampling = request.sampling
