@@ -1,4 +1,4 @@
-"""The base model as adapters see it: the shapes of its linear modules. The caller describes it; nothing is read here."""
+"""The base model as adapters see it: the shapes of its linear modules. Described by the caller."""
 
 from dataclasses import dataclass
 

@@ -168,6 +168,8 @@ def quote(value: object) -> str:
 def listing(names: Iterable[str]) -> str:
     """Names as one text; past 64 of them the rest is counted."""
     names = list(names)
-    shown = ", ".join(name if name.isascii() and name.isprintable() and len(name) <= 120 else quote(name)
-                      for name in names[:_MAX_LISTED])
+    shown = ", ".join(
+        name if name.isascii() and name.isprintable() and len(name) <= 120 else quote(name)
+        for name in names[:_MAX_LISTED]
+    )
     return shown if len(names) <= _MAX_LISTED else f"{shown} and {len(names) - _MAX_LISTED} more"

@@ -71,8 +71,9 @@ def _refused_features(fields: Mapping[str, Any]) -> list[ContentError]:
         if key in _REMOTE_CODE or (key == "auto_mapping" and value):
             continue  # reported by _refused_paths
         if key in _ALLOWED_VALUES:
-            allowed = any(value is known or (isinstance(known, str) and value == known)
-                          for known in _ALLOWED_VALUES[key])
+            allowed = any(
+                value is known or (isinstance(known, str) and value == known) for known in _ALLOWED_VALUES[key]
+            )
         else:
             allowed = value is None or value is False or value in ("", [], {})
         if not allowed:
@@ -85,7 +86,7 @@ def _refused_features(fields: Mapping[str, Any]) -> list[ContentError]:
 def _refused_paths(fields: Mapping[str, Any]) -> list[ContentError]:
     errors: list[ContentError] = []
     for key, value in fields.items():
-        if key in _REMOTE_CODE and value or key == "auto_mapping" and value and not _is_plain_mapping(value):
+        if value and (key in _REMOTE_CODE or (key == "auto_mapping" and not _is_plain_mapping(value))):
             errors.append(InvalidAdapter(f"{key} {quote(value)} asks for remote code, which is never loaded"))
         if key in _LABELS:
             if value is not None and not isinstance(value, str):
@@ -130,7 +131,7 @@ def _rank(fields: Mapping[str, Any], max_rank: int, errors: list[ContentError]) 
 
 def _alpha(fields: Mapping[str, Any], errors: list[ContentError]) -> float | None:
     alpha = fields.get("lora_alpha")
-    if type(alpha) not in (int, float) or not 0 < alpha <= MAX_LORA_ALPHA:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= MAX_LORA_ALPHA:
         errors.append(InvalidAdapter(f"lora_alpha {quote(alpha)} is not a number > 0 and <= {MAX_LORA_ALPHA}"))
         return None
     return float(alpha)

@@ -153,13 +153,11 @@ def _match(
     missing: list[str] = []
     for layer, module in targeted:
         key = base.module_key(layer, module)
-        a = remaining.pop(f"{key}.lora_A.weight", None)
-        b = remaining.pop(f"{key}.lora_B.weight", None)
+        a = remaining.pop(f"{_TENSOR_PREFIX}{key}.lora_A.weight", None)
+        b = remaining.pop(f"{_TENSOR_PREFIX}{key}.lora_B.weight", None)
         missing += [f"{key}.lora_{side}" for side, entry in (("A", a), ("B", b)) if entry is None]
         if a is not None and b is not None:
-            modules.append(
-                LoraModuleSpec(layer=layer, module=module, rank=config.rank, scale=config.scale, a=a, b=b)
-            )
+            modules.append(LoraModuleSpec(layer=layer, module=module, rank=config.rank, scale=config.scale, a=a, b=b))
     if missing:
         errors.append(InvalidAdapter(f"targeted modules without their tensors: {listing(missing)}"))
     if remaining:
@@ -185,11 +183,11 @@ def _targeted(targets: tuple[str, ...], base: BaseShapes) -> tuple[list[tuple[in
 
 
 def _by_plain_name(header: SafetensorsHeader, errors: list[ContentError]) -> dict[str, TensorEntry]:
-    """Tensors by name without PEFT's prefix, and without the adapter name that older files hold."""
+    """Tensors by name, without the adapter name that some files hold."""
     found: dict[str, TensorEntry] = {}
     twice: list[str] = []
     for entry in header.tensors.values():
-        name = entry.name.removeprefix(_TENSOR_PREFIX) if entry.name.startswith(_TENSOR_PREFIX) else f"?{entry.name}"
+        name = entry.name
         for side in ("lora_A", "lora_B"):
             if name.endswith(f".{side}.default.weight"):
                 name = f"{name.removesuffix('.default.weight')}.weight"

@@ -154,6 +154,4 @@ def _check_contiguous(entries: list[TensorEntry], data_start: int, file_bytes: i
             raise MalformedFile(f"{_WHAT}: tensor {entry.name} at byte {entry.begin - data_start} {kind}")
         expected = entry.end
     if expected != file_bytes:
-        raise MalformedFile(
-            f"{_WHAT}: tensors end at byte {expected} of a file of {file_bytes} bytes"
-        )
+        raise MalformedFile(f"{_WHAT}: tensors end at byte {expected} of a file of {file_bytes} bytes")
