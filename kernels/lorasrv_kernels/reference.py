@@ -107,3 +107,147 @@ def _tiles(
         begin = address * (ADDRESS_BYTES // elems.element_size())
         tiles.append((row, col, elems[begin : begin + num_rows * num_cols].view(num_rows, num_cols)))
     return tiles
+
+
+def rms_norm(
+    x: Tensor,  # [num_tokens, hidden]
+    weight: Tensor,  # [hidden]
+    eps: float,
+) -> Tensor:  # [num_tokens, hidden]
+    """x / sqrt(mean(x^2) + eps) in fp32, rounded to x's dtype, times weight."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rope(
+    x: Tensor,  # [num_tokens, num_heads, head_dim]
+    cos: Tensor,  # [num_tokens, head_dim / 2], in x's dtype
+    sin: Tensor,  # [num_tokens, head_dim / 2], in x's dtype
+) -> Tensor:  # [num_tokens, num_heads, head_dim]
+    """Rotate the pairs (x[..., i], x[..., i + head_dim / 2]) by the angle whose cosine and sine are given."""
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def silu_mul(
+    gate_up: Tensor,  # [num_tokens, 2 * intermediate]
+) -> Tensor:  # [num_tokens, intermediate]
+    """silu(gate) * up of the two halves."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def write_kv(
+    key: Tensor,  # [num_tokens, kv_heads, head_dim]
+    value: Tensor,  # [num_tokens, kv_heads, head_dim]
+    kv: Tensor,  # [num_pages, layers, 2, block_tokens, kv_heads, head_dim]
+    layer: int,
+    slots: Tensor,  # int64 [num_tokens], page * block_tokens + place in the block; all different
+) -> None:
+    """Put every token's key and value of one layer into its slot."""
+    block_tokens = kv.shape[3]
+    pages, places = slots // block_tokens, slots % block_tokens
+    kv[:, layer, 0][pages, places] = key
+    kv[:, layer, 1][pages, places] = value
+
+
+def paged_attention(
+    query: Tensor,  # [num_tokens, num_heads, head_dim]
+    kv: Tensor,  # [num_pages, layers, 2, block_tokens, kv_heads, head_dim]
+    layer: int,
+    block_tables: Tensor,  # int32 [num_sequences, max_blocks], pages in token order; what lies behind is not read
+    query_starts: Tensor,  # int32 [num_sequences + 1], rows of `query` by sequence
+    context_lengths: Tensor,  # int32 [num_sequences], tokens in the pages, those of this step included
+    out: Tensor,  # [num_tokens, num_heads, head_dim]
+) -> None:
+    """Causal attention of each sequence's last query rows over all its tokens, in fp32, rounded once.
+
+    A sequence with n rows and a context of c tokens has its row i at position c - n + i, which sees positions up to
+    its own: a prefill chunk, a whole prompt and a decode row (n = 1) are the same thing. Query head h reads kv head
+    h // (num_heads / kv_heads). Scores are scaled by 1 / sqrt(head_dim).
+    """
+    group = query.shape[1] // kv.shape[4]
+    starts, contexts = query_starts.tolist(), context_lengths.tolist()
+    for sequence, context in enumerate(contexts):
+        start, end = starts[sequence], starts[sequence + 1]
+        pages = block_tables[sequence, : -(-context // kv.shape[3])].long()
+        key, value = (kv[pages, layer, which].flatten(0, 1)[:context].float() for which in (0, 1))
+        q = query[start:end].float().unflatten(1, (-1, group))  # [n, kv_heads, group, head_dim]
+        scores = torch.einsum("nkgd,ckd->kgnc", q, key) * query.shape[2] ** -0.5
+        position = torch.arange(context - (end - start), context, device=query.device)
+        hidden = torch.arange(context, device=query.device) > position.unsqueeze(1)  # [n, context]
+        weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+        out[start:end] = torch.einsum("kgnc,ckd->nkgd", weights, value).flatten(1, 2).to(out.dtype)
+
+
+def philox(
+    counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int],  # 32-bit words in int64, broadcastable
+    key: tuple[Tensor | int, Tensor | int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10: four words of 32 random bits, in int64, for every counter under its key.
+
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); the same bits as `tl.philox`.
+    """
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word, dtype=torch.int64) for word in counter))
+    k0, k1 = (torch.as_tensor(word, dtype=torch.int64) for word in key)
+    for _ in range(10):
+        # The 64-bit products wrap, which leaves their bits as in unsigned arithmetic.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = ((p1 >> 32) & mask) ^ c1 ^ k0, p1 & mask, ((p0 >> 32) & mask) ^ c3 ^ k1, p0 & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return c0, c1, c2, c3
+
+
+def sample(
+    logits: Tensor,  # float32 [num_rows, vocab_size]
+    temperature: Tensor,  # float32 [num_rows], >= 0
+    top_p: Tensor,  # float32 [num_rows], in (0, 1]
+    top_k: Tensor,  # int64 [num_rows], >= 1; vocab_size or more keeps all
+    seeds: Tensor,  # int64 [num_rows], the 64 bits of the seed
+    positions: Tensor,  # int64 [num_rows], of the token that is drawn
+) -> tuple[Tensor, Tensor]:  # int64 [num_rows], bool [num_rows]
+    """The token drawn for every row, and whether the row's logits allowed it: a row that holds NaN or +inf, or
+    nothing but -inf, is False and its token means nothing.
+
+    Temperature 0 takes the largest logit, the lowest id of equal ones. Otherwise the top_k most likely tokens are kept
+    and of those the fewest whose share reaches top_p (equal ones by lowest id), and the draw is Gumbel-max: the
+    largest logit / temperature - log(-log(u)), u in (0, 1) from `philox` keyed by the seed at the counter
+    (token id // 4, position, 0, 0), word token id % 4. So a row's draw depends on nothing else in the batch.
+    """
+    valid = logits.amax(-1).isfinite()
+    tokens = logits.argmax(-1)
+    drawn = (valid & (temperature > 0)).nonzero().squeeze(1)
+    if drawn.numel():
+        scaled = (logits[drawn].double() / temperature[drawn].double().unsqueeze(1)).float()
+        scaled = _mask_unlikely(scaled, top_p[drawn], top_k[drawn])
+        tokens[drawn] = (scaled + _gumbel(seeds[drawn], positions[drawn], logits.shape[1])).argmax(-1)
+    return tokens, valid
+
+
+def _mask_unlikely(scaled: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
+    """-inf in place of the tokens that top_k and top_p leave out."""
+    cut = ((top_p < 1) | (top_k < scaled.shape[1])).nonzero().squeeze(1)
+    if not cut.numel():
+        return scaled
+    ordered, ids = scaled[cut].double().sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(scaled.shape[1], device=scaled.device)
+    ordered = ordered.masked_fill(rank >= top_k[cut].unsqueeze(1), float("-inf"))
+    probs = ordered.softmax(-1)
+    before = probs.cumsum(-1) - probs
+    ordered = ordered.masked_fill((before >= top_p[cut].double().unsqueeze(1)) & (rank > 0), float("-inf"))
+    masked = scaled.clone()
+    masked[cut] = torch.empty_like(ordered).scatter_(-1, ids, ordered).to(scaled.dtype)
+    return masked
+
+
+def _gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """float64 [num_rows, vocab_size]: standard Gumbel noise."""
+    mask = 0xFFFFFFFF
+    quads = torch.arange(-(-vocab_size // 4), device=seeds.device)
+    key = (seeds.unsqueeze(1) & mask, (seeds.unsqueeze(1) >> 32) & mask)
+    words = philox((quads, positions.unsqueeze(1), 0, 0), key)
+    bits = torch.stack(words, dim=-1).flatten(-2)[:, :vocab_size]
+    uniform = (bits.double() + 0.5) * 2.0**-32
+    return -(-uniform.log()).log()

@@ -96,9 +96,7 @@ def cut_matrix(matrix: int, shape: MatrixShape, page_bytes: int, itemsize: int) 
     for row in range(0, shape.rank, TILE_ROWS):
         num_rows = min(TILE_ROWS, shape.rank - row)
         chunk = chunk_cols(shape.cols, num_rows, page_bytes, itemsize)
-        cuts += [
-            (matrix, row, num_rows, col, min(chunk, shape.cols - col)) for col in range(0, shape.cols, chunk)
-        ]
+        cuts += [(matrix, row, num_rows, col, min(chunk, shape.cols - col)) for col in range(0, shape.cols, chunk)]
     return cuts
 
 

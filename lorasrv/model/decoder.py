@@ -1,0 +1,123 @@
+"""The forward pass: one configurable decoder on the flat `[num_tokens, hidden]` batch of a step.
+
+A step mixes prefill chunks and decode rows of many sequences and adapters. All it needs comes as a `ForwardBatch`;
+the pool it reads adapters from and reads and writes KV in is an argument too.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding, linear
+
+from lorasrv.model.families import Architecture
+from lorasrv.model.loader import LayerWeights, ModelWeights
+from lorasrv_kernels import reference
+from lorasrv_kernels.tiles import Module, Segments
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardBatch:
+    """One step. Rows of a sequence are adjacent; its KV, that of this step included, is in its block table."""
+
+    token_ids: Tensor  # int64 [num_tokens]
+    positions: Tensor  # int64 [num_tokens]
+    slots: Tensor  # int64 [num_tokens], where each token's KV goes: page * block_tokens + place in the block
+    block_tables: Tensor  # int32 [num_sequences, max_blocks]
+    query_starts: Tensor  # int32 [num_sequences + 1]
+    context_lengths: Tensor  # int32 [num_sequences]
+    segments: Segments | None  # None when no row has an adapter
+    sample_rows: Tensor  # int64 [num_samples], rows whose logits are wanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lora:
+    """A step's adapters while it runs: where to find them, and the shrink's output."""
+
+    pool: Tensor  # uint8 [num_bytes]
+    segments: Segments
+    shrunk: Tensor  # float32 [most modules that share an input, num_tokens, max_rank]
+
+
+class Decoder:
+    """A Llama-shaped decoder. Immutable after construction; `modules` says how adapters' matrices are cut."""
+
+    def __init__(self, architecture: Architecture, weights: ModelWeights, modules: tuple[Module, ...]) -> None:
+        self.architecture = architecture
+        self.weights = weights
+        self._qkv_modules, self._o_module = modules[0:3], modules[3:4]
+        self._gate_up_modules, self._down_module = modules[4:6], modules[6:7]
+        exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float() / architecture.head_dim
+        self._inv_freq = (1.0 / architecture.rope_theta**exponents).to(weights.embed.device)  # [head_dim / 2]
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        batch: ForwardBatch,
+        pool: Tensor,  # uint8 [num_bytes]
+        kv: Tensor,  # [num_pages, layers, 2, block_tokens, kv_heads, head_dim], a view of the pool
+    ) -> Tensor:  # float32 [num_samples, vocab_size]
+        """Compute every row, leave its KV in the pool, and return the logits of the sampling rows."""
+        eps = self.architecture.rms_norm_eps
+        x = embedding(batch.token_ids, self.weights.embed)  # [num_tokens, hidden]
+        cos, sin = self._rotation(batch.positions, x.dtype)
+        lora = _step_lora(batch, pool)
+        for index, layer in enumerate(self.weights.layers):
+            normed = reference.rms_norm(x, layer.input_norm, eps)
+            x = x + self._attention(index, layer, normed, cos, sin, batch, kv, lora)
+            normed = reference.rms_norm(x, layer.post_attention_norm, eps)
+            x = x + self._mlp(index, layer, normed, lora)
+        x = reference.rms_norm(x[batch.sample_rows], self.weights.norm, eps)
+        return linear(x, self.weights.lm_head).float()
+
+    def _attention(
+        self,
+        index: int,
+        layer: LayerWeights,
+        x: Tensor,  # [num_tokens, hidden]
+        cos: Tensor,
+        sin: Tensor,
+        batch: ForwardBatch,
+        kv: Tensor,
+        lora: _Lora | None,
+    ) -> Tensor:  # [num_tokens, hidden]
+        heads, kv_heads = self.architecture.num_heads, self.architecture.num_kv_heads
+        qkv = _project(x, layer.qkv, lora, index, self._qkv_modules)
+        query, key, value = qkv.unflatten(1, (-1, self.architecture.head_dim)).split((heads, kv_heads, kv_heads), dim=1)
+        query = reference.rope(query, cos, sin)
+        reference.write_kv(reference.rope(key, cos, sin), value, kv, index, batch.slots)
+        out = torch.empty_like(query)
+        reference.paged_attention(query, kv, index, batch.block_tables, batch.query_starts, batch.context_lengths, out)
+        return _project(out.flatten(1), layer.o, lora, index, self._o_module)
+
+    def _mlp(self, index: int, layer: LayerWeights, x: Tensor, lora: _Lora | None) -> Tensor:  # [num_tokens, hidden]
+        gate_up = _project(x, layer.gate_up, lora, index, self._gate_up_modules)
+        return _project(reference.silu_mul(gate_up), layer.down, lora, index, self._down_module)
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, `[num_tokens, head_dim / 2]` each, computed in fp32."""
+        angles = positions.unsqueeze(1).float() * self._inv_freq
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _step_lora(batch: ForwardBatch, pool: Tensor) -> _Lora | None:
+    if batch.segments is None:
+        return None
+    shape = (3, batch.token_ids.shape[0], batch.segments.max_rank)
+    shrunk = torch.empty(shape, dtype=torch.float32, device=batch.token_ids.device)
+    return _Lora(pool=pool, segments=batch.segments, shrunk=shrunk)
+
+
+def _project(
+    x: Tensor,  # [num_tokens, in_features]
+    weight: Tensor,  # [sum of out_features, in_features]
+    lora: _Lora | None,
+    layer: int,
+    modules: tuple[Module, ...],  # whose weights are stacked in `weight`
+) -> Tensor:  # [num_tokens, sum of out_features]
+    out = linear(x, weight)
+    if lora is not None:
+        shrunk = lora.shrunk[: len(modules)]
+        reference.sgmv_shrink(x, lora.pool, lora.segments, layer, modules, shrunk)
+        reference.sgmv_expand(shrunk, lora.pool, lora.segments, layer, modules, out)
+    return out

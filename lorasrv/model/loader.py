@@ -1,0 +1,209 @@
+"""Weights of the base model: streamed from safetensors straight into their final tensors, or drawn at random.
+
+A tensor is read in bounded chunks, cast chunk by chunk and copied into its place (q, k and v are rows of one weight,
+so are gate and up), so that host memory never holds more than the model and one chunk.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO, cast
+
+import torch
+from torch import Tensor
+
+from lorasrv.errors import UnsupportedModel
+from lorasrv.model.families import MODULE_PATHS, Architecture
+
+CHUNK_BYTES = 64 << 20
+_MAX_HEADER_BYTES = 64 << 20
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    input_norm: Tensor  # [hidden]
+    qkv: Tensor  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
+    o: Tensor  # [hidden, num_heads * head_dim]
+    post_attention_norm: Tensor  # [hidden]
+    gate_up: Tensor  # [2 * intermediate, hidden]
+    down: Tensor  # [hidden, intermediate]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelWeights:
+    """The base model's tensors; `lm_head` is `embed` itself where the embeddings are tied."""
+
+    embed: Tensor  # [vocab_size, hidden]
+    layers: tuple[LayerWeights, ...]
+    norm: Tensor  # [hidden]
+    lm_head: Tensor  # [vocab_size, hidden]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored:
+    """One tensor of a checkpoint: bytes `[begin, end)` of a file of the folder."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def load_weights(
+    folder: str | Path, architecture: Architecture, dtype: torch.dtype, device: torch.device
+) -> ModelWeights:
+    """Read `model.safetensors`, or the shards of its index. Peak host memory is the model plus `CHUNK_BYTES`.
+
+    Raises UnsupportedModel naming every tensor that is missing, not expected, or of another shape or dtype.
+    """
+    folder = Path(folder)
+    stored = {
+        name: tensor
+        for file in _checkpoint_files(folder)
+        for name, tensor in _read_header(folder, file).items()
+        if not name.endswith(architecture.family.names.ignored_suffix)
+    }
+    weights = empty_weights(architecture, dtype, device)
+    targets = _targets(weights, architecture)
+    _refuse_mismatch(stored, targets)
+    buffer = bytearray(min(CHUNK_BYTES, max(tensor.end - tensor.begin for tensor in stored.values())))
+    for file in sorted({tensor.file for tensor in stored.values()}):
+        with (folder / file).open("rb", buffering=0) as source:
+            for name, tensor in stored.items():
+                if tensor.file == file:
+                    _read_tensor(source, tensor, buffer, targets[name])
+    return weights
+
+
+def dummy_weights(architecture: Architecture, dtype: torch.dtype, device: torch.device, seed: int) -> ModelWeights:
+    """Random weights of the model's shape: normal, of deviation 0.02; norms are ones."""
+    weights = empty_weights(architecture, dtype, device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+    for target in _targets(weights, architecture).values():
+        if target.ndim == 1:
+            target.fill_(1.0)
+        else:
+            target.normal_(0.0, 0.02, generator=generator)
+    return weights
+
+
+def empty_weights(architecture: Architecture, dtype: torch.dtype, device: torch.device) -> ModelWeights:
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    hidden, intermediate = architecture.hidden, architecture.intermediate
+    query, key_value = architecture.num_heads * architecture.head_dim, architecture.num_kv_heads * architecture.head_dim
+    embed = empty(architecture.vocab_size, hidden)
+    layers = tuple(
+        LayerWeights(
+            input_norm=empty(hidden),
+            qkv=empty(query + 2 * key_value, hidden),
+            o=empty(hidden, query),
+            post_attention_norm=empty(hidden),
+            gate_up=empty(2 * intermediate, hidden),
+            down=empty(hidden, intermediate),
+        )
+        for _ in range(architecture.num_layers)
+    )
+    lm_head = embed if architecture.tie_word_embeddings else empty(architecture.vocab_size, hidden)
+    return ModelWeights(embed=embed, layers=layers, norm=empty(hidden), lm_head=lm_head)
+
+
+def _targets(weights: ModelWeights, architecture: Architecture) -> dict[str, Tensor]:
+    """Where each tensor of a checkpoint goes: contiguous views of the weights, by name."""
+    names = architecture.family.names
+    key_value = architecture.num_kv_heads * architecture.head_dim
+    targets = {names.embed: weights.embed, names.norm: weights.norm}
+    if not architecture.tie_word_embeddings:
+        targets[names.lm_head] = weights.lm_head
+    for index, layer in enumerate(weights.layers):
+        query, key, value = layer.qkv.split((layer.o.shape[1], key_value, key_value))
+        gate, up = layer.gate_up.chunk(2)
+        modules = (query, key, value, layer.o, gate, up, layer.down)
+        targets |= {names.in_layer(index, path): part for path, part in zip(MODULE_PATHS, modules, strict=True)}
+        targets[names.in_layer(index, names.input_norm)] = layer.input_norm
+        targets[names.in_layer(index, names.post_attention_norm)] = layer.post_attention_norm
+    return targets
+
+
+def _refuse_mismatch(stored: dict[str, _Stored], targets: dict[str, Tensor]) -> None:
+    if missing := sorted(targets.keys() - stored.keys()):
+        raise UnsupportedModel(f"the checkpoint lacks {len(missing)} tensors: {_first(missing)}")
+    if unexpected := sorted(stored.keys() - targets.keys()):
+        raise UnsupportedModel(f"the checkpoint holds {len(unexpected)} tensors not expected: {_first(unexpected)}")
+    for name, tensor in stored.items():
+        shape = tuple(targets[name].shape)
+        if tensor.shape != shape:
+            raise UnsupportedModel(f"tensor {name} has shape {list(tensor.shape)}; the config asks for {list(shape)}")
+        if tensor.dtype not in _DTYPES:
+            raise UnsupportedModel(f"tensor {name} has dtype {tensor.dtype}; served are {', '.join(_DTYPES)}")
+        if tensor.end - tensor.begin != prod(shape) * _DTYPES[tensor.dtype].itemsize:
+            raise UnsupportedModel(f"tensor {name} has {tensor.end - tensor.begin} bytes, not those of its shape")
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+
+
+def _read_tensor(source: BinaryIO, tensor: _Stored, buffer: bytearray, target: Tensor) -> None:
+    dtype, flat = _DTYPES[tensor.dtype], target.view(-1)
+    chunk_elems = len(buffer) // dtype.itemsize
+    source.seek(tensor.begin)
+    for first in range(0, flat.numel(), chunk_elems):
+        num_elems = min(chunk_elems, flat.numel() - first)
+        _read_exactly(source, memoryview(buffer)[: num_elems * dtype.itemsize])
+        flat[first : first + num_elems].copy_(torch.frombuffer(buffer, dtype=dtype, count=num_elems))
+
+
+def _read_exactly(source: BinaryIO, into: memoryview) -> None:
+    done = 0
+    while done < len(into):
+        num_bytes = source.readinto(into[done:])  # type: ignore[attr-defined]
+        if not num_bytes:
+            raise UnsupportedModel("a safetensors file of the model ends before its tensors do")
+        done += num_bytes
+
+
+def _checkpoint_files(folder: Path) -> list[str]:
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise UnsupportedModel(f"model {folder.name!r} has neither model.safetensors nor model.safetensors.index.json")
+    try:
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        files = sorted(set(cast(dict[str, str], weight_map).values()))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UnsupportedModel(f"model.safetensors.index.json has no usable weight_map: {error!r}") from error
+    for file in files:
+        if Path(file).name != file or not (folder / file).is_file():
+            raise UnsupportedModel(f"model.safetensors.index.json names {file!r}, which is no file of the model folder")
+    return files
+
+
+def _read_header(folder: Path, file: str) -> dict[str, _Stored]:
+    """The tensors of one safetensors file: 8 bytes of little-endian header length, JSON, data."""
+    with (folder / file).open("rb") as source:
+        start = source.read(8)
+        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 0 < size <= _MAX_HEADER_BYTES:
+            raise UnsupportedModel(f"{file} has a header of {size} bytes; the limit is {_MAX_HEADER_BYTES}")
+        try:
+            header = json.loads(source.read(size))
+            return {
+                name: _Stored(
+                    file=file,
+                    dtype=str(entry["dtype"]),
+                    shape=tuple(entry["shape"]),
+                    begin=8 + size + int(entry["data_offsets"][0]),
+                    end=8 + size + int(entry["data_offsets"][1]),
+                )
+                for name, entry in header.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+            raise UnsupportedModel(f"{file} has no usable safetensors header: {error!r}") from error

@@ -1,0 +1,111 @@
+"""Random Llama models and PEFT adapters on disk, PEFT's own greedy tokens, and PEFT folders read for the pool."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorasrv.memory.packing import PackedModule
+from lorasrv.model.families import MODULE_PATHS
+
+ALL_TARGETS = tuple(path.split(".")[1] for path in MODULE_PATHS)
+
+
+def random_llama(folder: Path, *, seed: int = 0, **overrides: object) -> LlamaForCausalLM:
+    """Save a small random Llama into `folder` and return it (fp32, eval, with no end-of-sequence token)."""
+    settings: dict[str, object] = {
+        "vocab_size": 101,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # ones would hide a norm that is left out
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(folder)
+    return model
+
+
+def random_adapter(
+    model: LlamaForCausalLM,
+    folder: Path,
+    *,
+    rank: int,
+    seed: int,
+    targets: tuple[str, ...] = ALL_TARGETS,
+    alpha: float | None = None,
+    rslora: bool = False,
+    delta: float = 0.5,
+) -> Path:
+    """Save a random PEFT adapter whose delta has about `delta` times the size of the base's weights."""
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type]
+        target_modules=list(targets),
+        use_rslora=rslora,
+        task_type="CAUSAL_LM",
+    )
+    wrapped = get_peft_model(model, settings)
+    generator = torch.Generator().manual_seed(seed)
+    scale = settings.lora_alpha / (rank**0.5 if rslora else rank)
+    deviation = (delta * 0.3 / (scale * rank**0.5)) ** 0.5
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0.0, deviation, generator=generator)
+    wrapped.save_pretrained(folder)
+    wrapped.unload()
+    return folder
+
+
+def peft_greedy(
+    model: LlamaForCausalLM, adapter: Path | None, prompts: list[list[int]], num_tokens: int
+) -> list[list[int]]:
+    """Greedy continuations by transformers, or by PEFT with one adapter, each prompt on its own."""
+    runner = model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+    outputs: list[list[int]] = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = runner.generate(  # type: ignore[operator]
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False
+        )
+        outputs.append(out[0, len(prompt) :].tolist())
+    if isinstance(runner, PeftModel):
+        runner.unload()
+    return outputs
+
+
+def load_peft_folder(folder: Path) -> list[PackedModule]:
+    """Read a PEFT LoRA folder as this test suite writes them; production code has its own, stricter reader."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    modules: list[PackedModule] = []
+    for name, a in tensors.items():
+        found = re.fullmatch(r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_A\.weight", name)
+        if found is None:
+            continue
+        rank = a.shape[0]
+        modules.append(
+            PackedModule(
+                layer=int(found[1]),
+                module=MODULE_PATHS.index(found[2]),
+                rank=rank,
+                scale=config["lora_alpha"] / (rank**0.5 if config["use_rslora"] else rank),
+                a=a,
+                b=tensors[name.replace("lora_A", "lora_B")],
+            )
+        )
+    assert 2 * len(modules) == len(tensors), sorted(tensors)
+    return modules

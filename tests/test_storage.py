@@ -1,0 +1,113 @@
+"""Adapters written into scattered pages read back exactly, through the directory alone."""
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorasrv.errors import AdapterLoadFailed, ConfigurationError
+from lorasrv.memory.layout import ALIGN_BYTES, DIRECTORY_FIELDS, TILE_ROWS, PageLayout
+from lorasrv.memory.packing import PackedModule, module_geometry, pack_adapter
+from lorasrv.memory.storage import PageStorage
+from lorasrv_kernels.tiles import Matrix
+
+SHAPES = (("q", 96, 160), ("k", 96, 48), ("v", 160, 200))
+LAYOUT = PageLayout(num_layers=3, block_tokens=8, num_kv_heads=2, head_dim=16, itemsize=4)
+CPU = torch.device("cpu")
+
+
+def module(layer: int, index: int, rank: int, seed: int) -> PackedModule:
+    generator = torch.Generator().manual_seed(seed)
+    _, in_features, out_features = SHAPES[index]
+    return PackedModule(
+        layer=layer,
+        module=index,
+        rank=rank,
+        scale=0.5 + seed,
+        a=torch.randn(rank, in_features, generator=generator),
+        b=torch.randn(out_features, rank, generator=generator),
+    )
+
+
+def read_matrix(
+    storage: PageStorage, directory: Tensor, first: int, rank: int, matrix: Matrix, dtype: torch.dtype
+) -> Tensor:
+    """Follow the directory's addresses, tile by tile, as `lorasrv_kernels.reference` states them."""
+    found = torch.full((rank, matrix.cols), float("nan"), dtype=dtype)
+    for row in range(0, rank, TILE_ROWS):
+        rows = min(TILE_ROWS, rank - row)
+        chunk = matrix.chunk_for(rows)
+        for col in range(0, matrix.cols, chunk):
+            cols = min(chunk, matrix.cols - col)
+            begin = int(directory[first]) * ALIGN_BYTES
+            tile = storage.bytes[begin : begin + rows * cols * dtype.itemsize].view(dtype)
+            found[row : row + rows, col : col + cols] = tile.view(rows, cols)
+            first += 1
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_roundtrip_over_scattered_pages(dtype: torch.dtype) -> None:
+    layout = PageLayout(num_layers=3, block_tokens=8, num_kv_heads=2, head_dim=16, itemsize=dtype.itemsize)
+    modules = [module(2, 1, 40, 1), module(0, 0, 3, 2), module(2, 0, 16, 3), module(1, 2, 17, 4)]
+    packed = pack_adapter(modules, layout, SHAPES, dtype)
+    storage = PageStorage(layout, 64, dtype, CPU)
+    storage.bytes.fill_(255)
+    pages = random.Random(0).sample(range(64), packed.num_pages)
+    assert packed.num_pages > 2
+    assert packed.max_rank == 40
+    address = storage.write_adapter(packed, pages)
+    storage.check()
+
+    directory = storage.bytes[address * ALIGN_BYTES : (pages[0] + 1) * layout.page_bytes].view(torch.int32)
+    headers = directory[: 3 * 3 * DIRECTORY_FIELDS].view(3, 3, DIRECTORY_FIELDS)
+    geometry = module_geometry(layout, SHAPES)
+    for m in modules:
+        rank, first_a, first_b, _ = headers[m.layer, m.module].tolist()
+        assert rank == m.rank
+        assert headers[m.layer, m.module, 3:].view(torch.float32).item() == m.scale
+        a = read_matrix(storage, directory, first_a, rank, geometry[m.module].a, dtype)
+        b = read_matrix(storage, directory, first_b, rank, geometry[m.module].b, dtype)
+        assert torch.equal(a, m.a.to(dtype))
+        assert torch.equal(b, m.b.T.to(dtype))
+    assert int((headers[:, :, 0] > 0).sum()) == len(modules)
+    untouched = sorted(set(range(64)) - set(pages))
+    assert bool((storage.pages[untouched] == 255).all())
+
+
+def test_kv_is_a_view_of_the_same_bytes() -> None:
+    storage = PageStorage(LAYOUT, 4, torch.float32, CPU)
+    assert storage.kv.shape == (4, 3, 2, 8, 2, 16)
+    storage.kv[2, 1, 1, 5, 1, 7] = 3.5
+    at = ((((2 * 3 + 1) * 2 + 1) * 8 + 5) * 2 + 1) * 16 + 7
+    assert storage.bytes.view(torch.float32)[at].item() == 3.5
+    assert int((storage.pages != 0).any(1).sum()) == 1
+
+
+def test_pages_are_used_as_given() -> None:
+    storage = PageStorage(LAYOUT, 8, torch.float32, CPU)
+    packed = pack_adapter([module(0, 0, 1, 0)], LAYOUT, SHAPES, torch.float32)
+    with pytest.raises(AssertionError):
+        storage.write_adapter(packed, [8] * packed.num_pages)
+    with pytest.raises(AssertionError):
+        storage.write_adapter(packed, [])
+
+
+def test_an_empty_adapter_has_no_ranks() -> None:
+    packed = pack_adapter([], LAYOUT, SHAPES, torch.float32)
+    assert (packed.num_pages, packed.max_rank) == (1, 0)
+    assert not packed.headers.any()
+    assert packed.nbytes >= LAYOUT.page_bytes
+
+
+def test_a_directory_over_a_page_is_refused_with_the_limit() -> None:
+    layout = PageLayout(num_layers=8, block_tokens=1, num_kv_heads=1, head_dim=16, itemsize=2)
+    modules = [module(layer, index, 64, 0) for layer in range(8) for index in range(3)]
+    with pytest.raises(AdapterLoadFailed, match="512 bytes"):
+        pack_adapter(modules, layout, SHAPES, torch.bfloat16)
+
+
+def test_a_pool_beyond_the_addresses_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=str(128 << 31)):
+        PageStorage(LAYOUT, 1 << 40, torch.float32, torch.device("meta"))
