@@ -1,1 +1,3 @@
 """Multi-LoRA serving: one base model, thousands of adapters."""
+
+__version__ = "0.1.0"

@@ -10,7 +10,6 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from lorasrv_adapters.base import BaseModule, BaseShapes
 from lorasrv_adapters.registry import Registry
 from tokenizers import Tokenizer
 
@@ -18,12 +17,13 @@ from lorasrv import __version__
 from lorasrv.config import EngineConfig
 from lorasrv.engine.client import Engine
 from lorasrv.errors import ConfigurationError
-from lorasrv.model.families import Architecture, fingerprint, read_architecture
+from lorasrv.model.families import read_architecture
 from lorasrv.server.adapters import AdapterService
+from lorasrv.server.base import read_base_shapes
 from lorasrv.server.boundary import Boundary
 from lorasrv.server.frontdesk import FrontDesk
 from lorasrv.server.generation import GenerationService
-from lorasrv.server.health import FOLLOW_ENGINE, ALWAYS_SERVING, Health
+from lorasrv.server.health import ALWAYS_SERVING, FOLLOW_ENGINE, Health
 from lorasrv.server.info import ServerService
 from lorasrv.server.limits import TokenLimits
 from lorasrv.types import EngineInfo
@@ -78,7 +78,7 @@ class Server:
         model = config.engine.model
         self._architecture = read_architecture(model.path)
         self._tokenizer = load_tokenizer(Path(model.path))
-        self._base = base_shapes(self._architecture, fingerprint(model.path), model.dtype)
+        self._base = read_base_shapes(model.path, model.dtype)
         self._registry = Registry(Path(config.data_dir), self._base, config.engine.max_rank)
         self._engine = make_engine(replace(config.engine, blob_root=str(self._registry.blob_root)))
         self._health = Health(self._engine)
@@ -155,19 +155,6 @@ class Server:
             page_bytes=info.page_bytes,
             num_pages=info.num_pages,
         )
-
-
-def base_shapes(architecture: Architecture, base_fingerprint: str, dtype: str) -> BaseShapes:
-    """The base model as adapters are validated against it."""
-    return BaseShapes(
-        num_layers=architecture.num_layers,
-        modules=tuple(
-            BaseModule(path=path, in_features=in_features, out_features=out_features)
-            for path, in_features, out_features in architecture.module_shapes()
-        ),
-        fingerprint=base_fingerprint,
-        dtype=dtype,
-    )
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
