@@ -59,6 +59,12 @@ class AdapterLoadFailed(LorasrvError):
     reason = "ADAPTER_LOAD_FAILED"
 
 
+class AdapterCorrupt(AdapterLoadFailed):
+    """An adapter's stored bytes are missing or damaged."""
+
+    reason = "ADAPTER_CORRUPT"
+
+
 class EngineUnavailable(LorasrvError):
     """The engine is starting, restarting or gone."""
 

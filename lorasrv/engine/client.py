@@ -1,11 +1,24 @@
-"""The engine as the front process sees it: `Engine`, behind a process (`ProcessEngine`) or a thread (`ThreadEngine`)."""
+"""The engine as the front process sees it: `Engine`, as a process (`ProcessEngine`) or a thread (`ThreadEngine`)."""
 
+import asyncio
+import logging
+import queue
+import threading
+import time
 from collections.abc import AsyncGenerator, Callable
-from typing import Literal, Protocol
+from typing import Protocol
 
+from lorasrv.config import EngineConfig
+from lorasrv.engine.channel import MalformedMessage
+from lorasrv.engine.child import EngineChild, EngineLost
+from lorasrv.engine.loop import Core, serve_loop
+from lorasrv.engine.messages import Configure, FromEngine, Message, Ready, Shutdown, StartFailed, ToEngine
+from lorasrv.engine.process import DEFAULT_FACTORY
+from lorasrv.engine.routing import EngineState, RoutingEngine
+from lorasrv.errors import EngineUnavailable, LorasrvError, error_from_reason
 from lorasrv.types import EngineInfo, EngineRequest, EngineStatus, TokenDelta
 
-EngineState = Literal["starting", "ready", "unavailable"]
+_log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -13,7 +26,7 @@ class Engine(Protocol):
 
     @property
     def state(self) -> EngineState:
-        """"starting" until the first `start` returns; "unavailable" while the engine is down, and after `close`."""
+        """ "starting" until the first `start` returns; "unavailable" while the engine is down, and after `close`."""
         ...
 
     async def start(self) -> EngineInfo:
@@ -39,3 +52,147 @@ class Engine(Protocol):
     async def close(self) -> None:
         """End the engine and all that it holds. Running streams raise EngineUnavailable. Safe to call twice."""
         ...
+
+
+class ThreadEngine(RoutingEngine):
+    """An engine in a thread of this process, for tests and offline use. It owns the core, and does not restart it."""
+
+    def __init__(self, core: Core, info: EngineInfo) -> None:
+        super().__init__()
+        self._core = core
+        self._info = info
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    async def start(self) -> EngineInfo:
+        loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._serve, args=(loop,), name="lorasrv-engine", daemon=True)
+        self._thread.start()
+        self._set_state("ready")
+        return self._info
+
+    async def close(self) -> None:
+        self._set_unavailable("the engine was closed")
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._inbox.put(Shutdown())
+            await asyncio.to_thread(thread.join)
+
+    def _send(self, message: ToEngine) -> None:
+        self._inbox.put(message)
+
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        def receive(timeout_s: float) -> Message | None:
+            try:
+                return self._inbox.get(block=timeout_s > 0, timeout=timeout_s)
+            except queue.Empty:
+                return None
+
+        def send(message: FromEngine) -> None:
+            loop.call_soon_threadsafe(self._receive, message)
+
+        try:
+            serve_loop(self._core, receive, send, time.monotonic)
+        except Exception:
+            _log.exception("the engine broke")
+            loop.call_soon_threadsafe(self._set_unavailable, "the engine broke; its log says why")
+        finally:
+            self._core.close()
+
+
+class ProcessEngine(RoutingEngine):
+    """An engine in a process of its own, which is started again whenever it ends or falls silent."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        factory: str = DEFAULT_FACTORY,
+        heartbeat_timeout_s: float = 10.0,
+        first_backoff_s: float = 0.5,
+        max_backoff_s: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__()
+        self._config = config
+        self._factory = factory
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._first_backoff_s = first_backoff_s
+        self._max_backoff_s = max_backoff_s
+        self._clock = clock
+        self._child: EngineChild | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The engine process, while there is one."""
+        return None if self._child is None else self._child.pid
+
+    async def start(self) -> EngineInfo:
+        info = await self._launch()
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
+        return info
+
+    async def close(self) -> None:
+        self._set_unavailable("the engine was closed")
+        supervisor, self._supervisor = self._supervisor, None
+        if supervisor is not None:
+            supervisor.cancel()
+            await asyncio.gather(supervisor, return_exceptions=True)
+        child, self._child = self._child, None
+        if child is not None:
+            await child.shutdown()
+
+    def _send(self, message: ToEngine) -> None:
+        if self._child is not None:
+            self._child.send(message)
+
+    async def _launch(self) -> EngineInfo:
+        """A process that is ready, or an exception and no process."""
+        self._child = child = await EngineChild.spawn(self._factory)
+        try:
+            child.send(Configure(self._config))
+            # Loading a large model takes as long as it takes; the process's end is noticed.
+            message = await child.receive(None, self._clock)
+            match message:
+                case Ready(info):
+                    self._set_state("ready")
+                    return info
+                case StartFailed(failure):
+                    raise error_from_reason(failure.reason, failure.message)
+                case _:
+                    raise MalformedMessage(f"the first message of the engine is {type(message).__name__}")
+        except BaseException as error:
+            self._child = None
+            await child.close()
+            if isinstance(error, EngineLost | MalformedMessage):
+                raise EngineUnavailable(f"{error} while starting") from error
+            raise
+
+    async def _supervise(self) -> None:
+        backoff_s = self._first_backoff_s
+        while True:
+            ready_s = self._clock()
+            await self._serve_child()
+            # An engine that served for long is no crash loop.
+            if self._clock() - ready_s > self._max_backoff_s:
+                backoff_s = self._first_backoff_s
+            while self._state != "ready":
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, self._max_backoff_s)
+                try:
+                    await self._launch()
+                except (LorasrvError, OSError) as error:
+                    _log.error("the engine does not start: %s", error)
+
+    async def _serve_child(self) -> None:
+        """Route messages until the child is lost."""
+        assert self._child is not None
+        try:
+            while True:
+                self._receive(await self._child.receive(self._heartbeat_timeout_s, self._clock))
+        except (EngineLost, MalformedMessage) as error:
+            _log.error("%s; starting it again", error)
+            self._set_unavailable(str(error))
+        child, self._child = self._child, None
+        await child.close()

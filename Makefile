@@ -1,0 +1,49 @@
+# Each command sets up all it needs, in .venv. PYTHON names the interpreter; TORCH_INDEX_URL a package index to take
+# torch from, e.g. https://download.pytorch.org/whl/cpu where there is no GPU.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test test-all lint format proto proto-check clean
+
+demo: $(READY)
+	$(BIN)/lorasrv demo
+
+test: lint proto-check
+	$(BIN)/pytest -q
+
+test-all: lint proto-check
+	$(BIN)/pytest -q -m "not gpu"
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else "lorasrv needs Python >= 3.11; $(PYTHON) is %d.%d. Name another with PYTHON=..." % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) --editable ".[server,dev]"
+	touch $@
+
+GENERATE = $(BIN)/python -m grpc_tools.protoc -I proto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
+	$(wildcard proto/lorasrv/v1/*.proto)
+
+proto: $(READY)
+	$(call GENERATE,.)
+
+proto-check: $(READY)
+	rm -rf build/proto && mkdir -p build/proto
+	$(call GENERATE,build/proto)
+	diff -r -x __init__.py -x __pycache__ build/proto/lorasrv/v1 lorasrv/v1 || { echo "Generated code is stale: run make proto"; exit 1; }
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,330 @@
+"""The engine: requests in, token deltas out, one model forward per step.
+
+    plan = decide(state)  ->  chunks = prepare(plan)  ->  tokens = runner.run(chunks)  ->  deltas = apply(plan, tokens)
+
+Decisions are `sched.scheduler`'s and pure; every effect on pages, pins and queues is in this file, in `_prepare` and
+`_apply` and what they call.
+"""
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from lorasrv.config import SchedulerConfig
+from lorasrv.engine.batch import AdapterInput, ChunkInput, Runner, SampleInput
+from lorasrv.engine.tiers import AdapterTiers
+from lorasrv.errors import GenerationExists, InternalError, InvalidRequest, LorasrvError, QueueFull
+from lorasrv.memory.eviction import Candidate
+from lorasrv.memory.pages import Owner, OwnerKind, PagePool
+from lorasrv.memory.residency import Residency
+from lorasrv.sched.plan import Chunk, Plan
+from lorasrv.sched.scheduler import Scheduler, View
+from lorasrv.sched.sequence import Sequence
+from lorasrv.types import (
+    AdapterResidency,
+    EngineCounters,
+    EngineRequest,
+    EngineStatus,
+    Failure,
+    FinishReason,
+    Tier,
+    TokenDelta,
+)
+
+IDLE_WAIT_S = 0.005
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the model and the pool can take."""
+
+    num_pages: int
+    block_tokens: int
+    context_tokens: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+
+
+class EngineCore:
+    """One engine's state. Owned by the engine's thread: every method is called from it."""
+
+    def __init__(self, *, config: SchedulerConfig, limits: Limits, runner: Runner, tiers: AdapterTiers) -> None:
+        self._config = config
+        self._limits = limits
+        self._runner = runner
+        self._tiers = tiers
+        self._scheduler = Scheduler(config=config, block_tokens=limits.block_tokens)
+        self._pool = PagePool(limits.num_pages)
+        self._residency = Residency()
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._num_added = 0
+        self._step = 0
+        self._counters = EngineCounters()
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. Raises InvalidRequest, GenerationExists or QueueFull, and then nothing has changed."""
+        self._validate(request)
+        if request.request_id in self._sequences:
+            raise GenerationExists(f"generation {request.request_id!r} is running")
+        if len(self._waiting) >= self._config.max_waiting:
+            raise QueueFull(f"{len(self._waiting)} requests are waiting; the limit is {self._config.max_waiting}")
+        sequence = Sequence(request=request, order=self._num_added, token_ids=list(request.token_ids))
+        self._num_added += 1
+        self._sequences[request.request_id] = sequence
+        self._waiting.append(sequence)
+
+    def cancel(self, request_id: str) -> None:
+        """Drop a request and give back what it holds; one that has ended already is no error."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._drop(sequence)
+
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    def step(self) -> tuple[TokenDelta, ...]:
+        """Decide, compute and apply one step; a step that can compute nothing waits briefly for an adapter."""
+        failed = self._fail_unloadable()
+        plan = self._scheduler.decide(self._view())
+        rejected = self._reject(plan)
+        chunks = self._prepare(plan)
+        if not chunks:
+            if self._sequences and not (failed or rejected):
+                self._tiers.wait(IDLE_WAIT_S)
+            return (*failed, *rejected)
+        self._step += 1
+        tokens = self._runner.run(chunks)
+        return (*failed, *rejected, *self._apply(plan, tokens))
+
+    def status(self) -> EngineStatus:
+        resident = {
+            adapter.digest: AdapterResidency(
+                digest=adapter.digest,
+                tier=Tier.DEVICE,
+                num_pages=len(adapter.pages),
+                pins=self._residency.pins(adapter.digest),
+            )
+            for adapter in self._residency
+        }
+        below = {
+            digest: AdapterResidency(digest=digest, tier=tier, num_pages=0, pins=0)
+            for digest, tier in self._tiers.host_tiers().items()
+        }
+        return EngineStatus(
+            pool=self._pool.stats(),
+            running=len(self._running),
+            waiting=len(self._waiting),
+            pins=self._residency.num_pins,
+            adapters=tuple((below | resident).values()),
+            counters=self._counters,
+        )
+
+    def check(self) -> None:
+        """Raise AssertionError on a broken invariant, within a part or between parts."""
+        self._pool.check()
+        self._residency.check()
+        self._tiers.check()
+        for sequence in self._running:
+            owner = Owner(OwnerKind.SEQUENCE, sequence.request_id)
+            assert all(self._pool.owner(page) == owner for page in sequence.block_table), "a block is not its own"
+            assert sequence.num_computed <= len(sequence.block_table) * self._limits.block_tokens, "KV without a page"
+        assert not any(sequence.block_table for sequence in self._waiting), "a waiting request holds pages"
+        assert {id(s) for s in self._sequences.values()} == {id(s) for s in (*self._waiting, *self._running)}
+        orders = [sequence.order for sequence in self._waiting]
+        assert orders == sorted(orders), "the queue is out of order"
+        stats = self._pool.stats()
+        assert stats.sequences == sum(len(sequence.block_table) for sequence in self._running), "sequence pages leaked"
+        assert stats.adapters == sum(len(adapter.pages) for adapter in self._residency), "adapter pages leaked"
+        used = [sequence.digest for sequence in self._running if sequence.digest is not None]
+        for adapter in self._residency:
+            assert self._residency.pins(adapter.digest) == used.count(adapter.digest), "pins do not match requests"
+
+    def close(self) -> None:
+        self._tiers.close()
+
+    def _validate(self, request: EngineRequest) -> None:
+        limits = self._limits
+        if not request.token_ids:
+            raise InvalidRequest("prompt", "is empty")
+        for token_id in request.token_ids:
+            if not 0 <= token_id < limits.vocab_size:
+                raise InvalidRequest("prompt", f"token {token_id} is outside the vocabulary of {limits.vocab_size}")
+        if request.max_tokens < 1:
+            raise InvalidRequest("max_tokens", f"{request.max_tokens} is below 1")
+        total = len(request.token_ids) + request.max_tokens
+        asked = f"{len(request.token_ids)} prompt tokens + max_tokens {request.max_tokens}"
+        if total > limits.context_tokens:
+            raise InvalidRequest("max_tokens", f"{asked} exceed the context of {limits.context_tokens}")
+        capacity = limits.num_pages * limits.block_tokens
+        if total > capacity:
+            raise InvalidRequest("max_tokens", f"{asked} exceed the {capacity} tokens that the pool holds")
+
+    def _view(self) -> View:
+        return View(
+            running=self._running,
+            waiting=self._waiting,
+            num_pages=self._limits.num_pages,
+            free_pages=self._pool.num_free,
+            adapters=self,
+        )
+
+    # What the scheduler asks about adapters (sched.scheduler.Adapters).
+
+    def is_resident(self, digest: str) -> bool:
+        return digest in self._residency
+
+    def num_pages(self, digest: str) -> int | None:
+        if digest in self._residency:
+            return len(self._residency[digest].pages)
+        return self._tiers.num_pages(digest)
+
+    def idle(self) -> Iterable[Candidate]:
+        return (Candidate(adapter.digest, len(adapter.pages)) for adapter in self._residency.idle())
+
+    # Effects before the forward.
+
+    def _fail_unloadable(self) -> tuple[TokenDelta, ...]:
+        """End the queued requests whose adapter could not be read."""
+        failures = self._tiers.take_failures()
+        ended = [sequence for sequence in self._waiting if sequence.digest in failures]
+        return tuple(self._fail(sequence, failures[sequence.digest or ""]) for sequence in ended)
+
+    def _reject(self, plan: Plan) -> tuple[TokenDelta, ...]:
+        for rejection in plan.reject:
+            self._drop(self._sequences[rejection.request_id])
+        return tuple(TokenDelta(request_id=r.request_id, failure=r.failure) for r in plan.reject)
+
+    def _prepare(self, plan: Plan) -> tuple[ChunkInput, ...]:
+        """Carry the plan out up to the forward: pages change hands here, and nowhere else but in `_release`."""
+        for request_id in plan.preempt:
+            self._preempt(self._sequences[request_id])
+        for digest in plan.evict:
+            self._evict(digest)
+        self._pool.reclaim(self._step)
+        self._tiers.hold(self._waiting[0].digest if self._waiting else None)
+        for digest in plan.fetch:
+            self._tiers.fetch(digest)
+        for digest in plan.load:
+            self._load(digest)
+        for request_id in plan.admit:
+            self._admit(self._sequences[request_id])
+        return tuple(self._chunk_input(chunk) for chunk in plan.chunks)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._release(sequence)
+        self._running.remove(sequence)
+        insort(self._waiting, sequence, key=lambda waiting: waiting.order)
+        self._count(preemptions=1)
+
+    def _evict(self, digest: str) -> None:
+        adapter = self._residency.remove(digest)
+        self._pool.retire(adapter.pages, Owner(OwnerKind.ADAPTER, digest), self._step)
+        self._count(adapter_evictions=1)
+
+    def _load(self, digest: str) -> None:
+        num_pages = self._tiers.num_pages(digest)
+        assert num_pages is not None, f"{digest} is planned to load but not in host memory"
+        pages = self._pool.alloc(num_pages, Owner(OwnerKind.ADAPTER, digest))
+        self._residency.add(self._tiers.load(digest, pages))
+        self._count(adapter_loads=1)
+
+    def _admit(self, sequence: Sequence) -> None:
+        self._waiting.remove(sequence)
+        insort(self._running, sequence, key=lambda running: running.order)
+        self._grow(sequence, len(sequence.token_ids))
+        if sequence.digest is not None:
+            self._residency.pin(sequence.digest)
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> None:
+        """Let the sequence's pages cover `num_tokens` tokens."""
+        missing = -(-num_tokens // self._limits.block_tokens) - len(sequence.block_table)
+        if missing > 0:
+            sequence.block_table += self._pool.alloc(missing, Owner(OwnerKind.SEQUENCE, sequence.request_id))
+
+    def _chunk_input(self, chunk: Chunk) -> ChunkInput:
+        sequence = self._sequences[chunk.request_id]
+        request = sequence.request
+        end = chunk.start + chunk.num_tokens
+        self._grow(sequence, end)
+        adapter = None
+        if request.adapter is not None:
+            resident = self._residency[request.adapter.digest]
+            adapter = AdapterInput(
+                directory=resident.directory, max_rank=resident.max_rank, scale=request.adapter.scale
+            )
+        sample = None
+        if end == len(sequence.token_ids):
+            sample = SampleInput(
+                temperature=request.temperature,
+                top_p=request.top_p,
+                top_k=request.top_k,
+                seed=request.seed,
+                position=end,
+            )
+        return ChunkInput(
+            token_ids=tuple(sequence.token_ids[chunk.start : end]),
+            start=chunk.start,
+            block_table=tuple(sequence.block_table),
+            adapter=adapter,
+            sample=sample,
+        )
+
+    # Effects after the forward.
+
+    def _apply(self, plan: Plan, tokens: tuple[int | None, ...]) -> tuple[TokenDelta, ...]:
+        """Advance the sequences of a completed step and end those that are done."""
+        deltas: list[TokenDelta] = []
+        sampled = iter(tokens)
+        num_prompt = 0
+        for chunk in plan.chunks:
+            sequence = self._sequences[chunk.request_id]
+            sequence.num_computed += chunk.num_tokens
+            num_prompt += max(0, min(sequence.num_computed, len(sequence.request.token_ids)) - chunk.start)
+            if sequence.num_computed == len(sequence.token_ids):
+                deltas.append(self._append(sequence, next(sampled)))
+        self._pool.reclaim(self._step)
+        self._count(steps=1, prompt_tokens=num_prompt, completion_tokens=sum(len(d.token_ids) for d in deltas))
+        return tuple(deltas)
+
+    def _append(self, sequence: Sequence, token_id: int | None) -> TokenDelta:
+        if token_id is None:
+            return self._fail(sequence, InternalError("the model's output is not finite"))
+        sequence.token_ids.append(token_id)
+        finish = None
+        if token_id in self._limits.eos_token_ids:
+            finish = FinishReason.EOS
+        elif sequence.num_generated == sequence.request.max_tokens:
+            finish = FinishReason.LENGTH
+        if finish is not None:
+            self._drop(sequence)
+            self._count(finished_requests=1)
+        return TokenDelta(request_id=sequence.request_id, token_ids=(token_id,), finish=finish)
+
+    def _fail(self, sequence: Sequence, error: LorasrvError) -> TokenDelta:
+        self._drop(sequence)
+        return TokenDelta(
+            request_id=sequence.request_id, failure=Failure(reason=error.reason, message=str(error))
+        )
+
+    def _drop(self, sequence: Sequence) -> None:
+        """End a request, wherever it is."""
+        del self._sequences[sequence.request_id]
+        if sequence in self._running:
+            self._release(sequence)
+            self._running.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Give back a running sequence's pages and pin."""
+        self._pool.retire(sequence.block_table, Owner(OwnerKind.SEQUENCE, sequence.request_id), self._step)
+        sequence.block_table = []
+        sequence.num_computed = 0
+        if sequence.digest is not None:
+            self._residency.unpin(sequence.digest)
+
+    def _count(self, **increments: int) -> None:
+        totals = {name: getattr(self._counters, name) + increment for name, increment in increments.items()}
+        self._counters = replace(self._counters, **totals)

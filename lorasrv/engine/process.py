@@ -1,0 +1,86 @@
+"""The engine process: `python -m lorasrv.engine.process`, started by `child.EngineChild`, one for each engine."""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import zmq
+
+from lorasrv.config import EngineConfig
+from lorasrv.engine.channel import decode, encode
+from lorasrv.engine.loop import Core, serve_loop
+from lorasrv.engine.messages import Configure, FromEngine, Message, Ready, StartFailed, failure_of
+from lorasrv.errors import InternalError, LorasrvError
+from lorasrv.types import EngineInfo
+
+CoreFactory = Callable[[EngineConfig], tuple[Core, EngineInfo]]
+DEFAULT_FACTORY = "lorasrv.engine.build:build_core"
+
+_PARENT_CHECK_S = 1.0
+_ORPHANED = 3
+_log = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0 after Shutdown, 1 when start-up failed or the engine broke."""
+    parser = argparse.ArgumentParser(prog="python -m lorasrv.engine.process")
+    parser.add_argument("--address", required=True, help="where the parent listens, ipc://…")
+    parser.add_argument("--parent-pid", required=True, type=int, help="the engine ends when this process is gone")
+    parser.add_argument("--factory", default=DEFAULT_FACTORY, help="module:function that builds the core")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine[%(process)d] %(message)s")
+    threading.Thread(target=_end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.connect(arguments.address)
+        return _serve(socket, arguments.factory)
+
+
+def _serve(socket: zmq.Socket[bytes], factory: str) -> int:
+    def receive(timeout_s: float) -> Message | None:
+        return decode(socket.recv()) if socket.poll(int(timeout_s * 1000)) else None
+
+    def send(message: FromEngine) -> None:
+        socket.send(encode(message))
+
+    try:
+        core, info = _build(factory, decode(socket.recv()))
+    except LorasrvError as error:
+        send(StartFailed(failure_of(error)))
+        return 1
+    except Exception:
+        _log.exception("the engine could not be built")
+        send(StartFailed(failure_of(InternalError("the engine could not be built; its log says why"))))
+        return 1
+    try:
+        send(Ready(info))
+        serve_loop(core, receive, send, time.monotonic)
+        return 0
+    except Exception:
+        _log.exception("the engine broke")
+        return 1
+    finally:
+        core.close()
+
+
+def _build(factory: str, message: Message) -> tuple[Core, EngineInfo]:
+    if not isinstance(message, Configure):
+        raise TypeError(f"the first message is {type(message).__name__}, not Configure")
+    module, _, name = factory.partition(":")
+    build: CoreFactory = getattr(importlib.import_module(module), name)
+    return build(message.config)
+
+
+def _end_with_parent(parent_pid: int) -> None:
+    """A thread of its own: the parent may die while the main thread loads a model or runs a long step."""
+    while os.getppid() == parent_pid:
+        time.sleep(_PARENT_CHECK_S)
+    os._exit(_ORPHANED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

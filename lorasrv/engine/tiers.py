@@ -1,0 +1,119 @@
+"""Moves adapters between the tiers: disk to host in worker threads, host to device at a step's start."""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from lorasrv.errors import AdapterCorrupt, AdapterLoadFailed
+from lorasrv.memory.residency import ResidentAdapter
+from lorasrv.types import Tier
+from lorasrv_adapters.errors import AdapterError, CorruptBlob
+from lorasrv_adapters.host_cache import HostCache
+
+if TYPE_CHECKING:
+    # The core's own tests and the simulator run without torch.
+    from lorasrv.memory.packing import PackedAdapter
+    from lorasrv.memory.storage import PageStorage
+
+log = logging.getLogger(__name__)
+
+
+class AdapterTiers(Protocol):
+    """What the engine's core needs of the tiers above and below the device."""
+
+    def fetch(self, digest: str) -> None:
+        """Begin to read an adapter to host memory, unless it is there or on its way. Never blocks."""
+        ...
+
+    def num_pages(self, digest: str) -> int | None:
+        """Pages of the adapter's image in host memory; None while it is not there."""
+        ...
+
+    def take_failures(self) -> Mapping[str, AdapterLoadFailed]:
+        """Fetches that failed since the last call, by digest; a next fetch tries again."""
+        ...
+
+    def hold(self, digest: str | None) -> None:
+        """Keep this one adapter's image in host memory from when it is there: the oldest waiting request's."""
+        ...
+
+    def load(self, digest: str, pages: list[int]) -> ResidentAdapter:
+        """Copy an image from host memory to these pages of the device."""
+        ...
+
+    def host_tiers(self) -> dict[str, Tier]:
+        """Digests above the disk tier, device excluded."""
+        ...
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when a fetch has ended, or after `timeout_s`."""
+        ...
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+
+
+class Tiers:
+    """Host cache and page storage joined. Owned by the engine's thread.
+
+    The host cache reads and packs in threads of its own, by `read`, and only wakes this one.
+    """
+
+    def __init__(self, storage: "PageStorage", read: "Callable[[str], PackedAdapter]", budget_bytes: int) -> None:
+        self._storage = storage
+        self._ended = threading.Event()
+        self._host: HostCache[PackedAdapter] = HostCache(
+            budget_bytes, load=read, size_of=lambda image: image.nbytes, on_end=self._ended.set
+        )
+        self._held: str | None = None
+
+    def fetch(self, digest: str) -> None:
+        self._host.request(digest)
+
+    def num_pages(self, digest: str) -> int | None:
+        image = self._host.get(digest)
+        return None if image is None else image.num_pages
+
+    def hold(self, digest: str | None) -> None:
+        if self._held is not None and self._held != digest:
+            self._host.unpin(self._held)
+            self._held = None
+        if self._held is None and digest is not None and self._host.get(digest) is not None:
+            self._host.pin(digest)
+            self._held = digest
+
+    def take_failures(self) -> Mapping[str, AdapterLoadFailed]:
+        return {digest: _describe(digest, error) for digest, error in self._host.take_failures().items()}
+
+    def load(self, digest: str, pages: list[int]) -> ResidentAdapter:
+        image = self._host.get(digest)
+        assert image is not None, f"{digest} is not in host memory"
+        directory = self._storage.write_adapter(image, pages)
+        return ResidentAdapter(digest=digest, pages=tuple(pages), directory=directory, max_rank=image.max_rank)
+
+    def host_tiers(self) -> dict[str, Tier]:
+        return {digest: _TIERS[state] for digest, state in self._host.states().items()}
+
+    def wait(self, timeout_s: float) -> None:
+        self._ended.wait(timeout_s)
+        self._ended.clear()
+
+    def check(self) -> None:
+        self._host.check()
+
+    def close(self) -> None:
+        self._host.close()
+
+
+def _describe(digest: str, error: Exception) -> AdapterLoadFailed:
+    """What clients may read: our packages' errors carry safe texts, any other is logged and masked."""
+    if isinstance(error, CorruptBlob):
+        return AdapterCorrupt(f"version {digest}: {error}")
+    if isinstance(error, AdapterError | AdapterLoadFailed):
+        return AdapterLoadFailed(f"version {digest}: {error}")
+    log.error("version %s could not be read", digest, exc_info=error)
+    return AdapterLoadFailed(f"version {digest} could not be read")

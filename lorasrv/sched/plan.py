@@ -1,0 +1,35 @@
+"""What a step will do, decided before anything is done."""
+
+from dataclasses import dataclass
+
+from lorasrv.types import Failure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Chunk:
+    """Compute tokens `[start, start + num_tokens)` of a sequence."""
+
+    request_id: str
+    start: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rejection:
+    """A queued request that this pool can never serve."""
+
+    request_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Effects in the order in which they are carried out; ids are requests' or adapter versions' digests."""
+
+    reject: tuple[Rejection, ...] = ()
+    preempt: tuple[str, ...] = ()
+    evict: tuple[str, ...] = ()
+    fetch: tuple[str, ...] = ()
+    load: tuple[str, ...] = ()
+    admit: tuple[str, ...] = ()
+    chunks: tuple[Chunk, ...] = ()

@@ -1,0 +1,193 @@
+"""Iteration-level scheduling with chunked prefill: a pure decision over ids and integers.
+
+Running decodes go first, then running prefills, then the queue in order, under one token budget (Orca, OSDI 2022;
+Sarathi-Serve, OSDI 2024). When running sequences outgrow the pool, idle adapters are evicted, then the youngest
+sequence is preempted: it queues again in its old place and is recomputed.
+"""
+
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Protocol
+
+from lorasrv.config import SchedulerConfig
+from lorasrv.errors import ResourceExhausted
+from lorasrv.memory.eviction import Candidate, choose_victims
+from lorasrv.sched.plan import Chunk, Plan, Rejection
+from lorasrv.sched.sequence import Sequence
+from lorasrv.types import Failure
+
+
+class Adapters(Protocol):
+    """What the scheduler may ask about adapter versions."""
+
+    def is_resident(self, digest: str) -> bool: ...
+
+    def num_pages(self, digest: str) -> int | None:
+        """Pages the adapter takes on the device; None while it is neither there nor in host memory."""
+        ...
+
+    def idle(self) -> Iterable[Candidate]:
+        """Adapters on the device that no running request uses, in the order in which they should go."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """The engine's state as one decision sees it; read, never written.
+
+    `running` and `waiting` are in queue order.
+    """
+
+    running: Seq[Sequence]
+    waiting: Seq[Sequence]
+    num_pages: int
+    free_pages: int
+    adapters: Adapters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduler:
+    config: SchedulerConfig
+    block_tokens: int
+
+    def decide(self, view: View) -> Plan:
+        draft = _Draft(view, self.config, self.block_tokens)
+        draft.continue_running()
+        if not draft.preempted:
+            draft.admit_waiting()
+        draft.fetch_ahead()
+        return draft.plan()
+
+
+class _Draft:
+    """A plan in the making: what is left of the budget, the pages and the places as decisions are taken."""
+
+    def __init__(self, view: View, config: SchedulerConfig, block_tokens: int) -> None:
+        self.view = view
+        self.config = config
+        self.block_tokens = block_tokens
+        self.budget = config.max_step_tokens
+        self.free = view.free_pages
+        self.chunks: list[Chunk] = []
+        self.admitted: list[Sequence] = []
+        self.loads: dict[str, None] = {}
+        self.evicted: dict[str, None] = {}
+        self.kept: set[str] = set()
+        self.preempted: list[Sequence] = []
+        self.rejected: list[Rejection] = []
+        self.fetches: tuple[str, ...] = ()
+
+    def plan(self) -> Plan:
+        return Plan(
+            reject=tuple(self.rejected),
+            preempt=tuple(sequence.request_id for sequence in self.preempted),
+            evict=tuple(self.evicted),
+            fetch=self.fetches,
+            load=tuple(self.loads),
+            admit=tuple(sequence.request_id for sequence in self.admitted),
+            chunks=tuple(self.chunks),
+        )
+
+    def continue_running(self) -> None:
+        """Decodes, oldest first; then prefills that have begun, oldest first. Prefills hold their pages already."""
+        candidates = list(self.view.running)
+        index = 0
+        while index < len(candidates):
+            sequence = candidates[index]
+            if sequence.num_remaining == 1 and self._grow(sequence, candidates, index):
+                self._add_chunk(sequence, 1)
+            index += 1
+        for sequence in candidates:
+            if sequence.num_remaining > 1:
+                self._add_chunk(sequence, sequence.num_remaining)
+
+    def _grow(self, sequence: Sequence, candidates: list[Sequence], index: int) -> bool:
+        """Whether the sequence has a place for one more token; may drop younger candidates, or itself, to get one."""
+        if sequence.num_computed < len(sequence.block_table) * self.block_tokens:
+            return True
+        while not self._take(1):
+            if len(candidates) == 1:
+                return False
+            youngest = candidates.pop()
+            self.preempted.append(youngest)
+            self.free += len(youngest.block_table)
+            if len(candidates) == index:
+                return False
+        return True
+
+    def admit_waiting(self) -> None:
+        """Grant requests, oldest first, their adapter's pages and their known tokens' pages together.
+
+        A request whose adapter is not in host memory waits on its own; the first one that is ready but does not fit
+        ends the round, so that younger ones cannot starve it.
+        """
+        places = self.config.max_running - len(self.view.running)
+        for sequence in self.view.waiting:
+            if len(self.admitted) == places or self.budget == 0:
+                return
+            digest = sequence.digest
+            adapter_pages = 0 if digest is None else self.view.adapters.num_pages(digest)
+            if adapter_pages is None or self._reject_oversized(sequence, adapter_pages):
+                continue
+            load = digest if digest is not None and self._must_load(digest) else None
+            if digest in self.evicted or (load and len(self.loads) == self.config.max_loads_per_step):
+                continue
+            if digest is not None:
+                self.kept.add(digest)
+            if not self._take(self._pages_for(len(sequence.token_ids)) + (adapter_pages if load else 0)):
+                return
+            if load is not None:
+                self.loads[load] = None
+            self.admitted.append(sequence)
+            self._add_chunk(sequence, len(sequence.token_ids))
+
+    def _must_load(self, digest: str) -> bool:
+        return digest not in self.loads and not self.view.adapters.is_resident(digest)
+
+    def _reject_oversized(self, sequence: Sequence, adapter_pages: int) -> bool:
+        needed = adapter_pages + self._pages_for(sequence.max_tokens_total)
+        if needed <= self.view.num_pages:
+            return False
+        message = f"needs {needed} pages ({adapter_pages} of them for its adapter); the pool has {self.view.num_pages}"
+        failure = Failure(reason=ResourceExhausted.reason, message=message)
+        self.rejected.append(Rejection(request_id=sequence.request_id, failure=failure))
+        return True
+
+    def fetch_ahead(self) -> None:
+        """Adapters that queued requests within the look-ahead will want in host memory, oldest first."""
+        wanted: dict[str, None] = {}
+        for sequence in self.view.waiting[: self.config.lookahead]:
+            if sequence.digest is not None:
+                wanted[sequence.digest] = None
+        self.fetches = tuple(digest for digest in wanted if self.view.adapters.num_pages(digest) is None)
+
+    def _add_chunk(self, sequence: Sequence, wanted: int) -> None:
+        num_tokens = min(wanted, self.budget)
+        if num_tokens:
+            self.budget -= num_tokens
+            self.chunks.append(
+                Chunk(request_id=sequence.request_id, start=sequence.num_computed, num_tokens=num_tokens)
+            )
+
+    def _take(self, num_pages: int) -> bool:
+        """Set `num_pages` aside, evicting idle adapters if that makes it possible; all or nothing."""
+        missing = num_pages - self.free
+        if missing > 0:
+            victims = choose_victims(self._evictable(), missing)
+            if victims is None:
+                return False
+            self.evicted |= dict.fromkeys(victim.digest for victim in victims)
+            self.free += sum(victim.num_pages for victim in victims)
+        self.free -= num_pages
+        return True
+
+    def _evictable(self) -> Iterator[Candidate]:
+        return (
+            candidate
+            for candidate in self.view.adapters.idle()
+            if candidate.digest not in self.kept and candidate.digest not in self.evicted
+        )
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_tokens)

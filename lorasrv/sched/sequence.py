@@ -1,0 +1,41 @@
+"""A request on its way through the engine."""
+
+from dataclasses import dataclass, field
+
+from lorasrv.types import EngineRequest
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Sequence:
+    """Mutable; owned by the engine's thread. The scheduler only reads it.
+
+    `order` is its place in the queue; `token_ids` are prompt and generated tokens; the KV of the first `num_computed`
+    of them lies in the pages of `block_table`, which covers at least that many tokens.
+    """
+
+    request: EngineRequest
+    order: int
+    token_ids: list[int]
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list[int])
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def digest(self) -> str | None:
+        return self.request.adapter.digest if self.request.adapter else None
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - len(self.request.token_ids)
+
+    @property
+    def num_remaining(self) -> int:
+        """Known tokens whose KV is still to be computed; 1 while decoding."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def max_tokens_total(self) -> int:
+        return len(self.request.token_ids) + self.request.max_tokens

@@ -1,0 +1,148 @@
+"""The whole engine against PEFT: mixed batches that join and leave, through large and small pools, to the token."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft_models import load_peft_folder, peft_greedy, random_adapter, random_llama
+
+from lorasrv.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
+from lorasrv.engine.build import Assembly, assemble
+from lorasrv.engine.packer import Packer
+from lorasrv.memory.packing import PackedAdapter, pack_adapter
+from lorasrv.types import AdapterUse, EngineRequest
+
+NUM_TOKENS = 12
+PROMPTS_EACH = 3
+ADAPTERS: dict[str, dict[str, object]] = {
+    "r1": {"rank": 1, "targets": ("q_proj", "v_proj")},
+    "r3": {"rank": 3, "rslora": True},
+    "r8": {"rank": 8, "targets": ("gate_proj", "up_proj", "down_proj")},
+    "r13": {"rank": 13, "targets": ("k_proj", "o_proj", "down_proj")},
+    "r16": {"rank": 16},
+    "r64": {"rank": 64, "rslora": True},
+    "r100": {"rank": 100, "targets": ("o_proj",)},
+    "r128": {"rank": 128, "alpha": 64},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model, its adapters, prompts for each and for the base (None), and PEFT's answers."""
+
+    folder: Path
+    adapters: dict[str, Path]
+    prompts: dict[str | None, list[list[int]]]
+    expected: dict[str | None, list[list[int]]]
+
+    def requests(self) -> Iterator[EngineRequest]:
+        """Adapters in turn, so that every batch is mixed; the id says which answer is expected."""
+        for index in range(PROMPTS_EACH):
+            for name in self.prompts:
+                adapter = AdapterUse(digest=name) if name else None
+                yield EngineRequest(
+                    request_id=f"{name or ''}/{index}",
+                    token_ids=tuple(self.prompts[name][index]),
+                    adapter=adapter,
+                    max_tokens=NUM_TOKENS,
+                    seed=0,
+                    temperature=0.0,
+                )
+
+    def wrong(self, tokens: dict[str, list[int]]) -> set[str]:
+        expected = {f"{name or ''}/{i}": row for name, rows in self.expected.items() for i, row in enumerate(rows)}
+        assert tokens.keys() == expected.keys()
+        return {request_id for request_id, row in expected.items() if tokens[request_id] != row}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    folder = tmp_path_factory.mktemp("base")
+    model = random_llama(folder, seed=5)
+    adapters = {
+        name: random_adapter(model, tmp_path_factory.mktemp(name), seed=index, **settings)  # type: ignore[arg-type]
+        for index, (name, settings) in enumerate(ADAPTERS.items())
+    }
+    generator = torch.Generator().manual_seed(9)
+    prompts: dict[str | None, list[list[int]]] = {
+        name: [
+            torch.randint(1, 100, (length,), generator=generator).tolist()
+            for length in torch.randint(1, 40, (PROMPTS_EACH,), generator=generator).tolist()
+        ]
+        for name in (None, *adapters)
+    }
+    expected = {
+        name: peft_greedy(model, adapters[name] if name else None, prompts[name], NUM_TOKENS) for name in prompts
+    }
+    base = peft_greedy(model, None, [prompts[name][0] for name in adapters], NUM_TOKENS)
+    assert all(expected[name][0] != row for name, row in zip(adapters, base, strict=True)), "an adapter does nothing"
+    return Case(folder=folder, adapters=adapters, prompts=prompts, expected=expected)
+
+
+def make_engine(case: Case, *, num_pages: int, max_step_tokens: int = 64) -> Assembly:
+    def read(name: str, packer: Packer) -> PackedAdapter:
+        modules = load_peft_folder(case.adapters[name])
+        return pack_adapter(modules, packer.layout, packer.module_shapes, packer.dtype)
+
+    model = ModelConfig(path=str(case.folder))
+    scheduler = SchedulerConfig(max_step_tokens=max_step_tokens, max_running=16)
+    probe = assemble(EngineConfig(model=model, scheduler=scheduler), read)
+    probe.core.close()
+    pool = PoolConfig(pool_bytes=num_pages * probe.info.page_bytes)
+    return assemble(EngineConfig(model=model, scheduler=scheduler, pool=pool), read)
+
+
+def serve(engine: Assembly, requests: Iterator[EngineRequest], joining: int) -> dict[str, list[int]]:
+    """Run all requests, `joining` new ones before every step; checks the engine after each."""
+    tokens: dict[str, list[int]] = {}
+    pending = list(requests)
+    while pending or engine.core.has_work():
+        for request in pending[:joining]:
+            engine.core.add(request)
+            tokens[request.request_id] = []
+        del pending[:joining]
+        for delta in engine.core.step():
+            assert delta.failure is None, delta.failure
+            tokens[delta.request_id] += delta.token_ids
+        engine.core.check()
+    return tokens
+
+
+@pytest.mark.parametrize("joining", [1, 27])
+@pytest.mark.parametrize("max_step_tokens", [16, 512])
+def test_mixed_batches_equal_peft(case: Case, joining: int, max_step_tokens: int) -> None:
+    engine = make_engine(case, num_pages=400, max_step_tokens=max_step_tokens)
+    assert case.wrong(serve(engine, case.requests(), joining)) == set()
+    assert engine.core.status().counters.adapter_evictions == 0
+    engine.core.close()
+
+
+def test_adapters_evicted_and_reloaded_equal_peft(case: Case) -> None:
+    largest = 60
+    engine = make_engine(case, num_pages=largest)
+    assert case.wrong(serve(engine, case.requests(), 27)) == set()
+    counters = engine.core.status().counters
+    assert counters.adapter_evictions > 0 and counters.adapter_loads > len(case.adapters), counters
+    engine.core.close()
+
+
+def test_one_forward_per_step_with_eight_adapters(case: Case) -> None:
+    engine = make_engine(case, num_pages=400, max_step_tokens=512)
+    runner = engine.core._runner
+    distinct: set[int] = set()
+
+    class Watching:
+        def run(self, chunks):  # type: ignore[no-untyped-def]
+            before = runner.num_forwards
+            tokens = runner.run(chunks)
+            assert runner.num_forwards == before + 1
+            distinct.add(len({chunk.adapter for chunk in chunks if chunk.adapter}))
+            return tokens
+
+    engine.core._runner = Watching()
+    serve(engine, case.requests(), 27)
+    assert max(distinct) == 8
+    assert engine.core.status().counters.steps == runner.num_forwards
+    engine.core.close()
