@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lorasrv.cli.connection import UrlOption, connect
 from lorasrv.cli.output import JsonOption, message_dict, print_json, reported_errors
+from lorasrv.config import DType
 from lorasrv.v1 import adapter_pb2
 
 app = typer.Typer(help="Push adapters to a server and look at those it has.", no_args_is_help=True)
@@ -34,9 +35,7 @@ def push(
         Progress(*columns, console=Console(stderr=True), transient=True) as bar,
     ):
         task = bar.add_task(adapter_id, total=None)
-        version = client.push(
-            folder, adapter_id, lambda sent, total: bar.update(task, completed=sent, total=total)
-        )
+        version = client.push(folder, adapter_id, lambda sent, total: bar.update(task, completed=sent, total=total))
     if as_json:
         print_json({"adapter_id": adapter_id, "version": message_dict(version)})
     else:
@@ -89,7 +88,7 @@ def check(
     folder: FolderArgument,
     model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The base model's folder.")],
     max_rank: Annotated[int, typer.Option(min=1, help="The server's maximum rank.")] = 256,
-    dtype: Annotated[str, typer.Option(help="The serving dtype, float32 or bfloat16.")] = "float32",
+    dtype: Annotated[DType, typer.Option(help="The server's dtype.")] = "float32",
     as_json: JsonOption = False,
 ) -> None:
     """Validate a PEFT folder against a base model, as the server would; needs no server."""
@@ -97,9 +96,9 @@ def check(
         # Needs numpy, which the client alone does not install.
         from lorasrv_adapters.peft_format import validate_folder
 
-        from lorasrv.server.base import read_base_shapes
+        from lorasrv.model.base_shapes import base_shapes
 
-        spec = validate_folder(folder, read_base_shapes(str(model), dtype), max_rank)
+        spec = validate_folder(folder, base_shapes(model, dtype), max_rank)
     if as_json:
         ranks = {"min_rank": spec.rank_min, "max_rank": spec.rank_max}
         print_json({"ok": True, **ranks, "target_modules": list(spec.target_modules)})

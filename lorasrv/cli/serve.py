@@ -2,24 +2,26 @@
 
 import logging
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import platformdirs
 import typer
 
 from lorasrv.cli.output import JsonOption, reported_errors
-from lorasrv.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
+from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 
 
 def serve(
     model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The base model's Hugging Face folder.")],
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="How weights and KV are held.")] = "float32",
+    dtype: Annotated[DType, typer.Option(help="How weights and KV are held.")] = "float32",
     device: Annotated[str, typer.Option(help="A torch device, say cpu or cuda:0.")] = "cpu",
     pool_gib: Annotated[float | None, typer.Option(min=0, help="Size of the page pool.")] = None,
     pool_mib: Annotated[float | None, typer.Option(min=0, help="The same in MiB; 256 by default.")] = None,
     listen: Annotated[str, typer.Option(help="Loopback HOST:PORT; port 0 picks a free one.")] = "127.0.0.1:8470",
     data_dir: Annotated[Path | None, typer.Option(help="The registry; in the user's data folder by default.")] = None,
-    dummy_weights: Annotated[bool, typer.Option("--dummy-weights", help="Random weights of the config's shape.")] = False,
+    dummy_weights: Annotated[
+        bool, typer.Option("--dummy-weights", help="Random weights of the config's shape.")
+    ] = False,
     max_running: Annotated[int, typer.Option(help="Requests in one step.")] = 64,
     max_step_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
     max_rank: Annotated[int, typer.Option(min=1, help="The largest adapter rank that is accepted.")] = 256,

@@ -44,9 +44,7 @@ class Client:
     Resources are the protobuf messages of `lorasrv.v1`. `timeout_s` bounds each call; None waits.
     """
 
-    def __init__(
-        self, url: str = DEFAULT_URL, *, tenant: str = DEFAULT_TENANT, timeout_s: float | None = None
-    ) -> None:
+    def __init__(self, url: str = DEFAULT_URL, *, tenant: str = DEFAULT_TENANT, timeout_s: float | None = None) -> None:
         self._tenant = f"tenants/{tenant}"
         self._timeout_s = timeout_s
         self._channel = grpc.insecure_channel(target_of(url), options=CHANNEL_OPTIONS)
@@ -165,5 +163,3 @@ def _translated() -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise error_from_call(error) from None
-
-

@@ -68,9 +68,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: adapter_pb2.ListAdaptersRequest, context: Context
     ) -> adapter_pb2.ListAdaptersResponse:
         tenant = self._parent(request.parent)
-        page = await self._run(
-            self._registry.list_adapters, tenant, request.page_size, request.page_token or None
-        )
+        page = await self._run(self._registry.list_adapters, tenant, request.page_size, request.page_token or None)
         tiers = await self._tiers()
         return adapter_pb2.ListAdaptersResponse(
             adapters=[convert.adapter(each, tiers) for each in page.adapters],

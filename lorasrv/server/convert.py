@@ -139,9 +139,7 @@ def adapter(found: records.Adapter, tiers: Mapping[str, Tier]) -> adapter_pb2.Ad
     )
 
 
-def version(
-    tenant: str, adapter_id: str, found: records.Version, tiers: Mapping[str, Tier]
-) -> adapter_pb2.Version:
+def version(tenant: str, adapter_id: str, found: records.Version, tiers: Mapping[str, Tier]) -> adapter_pb2.Version:
     return adapter_pb2.Version(
         name=version_name(tenant, adapter_id, found.digest),
         digest=found.digest,

@@ -23,9 +23,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         self._desk = desk
         self._started_s = time.monotonic()
 
-    async def GetServerInfo(
-        self, request: server_pb2.GetServerInfoRequest, context: Context
-    ) -> server_pb2.ServerInfo:
+    async def GetServerInfo(self, request: server_pb2.GetServerInfoRequest, context: Context) -> server_pb2.ServerInfo:
         return self._info
 
     async def GetStatus(self, request: server_pb2.GetStatusRequest, context: Context) -> server_pb2.ServerStatus:

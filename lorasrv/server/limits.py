@@ -74,7 +74,9 @@ def check_tokens(token_ids: tuple[int, ...], max_tokens: int | None, limits: Tok
 
 def _check_adapters(adapters: tuple[AdapterRef, ...]) -> AdapterRef:
     if len(adapters) != 1:
-        raise InvalidRequest("adapter", f"{len(adapters)} adapters given; exactly one is accepted ({BASE_ID!r} for none)")
+        raise InvalidRequest(
+            "adapter", f"{len(adapters)} adapters given; exactly one is accepted ({BASE_ID!r} for none)"
+        )
     adapter = adapters[0]
     if not adapter.name:
         raise InvalidRequest("adapter.name", f"is empty; {BASE_ID!r} names the base model")
@@ -102,4 +104,6 @@ def _check_sampling(sampling: SamplingParams) -> None:
         raise InvalidRequest("sampling.stop", f"{len(sampling.stop)} strings; at most {MAX_STOP_STRINGS} are accepted")
     for stop in sampling.stop:
         if not 1 <= len(stop) <= MAX_STOP_CHARS:
-            raise InvalidRequest("sampling.stop", f"a string of {len(stop)} characters; 1 to {MAX_STOP_CHARS} are accepted")
+            raise InvalidRequest(
+                "sampling.stop", f"a string of {len(stop)} characters; 1 to {MAX_STOP_CHARS} are accepted"
+            )

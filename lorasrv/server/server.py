@@ -17,9 +17,9 @@ from lorasrv import __version__
 from lorasrv.config import EngineConfig
 from lorasrv.engine.client import Engine
 from lorasrv.errors import ConfigurationError
+from lorasrv.model.base_shapes import base_shapes
 from lorasrv.model.families import read_architecture
 from lorasrv.server.adapters import AdapterService
-from lorasrv.server.base import read_base_shapes
 from lorasrv.server.boundary import Boundary
 from lorasrv.server.frontdesk import FrontDesk
 from lorasrv.server.generation import GenerationService
@@ -74,11 +74,13 @@ class Server:
 
     def __init__(self, config: ServerConfig, make_engine: Callable[[EngineConfig], Engine]) -> None:
         self._config = config
-        self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="lorasrv-worker")
+        # Two pools: validating uploads takes seconds and must not hold up admissions.
+        self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="lorasrv-admission")
+        self._registry_workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="lorasrv-registry")
         model = config.engine.model
         self._architecture = read_architecture(model.path)
         self._tokenizer = load_tokenizer(Path(model.path))
-        self._base = read_base_shapes(model.path, model.dtype)
+        self._base = base_shapes(model.path, model.dtype)
         self._registry = Registry(Path(config.data_dir), self._base, config.engine.max_rank)
         self._engine = make_engine(replace(config.engine, blob_root=str(self._registry.blob_root)))
         self._health = Health(self._engine)
@@ -123,13 +125,14 @@ class Server:
         if self._grpc is not None:
             await self._grpc.stop(grace=LAST_WORDS_S)
         self._workers.shutdown(wait=True)
+        self._registry_workers.shutdown(wait=True)
         self._registry.close()
 
     def _add_services(self, server: grpc.aio.Server, desk: FrontDesk, info: EngineInfo) -> None:
         tenant = self._config.tenant
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(desk, tenant), server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterService(self._registry, self._engine, tenant, self._workers), server
+            AdapterService(self._registry, self._engine, tenant, self._registry_workers), server
         )
         server_pb2_grpc.add_ServerServiceServicer_to_server(
             ServerService(self._server_info(info), self._engine, desk), server
