@@ -126,9 +126,7 @@ async def _generate_many(jobs: list[Job], concurrency: int, url: str, as_json: b
         if as_json:
             print_json(_record(outcome.index, outcome.job, outcome.result))
         else:
-            print(
-                outcome.result.text if isinstance(outcome.result, generation_pb2.GenerateResponse) else "", flush=True
-            )
+            print("" if isinstance(outcome.result, ClientError) else outcome.result.text, flush=True)
 
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("generating", total=len(jobs))

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import grpc
 import typer
-from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -101,7 +100,7 @@ def message_dict(message: Message) -> dict[str, Any]:
     }
 
 
-def _field_value(field: FieldDescriptor, value: Any) -> Any:
+def _field_value(field: Any, value: Any) -> Any:
     if not field.is_repeated:
         return _value(field, value)
     if isinstance(value, Mapping):
@@ -109,7 +108,7 @@ def _field_value(field: FieldDescriptor, value: Any) -> Any:
     return [_value(field, each) for each in value]
 
 
-def _value(field: FieldDescriptor, value: Any) -> Any:
+def _value(field: Any, value: Any) -> Any:
     if isinstance(value, Duration):
         return value.ToTimedelta().total_seconds()
     if isinstance(value, Timestamp):

@@ -1,10 +1,11 @@
 """What a call can fail with: one class per gRPC code, under one root, with the server's reason and message."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import grpc
-from google.rpc import error_details_pb2
-from grpc_status import rpc_status
+from google.rpc import error_details_pb2, status_pb2
+
+DETAILS_KEY = "grpc-status-details-bin"
 
 
 class ClientError(Exception):
@@ -90,10 +91,10 @@ def error_from_call(error: grpc.RpcError) -> ClientError:
 
 
 def _error_info(error: grpc.RpcError) -> error_details_pb2.ErrorInfo | None:
-    trailers = error.trailing_metadata() or ()  # pyright: ignore[reportAttributeAccessIssue]
-    packed = dict(trailers).get(rpc_status.GRPC_DETAILS_METADATA_KEY)
+    trailers: Any = error.trailing_metadata() or ()  # pyright: ignore[reportAttributeAccessIssue]
+    packed: bytes | None = next((value for key, value in trailers if key == DETAILS_KEY), None)
     if packed is None:
         return None
     info = error_details_pb2.ErrorInfo()
-    status = rpc_status.status_pb2.Status.FromString(packed)
+    status = status_pb2.Status.FromString(packed)
     return next((info for detail in status.details if detail.Unpack(info)), None)

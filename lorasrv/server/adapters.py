@@ -39,10 +39,10 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return convert.upload(await self._run(self._registry.create_upload, tenant, request.adapter_id, files))
 
     async def WriteUpload(
-        self, requests: AsyncIterator[adapter_pb2.WriteUploadRequest], context: Context
+        self, request_iterator: AsyncIterator[adapter_pb2.WriteUploadRequest], context: Context
     ) -> adapter_pb2.Upload:
         upload_name, file, writer = "", "", None
-        async for message in requests:
+        async for message in request_iterator:
             wanted = (message.upload or upload_name, message.file or file)
             if writer is None or wanted != (upload_name, file):
                 upload_name, file = wanted

@@ -1,4 +1,4 @@
-"""The edge of the server: every call of ours is parsed, run and answered here, so that each failure is a described one."""
+"""The edge of the server: every call of ours is parsed, run and answered here, so that each failure is described."""
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
@@ -24,10 +24,10 @@ class Boundary(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
-        handler: Any = await continuation(handler_call_details)
+    ) -> Any:
+        handler = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith(PACKAGE_PREFIX):
             return handler
         if handler.request_streaming:

@@ -3,7 +3,7 @@
 import asyncio
 
 from grpc_health.v1 import health_pb2
-from grpc_health.v1.health import aio as health_aio
+from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
 
 from lorasrv.engine.client import Engine, EngineState
 
