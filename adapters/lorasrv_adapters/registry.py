@@ -67,7 +67,8 @@ class Registry:
         with ExitStack() as undo, storage_errors():
             make_folder(data_dir)
             undo.callback(_own_folder(data_dir).close)
-            self.blobs = BlobStore(data_dir / "blobs")
+            self.blob_root = data_dir / "blobs"
+            self.blobs = BlobStore(self.blob_root)
             self._staging = Staging(data_dir / "staging")
             self._catalogue = Catalogue(data_dir / "catalogue.sqlite3")
             undo.callback(self._catalogue.close)

@@ -1,1 +1,7 @@
 """Client library; loads no torch."""
+
+from lorasrv.client.aio import AsyncClient
+from lorasrv.client.client import Client
+from lorasrv.client.errors import ClientError
+
+__all__ = ["AsyncClient", "Client", "ClientError"]

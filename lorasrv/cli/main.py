@@ -1,0 +1,36 @@
+"""`lorasrv`: one command, a verb per file."""
+
+from typing import Annotated
+
+import typer
+
+from lorasrv import __version__
+from lorasrv.cli import adapters, generate, serve, status
+from lorasrv.cli.output import EXIT_CODES
+
+app = typer.Typer(
+    help="Serve one base model with thousands of LoRA adapters.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("serve")(serve.serve)
+app.command("generate")(generate.generate)
+app.command("status")(status.status)
+app.add_typer(adapters.app, name="adapters")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lorasrv {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def lorasrv(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Serve one base model with thousands of LoRA adapters."""

@@ -1,0 +1,52 @@
+"""`lorasrv serve`: start a server and stay."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import platformdirs
+import typer
+
+from lorasrv.cli.output import JsonOption, reported_errors
+from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
+
+
+def serve(
+    model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The base model's Hugging Face folder.")],
+    dtype: Annotated[DType, typer.Option(help="How weights and KV are held.")] = "float32",
+    device: Annotated[str, typer.Option(help="A torch device, say cpu or cuda:0.")] = "cpu",
+    pool_gib: Annotated[float | None, typer.Option(min=0, help="Size of the page pool.")] = None,
+    pool_mib: Annotated[float | None, typer.Option(min=0, help="The same in MiB; 256 by default.")] = None,
+    listen: Annotated[str, typer.Option(help="Loopback HOST:PORT; port 0 picks a free one.")] = "127.0.0.1:8470",
+    data_dir: Annotated[Path | None, typer.Option(help="The registry; in the user's data folder by default.")] = None,
+    dummy_weights: Annotated[
+        bool, typer.Option("--dummy-weights", help="Random weights of the config's shape.")
+    ] = False,
+    max_running: Annotated[int, typer.Option(help="Requests in one step.")] = 64,
+    max_step_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
+    max_rank: Annotated[int, typer.Option(min=1, help="The largest adapter rank that is accepted.")] = 256,
+    grace_s: Annotated[float, typer.Option(min=0, help="How long streams may go on after SIGTERM.")] = 10.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Serve a base model and the adapters pushed to it; prints one READY line and stays until SIGTERM or SIGINT."""
+    if pool_gib is not None and pool_mib is not None:
+        raise typer.BadParameter("give --pool-gib or --pool-mib, not both")
+    pool_bytes = int(pool_gib * 2**30) if pool_gib is not None else int((256 if pool_mib is None else pool_mib) * 2**20)
+    with reported_errors():
+        # Needs the server's packages, which the client alone does not install.
+        from lorasrv.server.serve import serve as run
+        from lorasrv.server.server import ServerConfig
+
+        config = ServerConfig(
+            engine=EngineConfig(
+                model=ModelConfig(path=str(model), dtype=dtype, device=device, dummy_weights=dummy_weights),
+                pool=PoolConfig(pool_bytes=pool_bytes),
+                scheduler=SchedulerConfig(max_running=max_running, max_step_tokens=max_step_tokens),
+                max_rank=max_rank,
+            ),
+            data_dir=str(data_dir or platformdirs.user_data_dir("lorasrv")),
+            listen=listen,
+            grace_s=grace_s,
+        )
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        run(config, lambda line: print(line, flush=True), as_json=as_json)

@@ -1,0 +1,97 @@
+"""What the sync and the async client share: addresses, requests, and an adapter folder as upload messages."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from lorasrv.v1 import adapter_pb2, generation_pb2
+
+Event = generation_pb2.Started | generation_pb2.Delta | generation_pb2.Finished
+
+DEFAULT_URL = "127.0.0.1:8470"
+DEFAULT_TENANT = "default"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+CHUNK_BYTES = 1 << 20
+
+CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    # Channels of one process would otherwise share one connection, and its flow control.
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+
+def target_of(url: str) -> str:
+    """`HOST:PORT` of a URL, which may say http://; raises ValueError."""
+    target = url.removeprefix("http://").rstrip("/")
+    host, colon, port = target.rpartition(":")
+    if not host or not colon or not port.isdigit() or "/" in target:
+        raise ValueError(f"{url!r} is not HOST:PORT or http://HOST:PORT")
+    return target
+
+
+def generate_request(
+    prompt: str | Sequence[int],
+    *,
+    adapter: str,
+    scale: float | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    max_tokens: int | None = None,
+    stop: Sequence[str] = (),
+    generation_id: str = "",
+) -> generation_pb2.GenerateRequest:
+    """A request; what is None is left to the server's defaults."""
+    request = generation_pb2.GenerateRequest(
+        adapter=[generation_pb2.AdapterRef(name=adapter, scale=scale)],
+        sampling=generation_pb2.SamplingParams(
+            temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens, stop=stop
+        ),
+        generation_id=generation_id,
+    )
+    if isinstance(prompt, str):
+        request.text = prompt
+    else:
+        request.tokens.CopyFrom(generation_pb2.TokenIds(ids=prompt))
+    return request
+
+
+def event_of(response: generation_pb2.GenerateStreamResponse) -> Event | None:
+    """The event of a response; None for a kind that this client does not know yet."""
+    match response.WhichOneof("event"):
+        case "started":
+            return response.started
+        case "delta":
+            return response.delta
+        case "finished":
+            return response.finished
+        case _:
+            return None
+
+
+def upload_files(folder: Path) -> list[adapter_pb2.UploadFile]:
+    """The files of a PEFT folder that make the adapter, with their digests; raises FileNotFoundError."""
+    files: list[adapter_pb2.UploadFile] = []
+    for name in ADAPTER_FILES:
+        with (folder / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files.append(adapter_pb2.UploadFile(name=name, size_bytes=file.tell(), sha256=digest))
+    return files
+
+
+def write_requests(folder: Path, upload: adapter_pb2.Upload) -> Iterator[adapter_pb2.WriteUploadRequest]:
+    """What the server has not committed yet, in messages of at most 1 MiB."""
+    for wanted in upload.files:
+        offset = wanted.committed_bytes
+        with (folder / wanted.name).open("rb") as file:
+            file.seek(offset)
+            while offset < wanted.size_bytes and (data := file.read(CHUNK_BYTES)):
+                yield adapter_pb2.WriteUploadRequest(
+                    upload=upload.name, file=wanted.name, offset_bytes=offset, data=data
+                )
+                offset += len(data)
+
+
+def committed_bytes(upload: adapter_pb2.Upload) -> int:
+    return sum(file.committed_bytes for file in upload.files)

@@ -1,0 +1,100 @@
+"""The edge of the server: every call of ours is parsed, run and answered here, so that each failure is described."""
+
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from lorasrv.errors import InvalidRequest
+from lorasrv.server.status import describe, is_described
+
+log = logging.getLogger(__name__)
+
+PACKAGE_PREFIX = "/lorasrv.v1."
+
+
+class Boundary(grpc.aio.ServerInterceptor):
+    """Takes parsing out of gRPC's hands, whose answer to malformed bytes is UNKNOWN, and maps errors to statuses.
+
+    An error of ours becomes its status; any other is logged with its traceback and masked as INTERNAL.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(PACKAGE_PREFIX):
+            return handler
+        if handler.request_streaming:
+            call = _stream_unary(handler.stream_unary, handler.request_deserializer)
+            return grpc.stream_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
+        if handler.response_streaming:
+            call = _unary_stream(handler.unary_stream, handler.request_deserializer)
+            return grpc.unary_stream_rpc_method_handler(call, response_serializer=handler.response_serializer)
+        call = _unary_unary(handler.unary_unary, handler.request_deserializer)
+        return grpc.unary_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
+
+
+def _unary_unary(behaviour: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any]) -> Callable[..., Any]:
+    async def call(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await behaviour(_parsed(data, parse), context)
+        except Exception as error:
+            await _fail(context, error)
+
+    return call
+
+
+def _unary_stream(
+    behaviour: Callable[..., AsyncGenerator[Any, None]], parse: Callable[[bytes], Any]
+) -> Callable[..., Any]:
+    async def call(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        try:
+            # Written here rather than yielded: when the client is gone the generator is closed now, not by the
+            # garbage collector.
+            async with aclosing(behaviour(_parsed(data, parse), context)) as responses:
+                async for response in responses:
+                    await context.write(response)
+        except Exception as error:
+            await _fail(context, error)
+
+    return call
+
+
+def _stream_unary(behaviour: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any]) -> Callable[..., Any]:
+    async def call(chunks: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        async def requests() -> AsyncGenerator[Any, None]:
+            async for data in chunks:
+                yield _parsed(data, parse)
+
+        try:
+            async with aclosing(requests()) as messages:
+                return await behaviour(messages, context)
+        except Exception as error:
+            await _fail(context, error)
+
+    return call
+
+
+def _parsed(data: bytes, parse: Callable[[bytes], Any]) -> Any:
+    try:
+        return parse(data)
+    except DecodeError as error:
+        # Its text may quote the bytes; ours is fixed.
+        raise InvalidRequest("", f"a message of {len(data)} bytes is not a valid protobuf message") from error
+
+
+async def _fail(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> NoReturn:
+    if context.done():
+        # The caller is gone, and what failed is the writing to it.
+        raise error
+    if not is_described(error):
+        log.error("a call failed on our side", exc_info=error)
+    status = describe(error)
+    await context.abort(status.code, status.details, status.trailing_metadata)
+    raise AssertionError("abort returned")

@@ -1,0 +1,198 @@
+"""Protobuf to our types and back: nothing is checked or decided here."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from datetime import timedelta
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+from lorasrv_adapters import records
+from lorasrv_adapters.reference import adapter_name, upload_name, version_name
+
+from lorasrv.engine.client import EngineState
+from lorasrv.server.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
+from lorasrv.types import EngineStatus, FinishReason, SamplingParams, Tier
+from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
+
+FINISH_REASONS = {
+    FinishReason.EOS: generation_pb2.FINISH_REASON_EOS,
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+}
+
+TIERS = {
+    Tier.DISK: adapter_pb2.TIER_DISK,
+    Tier.READING: adapter_pb2.TIER_READING,
+    Tier.HOST: adapter_pb2.TIER_HOST,
+    Tier.DEVICE: adapter_pb2.TIER_DEVICE,
+    Tier.FAILED: adapter_pb2.TIER_FAILED,
+}
+
+ENGINE_STATES = {
+    "starting": server_pb2.ENGINE_STATE_STARTING,
+    "ready": server_pb2.ENGINE_STATE_READY,
+    "unavailable": server_pb2.ENGINE_STATE_UNAVAILABLE,
+}
+
+UPLOAD_STATES = {
+    records.UploadState.RECEIVING: adapter_pb2.UPLOAD_STATE_RECEIVING,
+    records.UploadState.VALIDATING: adapter_pb2.UPLOAD_STATE_VALIDATING,
+    records.UploadState.PUBLISHED: adapter_pb2.UPLOAD_STATE_PUBLISHED,
+    records.UploadState.FAILED: adapter_pb2.UPLOAD_STATE_FAILED,
+}
+
+
+def generation_request(request: generation_pb2.GenerateRequest, tenant: str) -> GenerationRequest:
+    prompt: str | tuple[int, ...] | None = None
+    match request.WhichOneof("prompt"):
+        case "text":
+            prompt = request.text
+        case "tokens":
+            prompt = tuple(request.tokens.ids)
+        case _:
+            pass
+    return GenerationRequest(
+        tenant=tenant,
+        adapters=tuple(
+            AdapterRef(name=ref.name, scale=ref.scale if ref.HasField("scale") else None) for ref in request.adapter
+        ),
+        prompt=prompt,
+        sampling=sampling_params(request.sampling),
+        generation_id=request.generation_id or None,
+    )
+
+
+def sampling_params(sampling: generation_pb2.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
+        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+        top_k=sampling.top_k or None,
+        seed=sampling.seed if sampling.HasField("seed") else None,
+        max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
+        stop=tuple(sampling.stop),
+    )
+
+
+def stream_response(event: Event) -> generation_pb2.GenerateStreamResponse:
+    match event:
+        case Started():
+            return generation_pb2.GenerateStreamResponse(started=started(event))
+        case Delta():
+            delta = generation_pb2.Delta(text=event.text, token_ids=event.token_ids)
+            return generation_pb2.GenerateStreamResponse(delta=delta)
+        case Finished():
+            return generation_pb2.GenerateStreamResponse(finished=finished(event))
+
+
+def started(event: Started) -> generation_pb2.Started:
+    return generation_pb2.Started(
+        generation_id=event.generation_id,
+        version_digest=event.version_digest or "",
+        prompt_tokens=event.prompt_tokens,
+        seed=event.seed,
+    )
+
+
+def finished(event: Finished) -> generation_pb2.Finished:
+    first = event.time_to_first_token_s
+    return generation_pb2.Finished(
+        reason=FINISH_REASONS[event.reason],
+        stop=event.stop or "",
+        usage=generation_pb2.Usage(prompt_tokens=event.prompt_tokens, completion_tokens=event.completion_tokens),
+        timings=generation_pb2.Timings(
+            time_to_first_token=None if first is None else duration(first), total=duration(event.total_s)
+        ),
+    )
+
+
+def upload_files(files: Iterable[adapter_pb2.UploadFile]) -> tuple[records.UploadFile, ...]:
+    return tuple(records.UploadFile(name=file.name, size_bytes=file.size_bytes, sha256=file.sha256) for file in files)
+
+
+def upload(found: records.Upload) -> adapter_pb2.Upload:
+    return adapter_pb2.Upload(
+        name=upload_name(found.tenant, found.upload_id),
+        adapter=adapter_name(found.tenant, found.adapter_id),
+        state=UPLOAD_STATES[found.state],
+        files=[
+            adapter_pb2.UploadFile(
+                name=file.name, size_bytes=file.size_bytes, sha256=file.sha256, committed_bytes=file.committed_bytes
+            )
+            for file in found.files
+        ],
+        errors=[adapter_pb2.UploadError(reason=error.reason, message=str(error)) for error in found.errors],
+        version=None if found.version is None else version(found.tenant, found.adapter_id, found.version, {}),
+        create_time=timestamp(found.create_time),
+        expire_time=timestamp(found.expire_time),
+    )
+
+
+def adapter(found: records.Adapter, tiers: Mapping[str, Tier]) -> adapter_pb2.Adapter:
+    """`tiers` by digest; a version that is not there is on disk only."""
+    return adapter_pb2.Adapter(
+        name=adapter_name(found.tenant, found.adapter_id),
+        adapter_id=found.adapter_id,
+        tags=found.tags,
+        versions=[version(found.tenant, found.adapter_id, each, tiers) for each in found.versions],
+        create_time=timestamp(found.create_time),
+        update_time=timestamp(found.update_time),
+    )
+
+
+def version(tenant: str, adapter_id: str, found: records.Version, tiers: Mapping[str, Tier]) -> adapter_pb2.Version:
+    return adapter_pb2.Version(
+        name=version_name(tenant, adapter_id, found.digest),
+        digest=found.digest,
+        min_rank=found.rank_min,
+        max_rank=found.rank_max,
+        target_modules=found.target_modules,
+        size_bytes=found.size_bytes,
+        base_fingerprint=found.fingerprint,
+        create_time=timestamp(found.create_time),
+        tier=TIERS[tiers.get(found.digest, Tier.DISK)],
+    )
+
+
+def server_status(
+    state: EngineState, status: EngineStatus | None, adapter_id_of: Callable[[str], str | None], uptime_s: float
+) -> server_pb2.ServerStatus:
+    """`status` None while the engine cannot tell."""
+    message = server_pb2.ServerStatus(state=ENGINE_STATES[state], uptime=duration(uptime_s))
+    if status is None:
+        return message
+    message.pool.CopyFrom(
+        server_pb2.PoolStatus(
+            num_pages=status.pool.num_pages,
+            free_pages=status.pool.free,
+            retiring_pages=status.pool.retiring,
+            sequence_pages=status.pool.sequences,
+            adapter_pages=status.pool.adapters,
+        )
+    )
+    message.running_requests = status.running
+    message.waiting_requests = status.waiting
+    message.adapter_pins = status.pins
+    message.adapters.extend(
+        server_pb2.AdapterStatus(
+            adapter_id=adapter_id_of(each.digest) or "",
+            version_digest=each.digest,
+            tier=TIERS[each.tier],
+            num_pages=each.num_pages,
+            pins=each.pins,
+        )
+        for each in status.adapters
+    )
+    message.counters.CopyFrom(server_pb2.Counters(**asdict(status.counters)))
+    return message
+
+
+def timestamp(unix_s: float) -> Timestamp:
+    message = Timestamp()
+    message.FromNanoseconds(int(unix_s * 1e9))
+    return message
+
+
+def duration(seconds: float) -> Duration:
+    message = Duration()
+    message.FromTimedelta(timedelta(seconds=seconds))
+    return message

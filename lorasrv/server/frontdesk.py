@@ -1,0 +1,201 @@
+"""Admission, below all front ends: look up and pin the adapter, tokenize, check, submit, and turn tokens to text."""
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from concurrent.futures import Executor, Future
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from lorasrv_adapters.records import ResolvedVersion
+from tokenizers import Tokenizer
+
+from lorasrv.engine.client import Engine
+from lorasrv.engine.text import TextStream
+from lorasrv.errors import EngineUnavailable, GenerationExists
+from lorasrv.server.limits import TokenLimits, check_request, check_tokens
+from lorasrv.server.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
+from lorasrv.types import BASE_ID, AdapterUse, EngineRequest, FinishReason, TokenDelta
+
+
+class Versions(Protocol):
+    """The part of the registry that admission needs. May block; safe to call from worker threads."""
+
+    def acquire(self, tenant: str, reference: str) -> ResolvedVersion: ...
+
+    def unpin(self, digest: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Admission:
+    """An admitted generation, on its way to its end."""
+
+    generation_id: str
+    engine_request: EngineRequest
+    stop: tuple[str, ...]
+    received_s: float
+
+
+class FrontDesk:
+    """Follows generations from the call to the last event. Belongs to the event loop; what blocks goes to `workers`."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        limits: TokenLimits,
+        versions: Versions,
+        tokenizer: Tokenizer,
+        workers: Executor,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._engine = engine
+        self._limits = limits
+        self._versions = versions
+        self._tokenizer = tokenizer
+        self._workers = workers
+        self._clock = clock
+        self._running: set[tuple[str, str]] = set()
+        self._adapter_ids: dict[str, str] = {}
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def adapter_id(self, digest: str) -> str | None:
+        """What a version that was asked for here is called; the name it was last asked for by, if it has several."""
+        return self._adapter_ids.get(digest)
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
+        """One Started, then Deltas, then one Finished. Closing the generator early cancels the engine's work.
+
+        Raises the errors of `limits`, GenerationExists, EngineUnavailable, the registry's errors for the adapter, and
+        what the engine raises.
+        """
+        received_s = self._clock()
+        adapter = check_request(request)
+        generation_id = request.generation_id or uuid.uuid4().hex
+        with self._register(request.tenant, generation_id):
+            async with self._pinned(request.tenant, adapter) as use:
+                admission = Admission(
+                    generation_id=generation_id,
+                    engine_request=await self._admit(request, use),
+                    stop=request.sampling.stop,
+                    received_s=received_s,
+                )
+                yield Started(
+                    generation_id=generation_id,
+                    version_digest=None if use is None else use.digest,
+                    prompt_tokens=len(admission.engine_request.token_ids),
+                    seed=admission.engine_request.seed,
+                )
+                async with aclosing(self._follow(admission)) as events:
+                    async for event in events:
+                        yield event
+
+    async def drain(self, grace_s: float) -> bool:
+        """Admit nothing more and wait for what runs; False when some still runs after `grace_s`."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_s)
+        except TimeoutError:
+            return False
+        return True
+
+    @contextmanager
+    def _register(self, tenant: str, generation_id: str) -> Iterator[None]:
+        if self._draining:
+            raise EngineUnavailable("the server is shutting down")
+        key = (tenant, generation_id)
+        if key in self._running:
+            raise GenerationExists(f"generation {generation_id!r} is running already")
+        self._running.add(key)
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._running.remove(key)
+            if not self._running:
+                self._idle.set()
+
+    @asynccontextmanager
+    async def _pinned(self, tenant: str, adapter: AdapterRef) -> AsyncIterator[AdapterUse | None]:
+        """The version that the reference means now, kept from deletion until the block is left; None for the base."""
+        if adapter.name == BASE_ID:
+            yield None
+            return
+        pinning = self._workers.submit(self._versions.acquire, tenant, adapter.name)
+        try:
+            version = await asyncio.shield(asyncio.wrap_future(pinning))
+            self._adapter_ids[version.digest] = version.adapter_id
+            yield AdapterUse(digest=version.digest, scale=1.0 if adapter.scale is None else adapter.scale)
+        finally:
+            # Shielded, and waiting for `pinning` in the worker: a cancelled call gives its pin back too.
+            await asyncio.shield(asyncio.wrap_future(self._workers.submit(self._unpin, pinning)))
+
+    def _unpin(self, pinning: Future[ResolvedVersion]) -> None:
+        if pinning.exception() is None:
+            self._versions.unpin(pinning.result().digest)
+
+    async def _admit(self, request: GenerationRequest, use: AdapterUse | None) -> EngineRequest:
+        sampling = request.sampling
+        token_ids = await self._tokenize(request.prompt or "")
+        return EngineRequest(
+            # Generation ids are a tenant's own; the engine knows no tenants.
+            request_id=uuid.uuid4().hex,
+            token_ids=token_ids,
+            adapter=use,
+            max_tokens=check_tokens(token_ids, sampling.max_tokens, self._limits),
+            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+        )
+
+    async def _tokenize(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
+        if not isinstance(prompt, str):
+            return prompt
+        encode = self._tokenizer.encode
+        encoding = await asyncio.get_running_loop().run_in_executor(self._workers, encode, prompt)
+        return tuple(encoding.ids)
+
+    async def _follow(self, admission: Admission) -> AsyncGenerator[Event, None]:
+        request = admission.engine_request
+        text = TextStream(self._tokenizer, request.token_ids, admission.stop)
+        first_token_s: float | None = None
+        num_tokens = 0
+        async with aclosing(self._engine.stream(request)) as deltas:
+            async for delta in deltas:
+                if delta.token_ids and first_token_s is None:
+                    first_token_s = self._clock() - admission.received_s
+                piece = text.push(_visible(delta))
+                reason = FinishReason.STOP if piece.stop is not None else delta.finish
+                # Tokens that were generated behind a stop string in the same delta are not the caller's.
+                kept = delta.token_ids if piece.stop is None else delta.token_ids[: text.num_tokens - num_tokens]
+                num_tokens += len(kept)
+                if reason is None:
+                    yield Delta(text=piece.text, token_ids=kept)
+                    continue
+                tail = text.finish()
+                yield Delta(text=piece.text + tail.text, token_ids=kept)
+                yield Finished(
+                    reason=reason if tail.stop is None else FinishReason.STOP,
+                    stop=tail.stop,
+                    prompt_tokens=len(request.token_ids),
+                    completion_tokens=num_tokens,
+                    time_to_first_token_s=first_token_s,
+                    total_s=self._clock() - admission.received_s,
+                )
+                return
+        raise EngineUnavailable("the engine ended the generation without a result")
+
+
+def _visible(delta: TokenDelta) -> tuple[int, ...]:
+    """The tokens that become text: an end-of-sequence token counts, but is not text."""
+    return delta.token_ids[:-1] if delta.finish is FinishReason.EOS else delta.token_ids

@@ -1,0 +1,47 @@
+"""GenerationService: convert, ask the front desk, convert."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+
+from lorasrv.server import convert
+from lorasrv.server.frontdesk import FrontDesk
+from lorasrv.server.requests import Delta, Finished, Started
+from lorasrv.v1 import generation_pb2, generation_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """Every call is of `tenant` until there are credentials."""
+
+    def __init__(self, desk: FrontDesk, tenant: str) -> None:
+        self._desk = desk
+        self._tenant = tenant
+
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> generation_pb2.GenerateResponse:
+        response = generation_pb2.GenerateResponse()
+        text: list[str] = []
+        async with aclosing(self._desk.generate(convert.generation_request(request, self._tenant))) as events:
+            async for event in events:
+                match event:
+                    case Started():
+                        response.started.CopyFrom(convert.started(event))
+                    case Delta():
+                        text.append(event.text)
+                        response.token_ids.extend(event.token_ids)
+                    case Finished():
+                        response.finished.CopyFrom(convert.finished(event))
+        response.text = "".join(text)
+        return response
+
+    async def GenerateStream(
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> AsyncGenerator[generation_pb2.GenerateStreamResponse, None]:
+        async with aclosing(self._desk.generate(convert.generation_request(request, self._tenant))) as events:
+            async for event in events:
+                yield convert.stream_response(event)

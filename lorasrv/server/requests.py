@@ -1,0 +1,57 @@
+"""What a front end hands to the front desk, and what it gets back: plain frozen values, no protobuf."""
+
+from dataclasses import dataclass, field
+
+from lorasrv.types import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRef:
+    """An adapter as a caller names it; `scale` None means 1."""
+
+    name: str
+    scale: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One call, unchecked. `prompt` is text, token ids, or None when the caller set neither."""
+
+    tenant: str
+    adapters: tuple[AdapterRef, ...]
+    prompt: str | tuple[int, ...] | None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    generation_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """The generation was admitted. `version_digest` None is the base model."""
+
+    generation_id: str
+    version_digest: str | None
+    prompt_tokens: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """What followed: whole characters, and the tokens they came from or will come from."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The end. `stop` is the string that matched; times count from the receipt of the call."""
+
+    reason: FinishReason
+    stop: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    time_to_first_token_s: float | None
+    total_s: float
+
+
+Event = Started | Delta | Finished

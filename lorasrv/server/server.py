@@ -1,0 +1,183 @@
+"""A running server: everything `lorasrv serve` holds, built in order and taken down in the opposite one."""
+
+import ipaddress
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from lorasrv_adapters.registry import Registry
+from tokenizers import Tokenizer
+
+from lorasrv import __version__
+from lorasrv.config import EngineConfig
+from lorasrv.engine.client import Engine
+from lorasrv.errors import ConfigurationError
+from lorasrv.model.base_shapes import base_shapes
+from lorasrv.model.families import read_architecture
+from lorasrv.server.adapters import AdapterService
+from lorasrv.server.boundary import Boundary
+from lorasrv.server.frontdesk import FrontDesk
+from lorasrv.server.generation import GenerationService
+from lorasrv.server.health import ALWAYS_SERVING, FOLLOW_ENGINE, Health
+from lorasrv.server.info import ServerService
+from lorasrv.server.limits import TokenLimits
+from lorasrv.types import EngineInfo
+from lorasrv.v1 import adapter_pb2_grpc, generation_pb2_grpc, server_pb2, server_pb2_grpc
+
+MAX_MESSAGE_BYTES = 4 << 20
+NUM_WORKERS = 4
+LAST_WORDS_S = 0.5
+
+log = logging.getLogger(__name__)
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 16 << 10),
+    # Two servers on one port would share its connections; the second one is to fail.
+    ("grpc.so_reuseport", 0),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """All that a serving process needs. `engine.blob_root` is set here, from `data_dir`.
+
+    `listen` is HOST:PORT, port 0 picks a free one; without credentials the host has to be a loopback address.
+    `grace_s` is how long streams may go on once the server has been told to stop.
+    """
+
+    engine: EngineConfig
+    data_dir: str
+    listen: str = "127.0.0.1:8470"
+    tenant: str = "default"
+    grace_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        host, colon, port = self.listen.rpartition(":")
+        if not colon or not port.isdigit() or int(port) > 65535:
+            raise ConfigurationError(f"listen address {self.listen!r} is not HOST:PORT")
+        if not _is_loopback(host):
+            raise ConfigurationError(
+                f"listen address {self.listen!r} is not a loopback address: without credentials nothing else is served"
+            )
+        if self.grace_s < 0:
+            raise ConfigurationError(f"grace_s {self.grace_s} is negative")
+
+
+class Server:
+    """Owned by one event loop: `start`, `drain`, `close`, each once; `close` undoes what `start` could not finish."""
+
+    def __init__(self, config: ServerConfig, make_engine: Callable[[EngineConfig], Engine]) -> None:
+        self._config = config
+        # Two pools: validating uploads takes seconds and must not hold up admissions.
+        self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="lorasrv-admission")
+        self._registry_workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="lorasrv-registry")
+        model = config.engine.model
+        self._architecture = read_architecture(model.path)
+        self._tokenizer = load_tokenizer(Path(model.path))
+        self._base = base_shapes(model.path, model.dtype)
+        self._registry = Registry(Path(config.data_dir), self._base, config.engine.max_rank)
+        self._engine = make_engine(replace(config.engine, blob_root=str(self._registry.blob_root)))
+        self._health = Health(self._engine)
+        self._desk: FrontDesk | None = None
+        self._grpc: grpc.aio.Server | None = None
+
+    async def start(self) -> str:
+        """Serve; returns the bound address. The port is taken first: a server that cannot have it loads no model."""
+        server = grpc.aio.server(interceptors=[Boundary()], options=_OPTIONS)
+        host = self._config.listen.rpartition(":")[0]
+        try:
+            port = server.add_insecure_port(self._config.listen)
+        except RuntimeError:
+            raise ConfigurationError(f"cannot listen on {self._config.listen}: is it in use?") from None
+        info = await self._engine.start()
+        self._desk = FrontDesk(
+            engine=self._engine,
+            limits=TokenLimits.of(info),
+            versions=self._registry,
+            tokenizer=self._tokenizer,
+            workers=self._workers,
+        )
+        self._add_services(server, self._desk, info)
+        await self._health.start()
+        await server.start()
+        self._grpc = server
+        return f"{host}:{port}"
+
+    async def drain(self, grace_s: float) -> None:
+        """Admit no more generations, and wait up to `grace_s` for those that run."""
+        await self._health.leave()
+        if self._desk is not None and not await self._desk.drain(grace_s):
+            log.warning("%d generations outlived the grace time of %g s", self._desk.num_running, grace_s)
+
+    async def close(self) -> None:
+        """End it all: what still runs ends with UNAVAILABLE."""
+        await self._health.leave()
+        await self._engine.close()
+        if self._desk is not None:
+            # The streams that the engine's end has broken get to say so.
+            await self._desk.drain(grace_s=LAST_WORDS_S)
+        if self._grpc is not None:
+            await self._grpc.stop(grace=LAST_WORDS_S)
+        self._workers.shutdown(wait=True)
+        self._registry_workers.shutdown(wait=True)
+        self._registry.close()
+
+    def _add_services(self, server: grpc.aio.Server, desk: FrontDesk, info: EngineInfo) -> None:
+        tenant = self._config.tenant
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(desk, tenant), server)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
+            AdapterService(self._registry, self._engine, tenant, self._registry_workers), server
+        )
+        server_pb2_grpc.add_ServerServiceServicer_to_server(
+            ServerService(self._server_info(info), self._engine, desk), server
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
+        names = (*ALWAYS_SERVING, *filter(None, FOLLOW_ENGINE), "grpc.health.v1.Health", reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+
+    def _server_info(self, info: EngineInfo) -> server_pb2.ServerInfo:
+        return server_pb2.ServerInfo(
+            version=__version__,
+            base_model=server_pb2.BaseModel(
+                name=self._architecture.name,
+                architecture=self._architecture.architecture,
+                dtype=info.dtype,
+                device=info.device,
+                fingerprint=self._base.fingerprint,
+                context_tokens=info.context_tokens,
+                vocab_size=info.vocab_size,
+            ),
+            max_rank=self._config.engine.max_rank,
+            block_tokens=info.block_tokens,
+            page_bytes=info.page_bytes,
+            num_pages=info.num_pages,
+        )
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The model's tokenizer.json, special tokens included as it says; raises ConfigurationError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigurationError(f"{folder.name} has no tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ConfigurationError(f"{folder.name}/tokenizer.json cannot be read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
