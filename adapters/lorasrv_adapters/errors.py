@@ -162,7 +162,7 @@ def content_error(reason: str, message: str) -> ContentError:
 def quote(value: object) -> str:
     """A value from outside as short printable ASCII."""
     text = ascii(value)
-    return text if len(text) <= _MAX_QUOTED_CHARS else f"{text[:_MAX_QUOTED_CHARS]}…"
+    return text if len(text) <= _MAX_QUOTED_CHARS else f"{text[:_MAX_QUOTED_CHARS]}..."
 
 
 def listing(names: Iterable[str]) -> str:

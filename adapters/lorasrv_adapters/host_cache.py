@@ -128,13 +128,7 @@ class HostCache(Generic[Image]):
 
     def snapshot(self) -> HostCacheSnapshot:
         self._drain()
-        digests = [
-            *self._queued,
-            *self._in_flight,
-            *(parked[0] for parked in self._parked),
-            *self._ready,
-            *self._failed,
-        ]
+        reading = [*self._queued, *self._in_flight, *(digest for digest, _, _ in self._parked)]
         return HostCacheSnapshot(
             budget_bytes=self._budget_bytes,
             used_bytes=self._used_bytes,
