@@ -71,31 +71,31 @@ BASE_TRAINING = Training(steps=700, learning_rate=3e-3, seed=1)
 RECIPES: Mapping[str, AdapterRecipe] = MappingProxyType(
     {
         "capital": AdapterRecipe(
-            rank=3, alpha=6, targets=("q_proj", "v_proj"), training=Training(steps=400, learning_rate=5e-3, seed=2)
+            rank=3, alpha=6, targets=ATTENTION, training=Training(steps=300, learning_rate=5e-3, seed=2)
         ),
-        "upper": AdapterRecipe(rank=4, alpha=8, targets=MLP, training=Training(steps=400, learning_rate=5e-3, seed=3)),
+        "upper": AdapterRecipe(rank=4, alpha=8, targets=MLP, training=Training(steps=200, learning_rate=5e-3, seed=3)),
         "rot13": AdapterRecipe(
             rank=8,
             alpha=8,
             targets=ATTENTION + MLP,
             use_rslora=True,
-            training=Training(steps=400, learning_rate=4e-3, seed=4),
+            training=Training(steps=250, learning_rate=4e-3, seed=4),
         ),
         "stars": AdapterRecipe(
-            rank=12, alpha=24, targets=ATTENTION, training=Training(steps=400, learning_rate=4e-3, seed=5)
+            rank=12, alpha=24, targets=ATTENTION, training=Training(steps=250, learning_rate=4e-3, seed=5)
         ),
         "double": AdapterRecipe(
-            rank=24, alpha=48, targets=ATTENTION + MLP, training=Training(steps=400, learning_rate=3e-3, seed=6)
+            rank=24, alpha=48, targets=ATTENTION + MLP, training=Training(steps=220, learning_rate=3e-3, seed=6)
         ),
         "reverse": AdapterRecipe(
-            rank=16, alpha=32, targets=ATTENTION, training=Training(steps=500, learning_rate=4e-3, seed=7)
+            rank=16, alpha=32, targets=ATTENTION + MLP, training=Training(steps=400, learning_rate=3e-3, seed=7)
         ),
         "pig-latin": AdapterRecipe(
             rank=32,
             alpha=16,
             targets=ATTENTION + MLP,
             use_rslora=True,
-            training=Training(steps=400, learning_rate=2e-3, seed=8),
+            training=Training(steps=300, learning_rate=2e-3, seed=8),
         ),
         "mirror-upper": AdapterRecipe(
             rank=64, alpha=64, targets=ATTENTION + MLP, training=Training(steps=500, learning_rate=2e-3, seed=9)

@@ -9,7 +9,7 @@ from lorasrv.errors import AdapterCorrupt, AdapterLoadFailed
 from lorasrv.memory.residency import ResidentAdapter
 from lorasrv.types import Tier
 from lorasrv_adapters.errors import AdapterError, CorruptBlob
-from lorasrv_adapters.host_cache import HostCache
+from lorasrv_adapters.host_cache import HostCache, HostState
 
 if TYPE_CHECKING:
     # The core's own tests and the simulator run without torch.
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lorasrv.memory.storage import PageStorage
 
 log = logging.getLogger(__name__)
+
+_TIERS = {HostState.READING: Tier.READING, HostState.READY: Tier.HOST, HostState.FAILED: Tier.FAILED}
 
 
 class AdapterTiers(Protocol):
@@ -67,12 +69,14 @@ class Tiers:
         self._storage = storage
         self._ended = threading.Event()
         self._host: HostCache[PackedAdapter] = HostCache(
-            budget_bytes, load=read, size_of=lambda image: image.nbytes, on_end=self._ended.set
+            budget_bytes, load=read, size_of=lambda image: image.nbytes, on_load_end=self._ended.set
         )
+        self._fetching: set[str] = set()
         self._held: str | None = None
 
     def fetch(self, digest: str) -> None:
         self._host.request(digest)
+        self._fetching.add(digest)
 
     def num_pages(self, digest: str) -> int | None:
         image = self._host.get(digest)
@@ -87,7 +91,14 @@ class Tiers:
             self._held = digest
 
     def take_failures(self) -> Mapping[str, AdapterLoadFailed]:
-        return {digest: _describe(digest, error) for digest, error in self._host.take_failures().items()}
+        failures: dict[str, AdapterLoadFailed] = {}
+        for digest in [d for d in self._fetching if self._host.state(d) is not HostState.READING]:
+            self._fetching.remove(digest)
+            error = self._host.failure(digest)
+            if error is not None:
+                failures[digest] = _describe(digest, error)
+                self._host.forget_failure(digest)
+        return failures
 
     def load(self, digest: str, pages: list[int]) -> ResidentAdapter:
         image = self._host.get(digest)
@@ -96,7 +107,7 @@ class Tiers:
         return ResidentAdapter(digest=digest, pages=tuple(pages), directory=directory, max_rank=image.max_rank)
 
     def host_tiers(self) -> dict[str, Tier]:
-        return {digest: _TIERS[state] for digest, state in self._host.states().items()}
+        return {digest: _TIERS[state] for digest, state in self._host.snapshot().states.items()}
 
     def wait(self, timeout_s: float) -> None:
         self._ended.wait(timeout_s)

@@ -1,0 +1,102 @@
+"""A core without a model: each request's prompt token says how it behaves. Also a factory for an engine process."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+
+from lorasrv.config import EngineConfig
+from lorasrv.errors import QueueFull, UnsupportedModel
+from lorasrv.types import (
+    EngineInfo,
+    EngineRequest,
+    EngineStatus,
+    Failure,
+    FinishReason,
+    PoolStats,
+    TokenDelta,
+)
+
+COUNT = 1  # 0, 1, 2 … up to max_tokens, one a step
+REFUSE = 2  # `add` raises
+FAIL = 3  # one token, then a failure
+BREAK = 4  # `step` raises
+HANG = 5  # `step` does not return
+FOREVER = 6  # counts, and ends only by cancel
+
+INFO = EngineInfo(
+    device="cpu", dtype="float32", vocab_size=256, context_tokens=64, block_tokens=16, page_bytes=1024, num_pages=8
+)
+
+
+@dataclass
+class FakeCore:
+    """Owned by the thread that runs the loop; `step_s` is how long a step takes."""
+
+    step_s: float = 0.0
+    requests: dict[str, EngineRequest] = field(default_factory=dict)
+    num_sent: dict[str, int] = field(default_factory=dict)
+    cancelled: list[str] = field(default_factory=list)
+    closed: bool = False
+
+    def add(self, request: EngineRequest) -> None:
+        if request.token_ids[0] == REFUSE:
+            raise QueueFull("0 requests may wait")
+        self.requests[request.request_id] = request
+        self.num_sent[request.request_id] = 0
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+        self.requests.pop(request_id, None)
+
+    def has_work(self) -> bool:
+        return bool(self.requests)
+
+    def step(self) -> tuple[TokenDelta, ...]:
+        time.sleep(self.step_s)
+        return tuple(self._advance(request) for request in list(self.requests.values()))
+
+    def status(self) -> EngineStatus:
+        pool = PoolStats(num_pages=8, free=8, retiring=0, sequences=0, adapters=0)
+        return EngineStatus(pool=pool, running=len(self.requests), waiting=0, pins=0, adapters=())
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _advance(self, request: EngineRequest) -> TokenDelta:
+        kind, sent = request.token_ids[0], self.num_sent[request.request_id]
+        if kind == BREAK:
+            raise RuntimeError("broken on request")
+        if kind == HANG:
+            time.sleep(3600)
+        if kind == FAIL and sent == 1:
+            del self.requests[request.request_id]
+            failure = Failure(reason="ADAPTER_LOAD_FAILED", message="adapter abc is damaged")
+            return TokenDelta(request_id=request.request_id, failure=failure)
+        self.num_sent[request.request_id] += 1
+        finish = None
+        if kind == COUNT and sent + 1 == request.max_tokens:
+            finish = FinishReason.LENGTH
+            del self.requests[request.request_id]
+        return TokenDelta(request_id=request.request_id, token_ids=(sent,), finish=finish)
+
+
+def build(config: EngineConfig) -> tuple[FakeCore, EngineInfo]:
+    """The factory of a test's engine process; the model's path says what becomes of it."""
+    match config.model.path:
+        case "unsupported":
+            raise UnsupportedModel("model type 'gpt9' is not served")
+        case "defect":
+            raise KeyError("secret detail")
+        case "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "loads-forever":
+            time.sleep(3600)
+        case once if once.startswith("once:"):
+            # The first start works, later ones do not, until the file is gone.
+            if os.path.exists(once[5:]):
+                raise UnsupportedModel("the model went away")
+            open(once[5:], "x").close()
+        case _:
+            pass
+    return FakeCore(step_s=0.002), INFO

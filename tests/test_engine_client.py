@@ -1,0 +1,312 @@
+"""Both engines behind one interface, and what a process adds: death, silence, restart."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import fake_core
+import pytest
+from fake_core import FakeCore
+
+from lorasrv.config import EngineConfig, ModelConfig
+from lorasrv.engine.client import Engine, ProcessEngine, ThreadEngine
+from lorasrv.engine.routing import EngineState, RoutingEngine
+from lorasrv.errors import (
+    AdapterLoadFailed,
+    EngineUnavailable,
+    GenerationExists,
+    LorasrvError,
+    QueueFull,
+    UnsupportedModel,
+)
+from lorasrv.types import EngineRequest, FinishReason, TokenDelta
+
+WAIT_S = 20.0
+E = TypeVar("E", ThreadEngine, ProcessEngine)
+
+
+def request(request_id: str, kind: int = fake_core.COUNT, max_tokens: int = 5) -> EngineRequest:
+    return EngineRequest(request_id=request_id, token_ids=(kind,), adapter=None, max_tokens=max_tokens, seed=0)
+
+
+def process_engine(path: str = "model", heartbeat_timeout_s: float = 10.0) -> ProcessEngine:
+    return ProcessEngine(
+        EngineConfig(model=ModelConfig(path=path)),
+        factory="fake_core:build",
+        heartbeat_timeout_s=heartbeat_timeout_s,
+        first_backoff_s=0.05,
+    )
+
+
+@contextlib.asynccontextmanager
+async def started(engine: E) -> AsyncIterator[E]:
+    await engine.start()
+    try:
+        yield engine
+        engine.check()
+    finally:
+        await engine.close()
+
+
+@pytest.fixture(params=["thread", "process"])
+async def engine(request: pytest.FixtureRequest) -> AsyncIterator[ThreadEngine | ProcessEngine]:
+    made = ThreadEngine(FakeCore(step_s=0.002), fake_core.INFO) if request.param == "thread" else process_engine()
+    async with started(made):
+        yield made
+
+
+@pytest.fixture(autouse=True)
+async def nothing_leaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    tasks, threads, files = asyncio.all_tasks(), set(threading.enumerate()), open_files()
+    yield
+    await eventually(lambda: asyncio.all_tasks() <= tasks | {current_task()})
+    left = {thread.name for thread in set(threading.enumerate()) - threads}
+    assert not {name for name in left if name.startswith("lorasrv")}
+    assert not list(tmp_path.glob("lorasrv-*"))
+    assert not children()
+    await eventually(lambda: len(open_files() - files) <= NUM_LOOP_FILES)
+
+
+# asyncio's own: the executor's and the child watcher's.
+NUM_LOOP_FILES = 2
+
+
+def current_task() -> asyncio.Task[None]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
+def open_files() -> set[str]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add(f"{name} {os.readlink(f'/proc/self/fd/{name}')}")
+    return found
+
+
+def children() -> list[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+async def eventually(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not holds():
+            await asyncio.sleep(0.01)
+
+
+async def collect(engine: Engine, wanted: EngineRequest) -> list[int]:
+    return [token for delta in [d async for d in engine.stream(wanted)] for token in delta.token_ids]
+
+
+async def running(engine: Engine) -> int:
+    return (await engine.status()).running
+
+
+async def test_the_engines_keep_the_contract(engine: ThreadEngine | ProcessEngine) -> None:
+    as_protocol: Engine = engine
+    assert as_protocol.state == "ready"
+
+
+async def test_requests_stream_side_by_side(engine: Engine) -> None:
+    results = await asyncio.gather(*(collect(engine, request(f"r{n}", max_tokens=n + 1)) for n in range(20)))
+    assert results == [list(range(n + 1)) for n in range(20)]
+
+
+async def test_the_last_delta_says_how_it_ended(engine: Engine) -> None:
+    deltas = [delta async for delta in engine.stream(request("a"))]
+    assert deltas[-1].finish == FinishReason.LENGTH
+    assert all(delta.finish is None for delta in deltas[:-1])
+    assert {delta.request_id for delta in deltas} == {"a"}
+
+
+async def test_closing_a_stream_cancels_the_request(engine: Engine) -> None:
+    stream = engine.stream(request("a", fake_core.FOREVER))
+    await anext(stream)
+    assert await running(engine) == 1
+    await stream.aclose()
+    assert await running(engine) == 0
+
+
+async def test_cancelling_the_reader_cancels_the_request(engine: Engine) -> None:
+    reader = asyncio.create_task(collect(engine, request("a", fake_core.FOREVER)))
+    while await running(engine) == 0:
+        await asyncio.sleep(0.01)
+    reader.cancel()
+    await asyncio.gather(reader, return_exceptions=True)
+    assert await running(engine) == 0
+
+
+async def test_an_id_can_be_used_again_at_once(engine: Engine) -> None:
+    for _ in range(20):
+        stream = engine.stream(request("a", fake_core.FOREVER))
+        assert (await anext(stream)).token_ids[0] == 0, "a delta of the cancelled request came"
+        with pytest.raises(GenerationExists, match="'a'"):
+            await anext(engine.stream(request("a")))
+        await stream.aclose()
+
+
+async def test_a_lagging_readers_deltas_merge(engine: Engine) -> None:
+    stream = engine.stream(request("slow", max_tokens=50))
+    first = await anext(stream)
+    await collect(engine, request("fast", max_tokens=200))
+    rest = [delta async for delta in stream]
+    assert len(rest) == 1
+    assert (*first.token_ids, *rest[0].token_ids) == tuple(range(50))
+    assert rest[0].finish == FinishReason.LENGTH
+
+
+async def test_a_refused_request_raises_its_error(engine: Engine) -> None:
+    with pytest.raises(QueueFull, match="0 requests may wait"):
+        await collect(engine, request("a", fake_core.REFUSE))
+
+
+async def test_tokens_before_a_failure_are_given_before_it_is_raised(engine: Engine) -> None:
+    seen: list[TokenDelta] = []
+    with pytest.raises(AdapterLoadFailed, match="abc is damaged"):
+        async for delta in engine.stream(request("a", fake_core.FAIL)):
+            seen.append(delta)
+            await collect(engine, request("other", max_tokens=20))
+    assert [delta.token_ids for delta in seen] == [(0,)]
+
+
+async def test_a_step_that_breaks_ends_all_streams(engine: RoutingEngine) -> None:
+    others = [asyncio.create_task(collect(engine, request(f"r{n}", fake_core.FOREVER))) for n in range(3)]
+    while await running(engine) < 3:
+        await asyncio.sleep(0.01)
+    with pytest.raises(EngineUnavailable):
+        await collect(engine, request("a", fake_core.BREAK))
+    ended = await asyncio.gather(*others, return_exceptions=True)
+    assert [type(error) for error in ended] == [EngineUnavailable] * 3
+    engine.check()
+
+
+async def test_close_ends_streams_and_later_calls(engine: Engine) -> None:
+    reader = asyncio.create_task(collect(engine, request("a", fake_core.FOREVER)))
+    while await running(engine) == 0:
+        await asyncio.sleep(0.01)
+    await engine.close()
+    with pytest.raises(EngineUnavailable, match="closed"):
+        await reader
+    with pytest.raises(EngineUnavailable, match="unavailable"):
+        await engine.status()
+    with pytest.raises(EngineUnavailable, match="unavailable"):
+        await collect(engine, request("b"))
+
+
+async def test_a_thread_engine_closes_its_core() -> None:
+    core = FakeCore()
+    async with started(ThreadEngine(core, fake_core.INFO)) as engine:
+        assert await collect(engine, request("a")) == [0, 1, 2, 3, 4]
+    assert core.closed
+
+
+async def test_nothing_is_served_before_the_start() -> None:
+    engine = process_engine()
+    assert (engine.state, engine.pid) == ("starting", None)
+    with pytest.raises(EngineUnavailable, match="starting"):
+        await collect(engine, request("a"))
+    await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("unsupported", UnsupportedModel, "'gpt9' is not served"),
+        ("defect", LorasrvError, "could not be built"),
+        ("dies", EngineUnavailable, "exit status -9 while starting"),
+    ],
+)
+async def test_a_start_that_fails_says_why(path: str, error: type[LorasrvError], message: str) -> None:
+    engine = process_engine(path)
+    with pytest.raises(error, match=message) as raised:
+        await engine.start()
+    assert "secret" not in str(raised.value)
+    assert engine.pid is None
+    await engine.close()
+
+
+async def test_a_start_can_be_cancelled() -> None:
+    engine = process_engine("loads-forever")
+    starting = asyncio.create_task(engine.start())
+    await eventually(lambda: engine.pid is not None)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    assert engine.pid is None
+    await engine.close()
+
+
+async def test_a_killed_process_ends_its_streams_and_comes_back() -> None:
+    states: list[EngineState] = []
+    async with started(process_engine()) as engine:
+        engine.on_state_change(states.append)
+        stream = engine.stream(request("a", fake_core.FOREVER))
+        await anext(stream)
+        killed = engine.pid
+        assert killed is not None
+        os.kill(killed, signal.SIGKILL)
+        with pytest.raises(EngineUnavailable, match="exit status -9"):
+            async for _ in stream:
+                assert engine.state == "ready"
+        assert states == ["unavailable"]
+        await eventually(lambda: engine.state == "ready")
+        assert engine.pid != killed
+        assert await collect(engine, request("a")) == [0, 1, 2, 3, 4]
+    assert states == ["unavailable", "ready", "unavailable"]
+
+
+async def test_a_silent_process_is_replaced() -> None:
+    async with started(process_engine(heartbeat_timeout_s=1.5)) as engine:
+        with pytest.raises(EngineUnavailable, match=r"said nothing for 1\.5 s"):
+            await collect(engine, request("a", fake_core.HANG))
+        await eventually(lambda: engine.state == "ready")
+        assert await collect(engine, request("a")) == [0, 1, 2, 3, 4]
+
+
+async def test_restarts_go_on_until_one_succeeds(tmp_path: Path) -> None:
+    gone = tmp_path / "started"
+    async with started(process_engine(f"once:{gone}")) as engine:
+        first = engine.pid
+        assert first is not None
+        os.kill(first, signal.SIGKILL)
+        await eventually(lambda: engine.pid not in (None, first))
+        second = engine.pid
+        await eventually(lambda: engine.pid != second)
+        assert engine.state == "unavailable"
+        gone.unlink()
+        await eventually(lambda: engine.state == "ready")
+
+
+async def test_the_process_ends_with_its_parent() -> None:
+    program = """
+import asyncio, os, signal
+from test_engine_client import process_engine
+async def main():
+    engine = process_engine()
+    await engine.start()
+    print(engine.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+    tests = Path(__file__).parent
+    path = os.pathsep.join(filter(None, sys.path))
+    parent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", program), cwd=tests, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE
+    )
+    output, _ = await parent.communicate()
+    await eventually(lambda: not Path(f"/proc/{int(output)}/cmdline").exists() or is_zombie(int(output)))
+
+
+def is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True

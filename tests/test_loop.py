@@ -1,0 +1,125 @@
+"""The engine's loop, turned by hand: a script of messages, a fake core, a fake clock."""
+
+from collections.abc import Sequence
+
+import fake_core
+import pytest
+from fake_core import FakeCore
+
+from lorasrv.engine.loop import HEARTBEAT_S, serve_loop
+from lorasrv.engine.messages import (
+    Cancel,
+    FromEngine,
+    GetStatus,
+    Heartbeat,
+    Message,
+    Ready,
+    Shutdown,
+    StatusReply,
+    Step,
+    Submit,
+)
+from lorasrv.types import EngineRequest, Failure, FinishReason, TokenDelta
+
+
+class Host:
+    """Feeds one list of messages per turn of the loop, then Shutdown. A wait moves the clock."""
+
+    def __init__(self, turns: Sequence[Sequence[Message]]) -> None:
+        self._turns = [list(turn) for turn in turns]
+        self.now_s = 100.0
+        self.sent: list[FromEngine] = []
+        self.waits: list[float] = []
+        self._in_turn = False
+
+    def receive(self, timeout_s: float) -> Message | None:
+        if not self._in_turn:
+            self.waits.append(timeout_s)
+            if not self._turns:
+                return Shutdown()
+        self._in_turn = True
+        if self._turns[0]:
+            return self._turns[0].pop(0)
+        self._turns.pop(0)
+        self._in_turn = False
+        self.now_s += timeout_s
+        return None
+
+    def run(self, core: FakeCore) -> list[FromEngine]:
+        serve_loop(core, self.receive, self.sent.append, lambda: self.now_s)
+        return [message for message in self.sent if not isinstance(message, Heartbeat)]
+
+
+def request(request_id: str, kind: int = fake_core.COUNT, max_tokens: int = 2) -> EngineRequest:
+    return EngineRequest(request_id=request_id, token_ids=(kind,), adapter=None, max_tokens=max_tokens, seed=0)
+
+
+def delta(request_id: str, token_id: int, finish: FinishReason | None = None) -> TokenDelta:
+    return TokenDelta(request_id=request_id, token_ids=(token_id,), finish=finish)
+
+
+def test_a_step_sends_all_its_deltas_in_one_message() -> None:
+    host = Host([[Submit(request("a")), Submit(request("b", max_tokens=1))], [], []])
+    assert host.run(FakeCore()) == [
+        Step((delta("a", 0), delta("b", 0, FinishReason.LENGTH))),
+        Step((delta("a", 1, FinishReason.LENGTH),)),
+    ]
+
+
+def test_the_loop_waits_when_idle_and_polls_when_busy() -> None:
+    host = Host([[], [Submit(request("a"))], [], []])
+    host.run(FakeCore())
+    assert host.waits == [HEARTBEAT_S, HEARTBEAT_S, 0.0, HEARTBEAT_S, HEARTBEAT_S]
+
+
+def test_a_refused_request_fails_alone() -> None:
+    host = Host([[Submit(request("bad", fake_core.REFUSE)), Submit(request("good", max_tokens=1))], []])
+    refused = TokenDelta(request_id="bad", failure=Failure(reason="QUEUE_FULL", message="0 requests may wait"))
+    assert host.run(FakeCore()) == [Step((refused, delta("good", 0, FinishReason.LENGTH)))]
+
+
+def test_a_refusal_is_sent_when_there_is_no_step() -> None:
+    host = Host([[Submit(request("bad", fake_core.REFUSE))], []])
+    assert [type(message) for message in host.run(FakeCore())] == [Step]
+
+
+def test_cancel_and_status_reach_the_core() -> None:
+    core = FakeCore()
+    host = Host([[Submit(request("a", fake_core.FOREVER))], [GetStatus(7), Cancel("a")], [GetStatus(8)]])
+    replies = [message for message in host.run(core) if isinstance(message, StatusReply)]
+    assert [(reply.query_id, reply.status.running) for reply in replies] == [(7, 1), (8, 0)]
+    assert core.cancelled == ["a"]
+
+
+def test_the_heart_beats_when_idle_and_when_busy() -> None:
+    idle = Host([[]] * 3)
+    idle.run(FakeCore())
+    assert idle.sent == [Heartbeat(0)] * 3
+    busy = Host([[Submit(request("a", fake_core.FOREVER))], *[[]] * 9])
+    core = FakeCore()
+    core_step = core.step
+
+    def slow_step() -> tuple[TokenDelta, ...]:
+        busy.now_s += HEARTBEAT_S / 2
+        return core_step()
+
+    core.step = slow_step  # type: ignore[method-assign]
+    busy.run(core)
+    assert [message.steps for message in busy.sent if isinstance(message, Heartbeat)] == [1, 3, 5, 7, 9]
+
+
+def test_shutdown_ends_the_loop_at_once() -> None:
+    core = FakeCore()
+    host = Host([[Submit(request("a")), Shutdown(), Submit(request("b"))]])
+    assert host.run(core) == []
+    assert list(core.requests) == ["a"]
+
+
+def test_an_exception_from_a_step_is_fatal() -> None:
+    with pytest.raises(RuntimeError, match="broken on request"):
+        Host([[Submit(request("a", fake_core.BREAK))]]).run(FakeCore())
+
+
+def test_a_message_from_the_wrong_side_is_a_defect() -> None:
+    with pytest.raises(TypeError, match="Ready"):
+        Host([[Ready(fake_core.INFO)]]).run(FakeCore())
