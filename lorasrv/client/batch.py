@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorasrv.client.aio import AsyncClient
-from lorasrv.client.errors import ClientError
+from lorasrv.client.errors import ClientError, PermissionDenied, Unauthenticated, Unavailable
 from lorasrv.v1 import generation_pb2
 
 
@@ -38,7 +38,8 @@ async def generate_all(
     """Run all jobs, `concurrency` at a time. Cancelling cancels what runs.
 
     `emit` gets the outcomes in the order of `jobs`, each as soon as those before it are there; `advance` is called
-    once for each job that ends, in any order. A job that fails does not end the others.
+    once for each job that ends, in any order. A job that fails does not end the others, but a server that is not
+    there, or lets nobody in, does: raises Unavailable, Unauthenticated or PermissionDenied.
     """
     waiting = iter(enumerate(jobs))
     early: dict[int, Outcome] = {}
@@ -53,14 +54,19 @@ async def generate_all(
                 emit(early.pop(num_emitted))
                 num_emitted += 1
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(min(concurrency, len(jobs))):
-            group.create_task(work())
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(concurrency, len(jobs))):
+                group.create_task(work())
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from None
 
 
 async def _run(client: AsyncClient, index: int, job: Job) -> Outcome:
     try:
         result = await client.generate(job.prompt, adapter=job.adapter, **job.sampling)
+    except (Unavailable, Unauthenticated, PermissionDenied):
+        raise
     except ClientError as error:
         return Outcome(index=index, job=job, result=error)
     return Outcome(index=index, job=job, result=result)

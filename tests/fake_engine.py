@@ -1,0 +1,130 @@
+"""An engine without a model: it answers with the prompt, a token a step, and remembers what it was asked."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable
+from pathlib import Path
+
+from lorasrv.config import EngineConfig, ModelConfig
+from lorasrv.engine.client import EngineState
+from lorasrv.errors import EngineUnavailable
+from lorasrv.server.server import ServerConfig
+from lorasrv.types import (
+    AdapterResidency,
+    EngineInfo,
+    EngineRequest,
+    EngineStatus,
+    FinishReason,
+    PoolStats,
+    Tier,
+    TokenDelta,
+)
+
+EOS = 257
+BASE_MODEL = Path(__file__).parent.parent / "adapters" / "samples" / "base"
+INFO = EngineInfo(
+    device="cpu",
+    dtype="float32",
+    vocab_size=260,
+    context_tokens=64,
+    block_tokens=16,
+    page_bytes=1024,
+    num_pages=10,
+)
+
+
+def echo(request: EngineRequest) -> Iterable[TokenDelta | Exception]:
+    """The prompt behind its first token, then the end of sequence; shorter when max_tokens is."""
+    answer = request.token_ids[1:]
+    for index, token in enumerate(answer):
+        last = index + 1 == request.max_tokens
+        finish = FinishReason.LENGTH if last else None
+        yield TokenDelta(request_id=request.request_id, token_ids=(token,), finish=finish)
+        if last:
+            return
+    yield TokenDelta(request_id=request.request_id, token_ids=(EOS,), finish=FinishReason.EOS)
+
+
+class FakeEngine:
+    """An `Engine`. While `gate` is clear, streams wait behind their first delta."""
+
+    def __init__(self, script: Callable[[EngineRequest], Iterable[TokenDelta | Exception]] = echo) -> None:
+        self.script = script
+        self.requests: list[EngineRequest] = []
+        self.ended_early: list[str] = []
+        self.running: set[str] = set()
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self._state: EngineState = "starting"
+        self._listeners: list[Callable[[EngineState], None]] = []
+        self._closed = asyncio.Event()
+
+    @property
+    def state(self) -> EngineState:
+        return self._state
+
+    def set_state(self, state: EngineState) -> None:
+        self._state = state
+        for listener in self._listeners:
+            listener(state)
+
+    def on_state_change(self, callback: Callable[[EngineState], None]) -> None:
+        self._listeners.append(callback)
+
+    async def start(self) -> EngineInfo:
+        self.set_state("ready")
+        return INFO
+
+    async def stream(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
+        self.requests.append(request)
+        self.running.add(request.request_id)
+        finished = False
+        try:
+            for index, delta in enumerate(self.script(request)):
+                if index:
+                    await self._pass_gate()
+                await asyncio.sleep(0)
+                if isinstance(delta, Exception):
+                    raise delta
+                finished = delta.finish is not None
+                yield delta
+        finally:
+            self.running.remove(request.request_id)
+            if not finished:
+                self.ended_early.append(request.request_id)
+
+    async def status(self) -> EngineStatus:
+        if self._state != "ready":
+            raise EngineUnavailable("the engine is not ready")
+        digests = {request.adapter.digest for request in self.requests if request.adapter is not None}
+        return EngineStatus(
+            pool=PoolStats(num_pages=10, free=10 - len(digests), retiring=0, sequences=0, adapters=len(digests)),
+            running=len(self.running),
+            waiting=0,
+            pins=len(self.running),
+            adapters=tuple(
+                AdapterResidency(digest=digest, tier=Tier.DEVICE, num_pages=1, pins=0) for digest in sorted(digests)
+            ),
+        )
+
+    async def close(self) -> None:
+        self.set_state("unavailable")
+        self._closed.set()
+
+    async def _pass_gate(self) -> None:
+        waits = [asyncio.create_task(self.gate.wait()), asyncio.create_task(self._closed.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self._closed.is_set():
+            raise EngineUnavailable("the engine was closed")
+
+
+def server_config(data_dir: Path, listen: str = "127.0.0.1:0", grace_s: float = 0.2) -> ServerConfig:
+    return ServerConfig(
+        engine=EngineConfig(model=ModelConfig(path=str(BASE_MODEL))),
+        data_dir=str(data_dir),
+        listen=listen,
+        grace_s=grace_s,
+    )

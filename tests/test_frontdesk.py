@@ -1,0 +1,311 @@
+"""Admission: what is refused before the engine hears of it, what the engine is asked, and what is given back."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+from fake_engine import BASE_MODEL, EOS, INFO, FakeEngine
+
+from lorasrv.errors import EngineUnavailable, GenerationExists, InvalidRequest, LorasrvError
+from lorasrv.server.frontdesk import FrontDesk
+from lorasrv.server.limits import TokenLimits, check_request, check_tokens
+from lorasrv.server.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
+from lorasrv.server.server import load_tokenizer
+from lorasrv.types import BASE_ID, AdapterUse, EngineRequest, FinishReason, SamplingParams, TokenDelta
+from lorasrv_adapters.errors import AdapterNotFound
+from lorasrv_adapters.records import ResolvedVersion
+
+DIGEST = "ab" * 32
+LIMITS = TokenLimits.of(INFO)
+
+
+class FakeVersions:
+    """Knows one adapter, `upper`, and counts its pins."""
+
+    def __init__(self) -> None:
+        self.pins = 0
+        self.acquired = 0
+
+    def acquire(self, tenant: str, reference: str) -> ResolvedVersion:
+        if reference != "upper":
+            raise AdapterNotFound(f"adapter {reference!r} not found")
+        self.pins += 1
+        self.acquired += 1
+        return ResolvedVersion(tenant=tenant, adapter_id="upper", digest=DIGEST, rank_max=4)
+
+    def unpin(self, digest: str) -> None:
+        assert digest == DIGEST
+        self.pins -= 1
+
+
+class Desk:
+    """A front desk with its surroundings."""
+
+    def __init__(self, workers: ThreadPoolExecutor) -> None:
+        self.engine = FakeEngine()
+        self.versions = FakeVersions()
+        self.desk = FrontDesk(
+            engine=self.engine,
+            limits=LIMITS,
+            versions=self.versions,
+            tokenizer=load_tokenizer(BASE_MODEL),
+            workers=workers,
+        )
+
+    async def events(self, request: GenerationRequest) -> list[Event]:
+        return [event async for event in self.desk.generate(request)]
+
+    def check_idle(self) -> None:
+        assert self.desk.num_running == 0
+        assert self.versions.pins == 0
+        assert not self.engine.running
+
+
+@pytest.fixture
+def workers() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+async def desk(workers: ThreadPoolExecutor) -> AsyncIterator[Desk]:
+    desk = Desk(workers)
+    yield desk
+    desk.check_idle()
+
+
+def asked(
+    prompt: str | tuple[int, ...] | None = "hé>", adapter: str = "upper", *, scale: float | None = None, **sampling: object
+) -> GenerationRequest:
+    return GenerationRequest(
+        tenant="default",
+        adapters=(AdapterRef(name=adapter, scale=scale),),
+        prompt=prompt,
+        sampling=SamplingParams(**sampling),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event.text for event in events if isinstance(event, Delta))
+
+
+async def test_one_started_then_deltas_then_one_finished(desk: Desk) -> None:
+    started, *deltas, finished = await desk.events(asked())
+    assert isinstance(started, Started)
+    assert started.version_digest == DIGEST
+    assert started.prompt_tokens == 5  # <s> included
+    assert all(isinstance(delta, Delta) for delta in deltas)
+    assert text_of(deltas) == "hé>"
+    assert isinstance(finished, Finished)
+    assert (finished.reason, finished.stop) == (FinishReason.EOS, None)
+    assert (finished.prompt_tokens, finished.completion_tokens) == (5, 5)
+    assert finished.time_to_first_token_s is not None
+    assert 0 <= finished.time_to_first_token_s <= finished.total_s
+
+
+async def test_the_engine_is_asked_for_the_pinned_version(desk: Desk) -> None:
+    await desk.events(asked(scale=0.5, top_k=3, seed=7, max_tokens=2))
+    (request,) = desk.engine.requests
+    assert request.adapter == AdapterUse(digest=DIGEST, scale=0.5)
+    assert (request.top_k, request.seed, request.max_tokens) == (3, 7, 2)
+    assert desk.desk.adapter_id(DIGEST) == "upper"
+    assert desk.desk.adapter_id("cd" * 32) is None
+
+
+async def test_base_needs_no_version(desk: Desk) -> None:
+    started, *_ = await desk.events(asked(adapter=BASE_ID))
+    assert isinstance(started, Started)
+    assert started.version_digest is None
+    assert desk.versions.acquired == 0
+    assert desk.engine.requests[0].adapter is None
+
+
+async def test_an_unset_seed_is_drawn_and_told(desk: Desk) -> None:
+    seeds: set[int] = set()
+    for _ in range(3):
+        started, *_ = await desk.events(asked())
+        assert isinstance(started, Started)
+        assert started.seed == desk.engine.requests[-1].seed
+        seeds.add(started.seed)
+    assert len(seeds) == 3
+
+
+async def test_token_ids_are_used_as_they_are(desk: Desk) -> None:
+    events = await desk.events(asked((71, 72)))
+    assert desk.engine.requests[0].token_ids == (71, 72)
+    assert text_of(events) == "i"
+
+
+async def test_unset_max_tokens_is_what_is_left_of_the_context(desk: Desk) -> None:
+    await desk.events(asked((71,) * 60))
+    assert desk.engine.requests[0].max_tokens == 4
+
+
+async def test_a_stop_string_across_tokens_ends_the_generation_and_the_engines_work(desk: Desk) -> None:
+    events = await desk.events(asked("ab stop cd", stop=("stop",)))
+    assert text_of(events) == "ab "
+    finished = events[-1]
+    assert isinstance(finished, Finished)
+    assert (finished.reason, finished.stop) == (FinishReason.STOP, "stop")
+    assert finished.completion_tokens == len("ab stop")
+    assert len(desk.engine.ended_early) == 1
+
+
+async def test_tokens_behind_a_stop_string_in_one_delta_are_dropped(desk: Desk) -> None:
+    def all_at_once(request: EngineRequest) -> list[TokenDelta]:
+        tokens = (*request.token_ids[1:], EOS)
+        return [TokenDelta(request_id=request.request_id, token_ids=tokens, finish=FinishReason.EOS)]
+
+    desk.engine.script = all_at_once  # pyright: ignore[reportAttributeAccessIssue]
+    _, delta, finished = await desk.events(asked("abcd", stop=("b",)))
+    assert isinstance(delta, Delta)
+    assert isinstance(finished, Finished)
+    assert (delta.text, len(delta.token_ids)) == ("a", 2)
+    assert (finished.reason, finished.completion_tokens) == (FinishReason.STOP, 2)
+
+
+async def test_held_back_text_comes_with_the_end(desk: Desk) -> None:
+    events = await desk.events(asked("ab st", stop=("stop",)))
+    assert text_of(events) == "ab st"
+    assert events[-1].reason is FinishReason.EOS  # pyright: ignore[reportAttributeAccessIssue]
+
+
+async def test_closing_early_cancels_and_gives_back(desk: Desk) -> None:
+    desk.engine.gate.clear()
+    async with aclosing(desk.desk.generate(asked())) as events:
+        async for event in events:
+            if isinstance(event, Delta):
+                break
+        assert desk.versions.pins == 1
+        assert len(desk.engine.running) == 1
+    desk.check_idle()
+    assert len(desk.engine.ended_early) == 1
+
+
+async def test_cancelling_at_any_await_gives_back(desk: Desk) -> None:
+    for num_turns in range(12):
+        desk.engine.gate.clear()
+        task = asyncio.create_task(desk.events(asked()))
+        for _ in range(num_turns):
+            await asyncio.sleep(0.001 if num_turns > 6 else 0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert task.cancelled()
+        desk.check_idle()
+
+
+async def test_a_running_generation_id_is_refused(desk: Desk) -> None:
+    desk.engine.gate.clear()
+    request = replace(asked(), generation_id="g-1")
+    async with aclosing(desk.desk.generate(request)) as events:
+        await anext(events)
+        with pytest.raises(GenerationExists, match="g-1"):
+            await desk.events(request)
+        other = replace(request, tenant="other")
+        async with aclosing(desk.desk.generate(other)) as others:
+            assert isinstance(await anext(others), Started)
+    desk.engine.gate.set()
+    assert isinstance((await desk.events(request))[0], Started)
+
+
+async def test_an_unknown_adapter_is_not_found_and_nothing_stays(desk: Desk) -> None:
+    with pytest.raises(AdapterNotFound, match="nope"):
+        await desk.events(asked(adapter="nope"))
+    assert not desk.engine.requests
+
+
+async def test_an_engine_failure_comes_through(desk: Desk) -> None:
+    desk.engine.script = lambda request: [  # pyright: ignore[reportAttributeAccessIssue]
+        TokenDelta(request_id=request.request_id, token_ids=(71,)),
+        EngineUnavailable("gone"),
+    ]
+    with pytest.raises(EngineUnavailable, match="gone"):
+        await desk.events(asked())
+
+
+async def test_a_stream_that_just_ends_is_an_error(desk: Desk) -> None:
+    desk.engine.script = lambda request: []
+    with pytest.raises(EngineUnavailable, match="without a result"):
+        await desk.events(asked())
+
+
+async def test_draining_waits_and_admits_nothing(desk: Desk) -> None:
+    desk.engine.gate.clear()
+    running = asyncio.create_task(desk.events(asked()))
+    while not desk.engine.running:
+        await asyncio.sleep(0)
+    assert not await desk.desk.drain(0.01)
+    with pytest.raises(EngineUnavailable, match="shutting down"):
+        await desk.events(asked())
+    desk.engine.gate.set()
+    assert await desk.desk.drain(5)
+    assert isinstance((await running)[-1], Finished)
+
+
+REFUSED: list[tuple[GenerationRequest, str]] = [
+    (asked(None), "prompt"),
+    (asked(""), "prompt"),
+    (asked(()), "prompt"),
+    (asked(adapter=""), "adapter.name"),
+    (replace(asked(), adapters=()), "adapter"),
+    (replace(asked(), adapters=(AdapterRef(name="a"), AdapterRef(name="b"))), "adapter"),
+    (asked(scale=float("nan")), "adapter.scale"),
+    (asked(scale=1e9), "adapter.scale"),
+    (asked(adapter=BASE_ID, scale=2.0), "adapter.scale"),
+    (replace(asked(), generation_id="a b"), "generation_id"),
+    (replace(asked(), generation_id="x" * 129), "generation_id"),
+    (asked(temperature=float("nan")), "sampling.temperature"),
+    (asked(temperature=float("inf")), "sampling.temperature"),
+    (asked(temperature=-0.1), "sampling.temperature"),
+    (asked(top_p=0.0), "sampling.top_p"),
+    (asked(top_p=1.01), "sampling.top_p"),
+    (asked(top_p=float("nan")), "sampling.top_p"),
+    (asked(top_k=-1), "sampling.top_k"),
+    (asked(max_tokens=0), "sampling.max_tokens"),
+    (asked(seed=-1), "sampling.seed"),
+    (asked(seed=2**64), "sampling.seed"),
+    (asked(stop=("x",) * 17), "sampling.stop"),
+    (asked(stop=("",)), "sampling.stop"),
+    (asked(stop=("x" * 257,)), "sampling.stop"),
+]
+
+
+@pytest.mark.parametrize(("request_", "field"), REFUSED, ids=[f"{i}-{field}" for i, (_, field) in enumerate(REFUSED)])
+def test_bad_requests_name_their_field(request_: GenerationRequest, field: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        check_request(request_)
+    assert refused.value.field == field
+
+
+def test_the_edges_of_the_limits_are_inside() -> None:
+    edges = asked(temperature=0.0, top_p=1.0, top_k=1, max_tokens=1, seed=2**64 - 1, stop=("x" * 256,) * 16)
+    assert check_request(edges).name == "upper"
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "max_tokens", "field", "limit"),
+    [
+        ((), None, "prompt", "at least one"),
+        ((260,), None, "prompt.tokens", "260"),
+        ((-1,), None, "prompt.tokens", "260"),
+        ((1,) * 64, None, "prompt", "64"),
+        ((1,) * 60, 5, "sampling.max_tokens", "64"),
+    ],
+)
+def test_tokens_over_a_limit_are_refused_with_it(
+    token_ids: tuple[int, ...], max_tokens: int | None, field: str, limit: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=limit) as refused:
+        check_tokens(token_ids, max_tokens, LIMITS)
+    assert refused.value.field == field
+
+
+def test_the_pool_bounds_a_sequence_too() -> None:
+    small = replace(LIMITS, pool_tokens=32)
+    assert check_tokens((1,) * 30, 2, small) == 2
+    with pytest.raises(LorasrvError, match="pool 32"):
+        check_tokens((1,) * 30, 3, small)
+    assert check_tokens((1,), None, replace(LIMITS, context_tokens=4096, pool_tokens=4096)) == 256
