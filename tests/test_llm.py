@@ -51,7 +51,9 @@ def test_seed_repeats_whatever_else_runs(llm: LLM) -> None:
     alone = llm.generate(["banana>"], adapter="reverse", sampling=params)[0]
     among = llm.generate(["apple>", "pear>", "banana>"], adapter=["upper", "base", "reverse"], sampling=params)[2]
     assert among.token_ids == alone.token_ids and among.seed == 17
-    other = llm.generate(["banana>"], adapter="reverse", sampling=SamplingParams(temperature=2.0, seed=18, max_tokens=24))
+    other = llm.generate(
+        ["banana>"], adapter="reverse", sampling=SamplingParams(temperature=2.0, seed=18, max_tokens=24)
+    )
     assert other[0].token_ids != alone.token_ids
 
 

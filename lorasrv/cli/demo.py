@@ -37,7 +37,9 @@ def demo(
         folder = samples or Path(lorasrv.__file__).parent.parent / "adapters" / "samples"
         adapters = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
         if not adapters:
-            raise ConfigurationError("no sample adapters found: the demo runs from a checkout, or with --samples FOLDER")
+            raise ConfigurationError(
+                "no sample adapters found: the demo runs from a checkout, or with --samples FOLDER"
+            )
         data_dir = Path(tempfile.mkdtemp(prefix="lorasrv-demo-"))
         options = ("--pool-mib", str(POOL_MIB))
         try:
@@ -45,7 +47,9 @@ def demo(
                 all_well = _run(console, server.url, adapters, secrets.randbits(32) if seed is None else seed)
                 if keep:
                     server.keep()
-                    console.print(f"The server stays at {server.url}, data in {data_dir}; end it with kill {server.pid}.")
+                    console.print(
+                        f"The server stays at {server.url}, data in {data_dir}; end it with kill {server.pid}."
+                    )
         finally:
             if not keep:
                 shutil.rmtree(data_dir)
@@ -58,7 +62,9 @@ def _run(console: Console, url: str, adapters: Sequence[Path], seed: int) -> boo
     with Client(url) as client:
         _push(console, client, adapters)
         runs = draw_runs(tasks, seed)
-        with Live(_table(runs), console=console, auto_refresh=True, refresh_per_second=12, get_renderable=lambda: _table(runs)):
+        with Live(
+            _table(runs), console=console, auto_refresh=True, refresh_per_second=12, get_renderable=lambda: _table(runs)
+        ):
             asyncio.run(stream_all(url, runs, lambda: None))
         console.print()
         print_status(client.info(), client.status())
@@ -89,7 +95,11 @@ def _table(runs: Sequence[Run]) -> Table:
         colour = "" if not run.finished else "green" if run.as_expected else "red"
         first = "" if run.time_to_first_token_s is None else f"{run.time_to_first_token_s * 1000:.0f} ms"
         table.add_row(
-            f"{run.word}>", f"{run.adapter}{note if run.kind is Kind.SWAPPED else ''}", run.expected, run.output,
-            f"[{colour}]{verdict}[/]" if colour else verdict, first,
+            f"{run.word}>",
+            f"{run.adapter}{note if run.kind is Kind.SWAPPED else ''}",
+            run.expected,
+            run.output,
+            f"[{colour}]{verdict}[/]" if colour else verdict,
+            first,
         )
     return table
