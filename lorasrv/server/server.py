@@ -25,7 +25,7 @@ from lorasrv.server.frontdesk import FrontDesk
 from lorasrv.server.generation import GenerationService
 from lorasrv.server.health import ALWAYS_SERVING, FOLLOW_ENGINE, Health
 from lorasrv.server.info import ServerService
-from lorasrv.server.limits import TokenLimits
+from lorasrv.engine.admission import TokenLimits
 from lorasrv.types import EngineInfo
 from lorasrv.v1 import adapter_pb2_grpc, generation_pb2_grpc, server_pb2, server_pb2_grpc
 
