@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, TextColumn
 from rich.table import Table
 
 from lorasrv.cli.connection import UrlOption, connect
-from lorasrv.cli.output import JsonOption, message_dict, print_json, reported_errors
+from lorasrv.cli.output import JsonOption, message_dict, print_json, print_table, progress, reported_errors
 from lorasrv.config import DType
 from lorasrv.v1 import adapter_pb2
 
@@ -32,7 +31,7 @@ def push(
     with (
         reported_errors(),
         connect(url) as client,
-        Progress(*columns, console=Console(stderr=True), transient=True) as bar,
+        progress(*columns) as bar,
     ):
         task = bar.add_task(adapter_id, total=None)
         version = client.push(folder, adapter_id, lambda sent, total: bar.update(task, completed=sent, total=total))
@@ -55,7 +54,7 @@ def ls(url: UrlOption = None, as_json: JsonOption = False) -> None:
         version = next((each for each in adapter.versions if each.digest == adapter.tags.get("latest")), None)
         row = ("", "", "", "") if version is None else _row(version)
         table.add_row(adapter.adapter_id, row[0], str(len(adapter.versions)), *row[1:])
-    Console(soft_wrap=True).print(table)
+    print_table(table)
 
 
 @app.command()
@@ -72,7 +71,7 @@ def show(name: NameArgument, url: UrlOption = None, as_json: JsonOption = False)
     table = Table("version", "rank", "modules", "tier", "bytes", "created", box=None)
     for version in adapter.versions:
         table.add_row(*_row(version), str(version.size_bytes), version.create_time.ToJsonString())
-    Console(soft_wrap=True).print(table)
+    print_table(table)
 
 
 @app.command()

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 
 from lorasrv.cli.connection import UrlOption, connect, resolve_url
-from lorasrv.cli.output import JsonOption, exit_code, one_line, print_json, reported_errors
+from lorasrv.cli.output import JsonOption, exit_code, one_line, print_json, progress, reported_errors
 from lorasrv.client import AsyncClient
 from lorasrv.client.batch import Job, Outcome, generate_all
 from lorasrv.client.errors import ClientError
@@ -128,7 +127,7 @@ async def _generate_many(jobs: list[Job], concurrency: int, url: str, as_json: b
         else:
             print("" if isinstance(outcome.result, ClientError) else outcome.result.text, flush=True)
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with progress(*Progress.get_default_columns()) as bar:
         task = bar.add_task("generating", total=len(jobs))
         async with AsyncClient(url) as client:
             await generate_all(client, jobs, concurrency, emit, lambda: bar.advance(task))

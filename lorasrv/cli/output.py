@@ -11,6 +11,9 @@ import typer
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
+from rich.console import Console
+from rich.progress import Progress, ProgressColumn
+from rich.table import Table
 from lorasrv_adapters.errors import AdapterError, AdapterNotFound, RegistryUnavailable
 
 from lorasrv.client.errors import ClientError
@@ -22,6 +25,8 @@ EXIT_CODES = (
     "Exit codes: 0 ok, 1 internal error, 2 usage, 3 not found, 4 not authorised, 5 refused by the server or by "
     "validation, 6 server unavailable or deadline exceeded, 130 interrupted."
 )
+
+_PIPE_WIDTH = 1000
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -84,6 +89,18 @@ def fail(message: str, code: int) -> None:
     """One line on stderr, and the end of the command."""
     print(f"lorasrv: {message}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def print_table(table: Table) -> None:
+    """Fitted to a terminal; whole where nobody looks at the width."""
+    terminal = Console()
+    (terminal if terminal.is_terminal else Console(width=_PIPE_WIDTH)).print(table)
+
+
+def progress(*columns: str | ProgressColumn) -> Progress:
+    """A progress bar on stderr; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def print_json(value: Any) -> None:

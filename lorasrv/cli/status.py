@@ -1,10 +1,9 @@
 """`lorasrv status`: what a server is doing."""
 
-from rich.console import Console
 from rich.table import Table
 
 from lorasrv.cli.connection import UrlOption, connect
-from lorasrv.cli.output import JsonOption, message_dict, print_json, reported_errors
+from lorasrv.cli.output import JsonOption, message_dict, print_json, print_table, reported_errors
 from lorasrv.v1 import adapter_pb2, server_pb2
 
 
@@ -35,4 +34,4 @@ def print_status(info: server_pb2.ServerInfo, now: server_pb2.ServerStatus) -> N
             table.add_row(
                 adapter.adapter_id, adapter.version_digest[:12], tier, str(adapter.num_pages), str(adapter.pins)
             )
-        Console(soft_wrap=True).print(table)
+        print_table(table)

@@ -1,0 +1,39 @@
+"""A real server over a real registry, with a fake engine, on a free port of this process's event loop."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+from fake_engine import FakeEngine, server_config
+
+from lorasrv.server.server import Server
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    server: Server
+    engine: FakeEngine
+    address: str
+    channel: grpc.aio.Channel
+
+
+@asynccontextmanager
+async def running_server(data_dir: Path) -> AsyncIterator[Running]:
+    engine = FakeEngine()
+    server = Server(server_config(data_dir), lambda config: engine)
+    address = await server.start()
+    async with grpc.aio.insecure_channel(address) as channel:
+        try:
+            yield Running(server=server, engine=engine, address=address, channel=channel)
+        finally:
+            await server.close()
+
+
+def reason_of(error: Any) -> str | None:
+    """The ErrorInfo's reason of a failed call, as the client library reads it."""
+    from lorasrv.client.errors import error_from_call
+
+    return error_from_call(error).reason

@@ -1,0 +1,221 @@
+"""The command line: results, one-line errors, exit codes, and which server it talks to."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapter_folders import write_adapter
+from click.testing import Result
+from fake_engine import BASE_MODEL
+from running_server import Running, running_server
+from test_client import free_address
+from typer.testing import CliRunner
+
+from lorasrv.cli import connection
+from lorasrv.cli.connection import resolve_url
+from lorasrv.cli.generate import read_jobs
+from lorasrv.cli.main import app
+from lorasrv.errors import ConfigurationError
+
+COMMAND = [sys.executable, "-c", "from lorasrv.cli.main import app; app()"]
+
+
+@pytest.fixture(autouse=True)
+def no_user_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "config.toml"
+    monkeypatch.setattr(connection, "config_path", lambda: path)
+    monkeypatch.delenv("LORASRV_URL", raising=False)
+    return path
+
+
+@pytest.fixture
+async def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
+    async with running_server(tmp_path / "data") as found:
+        monkeypatch.setenv("LORASRV_URL", found.address)
+        yield found
+
+
+def run(*arguments: object, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
+
+
+async def in_thread(*arguments: object, stdin: str | None = None) -> Result:
+    return await asyncio.to_thread(run, *arguments, stdin=stdin)
+
+
+def assert_fails(result: Result, code: int, text: str) -> None:
+    assert result.exit_code == code, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("lorasrv: ")
+    assert text in line
+
+
+async def test_adapters_from_push_to_rm(running: Running, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "upper")
+    pushed = await in_thread("adapters", "push", folder)
+    assert pushed.exit_code == 0, pushed.output
+    digest = pushed.stdout.strip().removeprefix("upper@sha256:")
+    assert re.fullmatch("[0-9a-f]{64}", digest)
+    other = json.loads((await in_thread("adapters", "push", folder, "--name", "other", "--json")).stdout)
+    assert (other["adapter_id"], other["version"]["digest"]) == ("other", digest)
+
+    listed = json.loads((await in_thread("adapters", "ls", "--json")).stdout)
+    assert [adapter["adapter_id"] for adapter in listed["adapters"]] == ["other", "upper"]
+    assert "upper" in (await in_thread("adapters", "ls")).stdout
+    shown = json.loads((await in_thread("adapters", "show", "upper", "--json")).stdout)
+    assert shown["tags"] == {"latest": digest}
+    assert shown["versions"][0]["tier"] == "TIER_DISK"
+    assert shown["versions"][0]["max_rank"] == 4
+    assert digest in (await in_thread("adapters", "show", "upper")).stdout
+    assert json.loads((await in_thread("adapters", "rm", "upper", "--json")).stdout) == {"deleted": "upper"}
+    assert_fails(await in_thread("adapters", "show", "upper"), 3, "ADAPTER_NOT_FOUND: adapter 'upper' not found")
+
+
+async def test_generate_streams_one_prompt(running: Running) -> None:
+    result = await in_thread("generate", "hé there", "--max-tokens", 20, "--stop", "ere")
+    assert (result.exit_code, result.stdout) == (0, "hé th\n")
+    record = json.loads((await in_thread("generate", "hi", "--seed", 9, "--json")).stdout)
+    assert (record["text"], record["seed"], record["finish_reason"]) == ("hi", 9, "eos")
+    assert (record["adapter"], record["version_digest"]) == ("base", None)
+
+
+async def test_generate_a_file_in_input_order(running: Running, tmp_path: Path) -> None:
+    prompts = [f"p{'x' * (30 - index)}" for index in range(30)]
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts) + "\n")
+    result = await in_thread("generate", "--file", file, "--concurrency", 8)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == prompts
+    lines = "\n".join([json.dumps({"prompt": "abc", "max_tokens": 1}), json.dumps({"prompt": "d", "adapter": "nope"})])
+    result = await in_thread("generate", "-f", "-", "--json", stdin=lines)
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert (records[0]["text"], records[0]["finish_reason"]) == ("a", "length")
+    assert records[1]["error"]["reason"] == "ADAPTER_NOT_FOUND"
+    assert_fails(result, 3, "prompt 1: ADAPTER_NOT_FOUND")
+
+
+async def test_sigint_cancels_all_streams(running: Running, tmp_path: Path) -> None:
+    running.engine.gate.clear()
+    file = tmp_path / "prompts.txt"
+    file.write_text("hello\n" * 200)
+    process = await asyncio.create_subprocess_exec(
+        *COMMAND, "generate", "--file", str(file), "--concurrency", "32", stderr=asyncio.subprocess.PIPE
+    )
+    while len(running.engine.running) < 32:
+        await asyncio.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = await process.communicate()
+    assert (process.returncode, errors.decode()) == (130, "lorasrv: interrupted\n")
+    while running.engine.running:
+        await asyncio.sleep(0.005)
+    status = json.loads((await in_thread("status", "--json")).stdout)["status"]
+    assert (status["running_requests"], status["adapter_pins"], status["pool"]["sequence_pages"]) == (0, 0, 0)
+
+
+async def test_status(running: Running) -> None:
+    status = json.loads((await in_thread("status", "--json")).stdout)
+    assert status["server"]["base_model"]["name"] == "base"
+    assert status["status"]["state"] == "ENGINE_STATE_READY"
+    assert status["status"]["pool"]["num_pages"] == 10
+    assert "0 running" in (await in_thread("status")).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (("generate", "hi", "-a", "nope"), 3, "ADAPTER_NOT_FOUND"),
+        (("generate", "hi", "-a", "UP"), 5, "INVALID_REFERENCE"),
+        (("generate", "hi", "--top-p", "7"), 5, "sampling.top_p: 7.0"),
+        (("generate", "hi", "--url", "nonsense"), 2, "--url: 'nonsense'"),
+        (("generate", "--file", "/nowhere/prompts"), 3, "/nowhere/prompts"),
+        (("adapters", "rm", "nope"), 3, "ADAPTER_NOT_FOUND"),
+    ],
+)
+async def test_one_line_errors_and_exit_codes(running: Running, arguments: tuple[str, ...], code: int, text: str) -> None:
+    assert_fails(await in_thread(*arguments), code, text)
+
+
+def test_no_server_is_exit_code_6() -> None:
+    assert_fails(run("status", "--url", free_address()), 6, "onnect")
+
+
+@pytest.mark.parametrize("arguments", [("generate",), ("generate", "x", "-f", "y"), ("nope",), ("serve",)])
+def test_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+def test_help_documents_the_exit_codes() -> None:
+    text = " ".join(run("--help").stdout.split())
+    for code in ("0 ok", "1 internal", "2 usage", "3 not found", "4 not auth", "5 refused", "6 server", "130 inter"):
+        assert code in text
+
+
+def test_check_needs_no_server(tmp_path: Path) -> None:
+    good = write_adapter(tmp_path / "good")
+    checked = run("adapters", "check", good, "--model", BASE_MODEL)
+    assert (checked.exit_code, checked.stdout) == (0, "ok: rank 4, q_proj\n")
+    record: dict[str, Any] = json.loads(run("adapters", "check", good, "--model", BASE_MODEL, "--json").stdout)
+    assert record == {"ok": True, "min_rank": 4, "max_rank": 4, "target_modules": ["q_proj"]}
+    bad = write_adapter(tmp_path / "bad", use_dora=True)
+    assert_fails(run("adapters", "check", bad, "--model", BASE_MODEL), 5, "use_dora")
+
+
+def test_where_the_url_comes_from(no_user_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_url(None) == "127.0.0.1:8470"
+    no_user_config.write_text('current-context = "lab"\n[contexts.lab]\nurl = "lab:1"\n[contexts.home]\nurl = "home:2"\n')
+    assert resolve_url(None) == "lab:1"
+    monkeypatch.setenv("LORASRV_URL", "env:3")
+    assert resolve_url(None) == "env:3"
+    assert resolve_url("option:4") == "option:4"
+
+
+@pytest.mark.parametrize("text", ["not toml", 'current-context = "gone"', 'current-context = "a"\ncontexts = 3'])
+def test_a_bad_config_says_so(no_user_config: Path, text: str) -> None:
+    no_user_config.write_text(text)
+    with pytest.raises(ConfigurationError, match=re.escape(str(no_user_config))):
+        resolve_url(None)
+
+
+@pytest.mark.parametrize("line", ["{", '{"prompt": 3}', '{"prompt": "x", "max_token": 3}', '{"prompt": "x", "seed": true}'])
+def test_a_bad_line_is_named(line: str) -> None:
+    with pytest.raises(ConfigurationError, match="line 2: "):
+        read_jobs(["fine\n", line], "base", {}, jsonl=False)
+
+
+def test_jsonl_is_read_as_objects() -> None:
+    jobs = read_jobs(['{"prompt": "a", "seed": 1}\n', "\n"], "base", {"seed": 2, "top_k": 3}, jsonl=True)
+    assert [(job.prompt, job.adapter, dict(job.sampling)) for job in jobs] == [("a", "base", {"seed": 1, "top_k": 3})]
+
+
+def test_serve_refuses_other_than_loopback(tmp_path: Path) -> None:
+    result = run("serve", "--model", BASE_MODEL, "--listen", "0.0.0.0:1", "--data-dir", tmp_path)
+    assert_fails(result, 2, "0.0.0.0:1")
+
+
+def test_serve_until_sigterm(tmp_path: Path) -> None:
+    """The real engine: loads torch, so this is the slow one."""
+    arguments = ["serve", "--model", BASE_MODEL, "--listen", "127.0.0.1:0", "--data-dir", tmp_path, "--pool-mib", 16]
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, arguments), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    assert process.stdout is not None
+    ready = json.loads(process.stdout.readline())
+    assert ready["event"] == "ready"
+    result = run("generate", "hello>", "--temperature", 0, "--url", ready["address"])
+    assert (result.exit_code, result.stdout) == (0, "hello\n")
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (0, ""), errors
+    assert "Traceback" not in errors

@@ -1,0 +1,207 @@
+"""The client library against a real server with a fake engine."""
+
+import asyncio
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+from adapter_folders import write_adapter
+from running_server import Running, running_server
+
+from lorasrv.client import AsyncClient, Client, ClientError
+from lorasrv.client import errors as client_errors
+from lorasrv.client.batch import Job, Outcome, generate_all
+from lorasrv.client.errors import InvalidArgument, NotFound, Unavailable
+from lorasrv.client.messages import target_of
+from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
+
+
+@pytest.fixture
+async def running(tmp_path: Path) -> AsyncIterator[Running]:
+    async with running_server(tmp_path / "data") as found:
+        yield found
+
+
+def free_address() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+async def test_a_session(running: Running, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "upper", rank=64)
+    progress: list[tuple[int, int]] = []
+
+    def session() -> None:
+        with Client(f"http://{running.address}") as client:
+            version = client.push(folder, progress=lambda sent, total: progress.append((sent, total)))
+            response = client.generate("hello", adapter="upper", temperature=0.0, stop=["l"])
+            assert (response.text, response.started.version_digest) == ("he", version.digest)
+            assert client.generate([256, 71], adapter="base").text == "h"
+            assert [adapter.adapter_id for adapter in client.adapters()] == ["upper"]
+            assert client.adapter("upper").tags["latest"] == version.digest
+            assert client.info().base_model.name == "base"
+            assert client.status().state == server_pb2.ENGINE_STATE_READY
+            client.delete_adapter("upper")
+            with pytest.raises(NotFound, match="upper") as missing:
+                client.adapter("upper")
+            assert (missing.value.reason, missing.value.code) == ("ADAPTER_NOT_FOUND", grpc.StatusCode.NOT_FOUND)
+
+    await asyncio.to_thread(session)
+    total = sum(path.stat().st_size for path in folder.iterdir())
+    assert progress[-1] == (total, total)
+    assert progress == sorted(progress)
+
+
+async def test_a_stream_in_both_clients(running: Running) -> None:
+    def sync_kinds() -> list[type]:
+        with Client(running.address) as client:
+            return [type(event) for event in client.stream("hi", adapter="base", seed=1)]
+
+    async with AsyncClient(running.address) as client:
+        kinds = [type(event) async for event in client.stream("hi", adapter="base", seed=1)]
+    assert kinds == await asyncio.to_thread(sync_kinds)
+    assert (kinds[0], kinds[1], kinds[-1]) == (
+        generation_pb2.Started,
+        generation_pb2.Delta,
+        generation_pb2.Finished,
+    )
+
+
+async def test_closing_a_stream_cancels(running: Running) -> None:
+    running.engine.gate.clear()
+
+    def read_one() -> None:
+        with Client(running.address) as client:
+            events = client.stream("hello", adapter="base")
+            next(events)
+            next(events)
+            events.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+    await asyncio.to_thread(read_one)
+    while running.engine.running:
+        await asyncio.sleep(0.005)
+    assert len(running.engine.ended_early) == 1
+
+
+async def test_errors_carry_code_reason_and_message(running: Running) -> None:
+    async with AsyncClient(running.address) as client:
+        with pytest.raises(InvalidArgument, match=r"sampling\.top_p: 2\.0") as caught:
+            await client.generate("hi", adapter="base", top_p=2.0)
+        assert caught.value.reason == "INVALID_REQUEST"
+        with pytest.raises(NotFound):
+            await anext(client.stream("hi", adapter="nope"))
+
+
+async def test_no_server_is_unavailable() -> None:
+    async with AsyncClient(free_address()) as client:
+        with pytest.raises(Unavailable) as caught:
+            await client.generate("hi", adapter="base")
+    assert caught.value.reason is None
+
+
+async def test_a_broken_push_continues_where_the_server_is(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_adapter(tmp_path / "upper")
+    monkeypatch.setattr("lorasrv.client.messages.CHUNK_BYTES", 1000)
+    offsets: list[int] = []
+    broken = False
+
+    def push() -> adapter_pb2.Version:
+        with Client(running.address) as client:
+            write = client._adapters.WriteUpload
+
+            def break_once(requests: object, timeout: float | None) -> adapter_pb2.Upload:
+                nonlocal broken
+                if broken:
+                    messages = list(requests)  # pyright: ignore[reportArgumentType, reportCallIssue]
+                    offsets.extend(message.offset_bytes for message in messages)
+                    return write(iter(messages), timeout=timeout)
+                broken = True
+                first = next(requests)  # pyright: ignore[reportArgumentType, reportCallIssue]
+                write(iter([first]), timeout=timeout)
+                raise BrokenCall
+
+            client._adapters.WriteUpload = break_once
+            return client.push(folder, "upper")
+
+    version = await asyncio.to_thread(push)
+    assert len(version.digest) == 64
+    config_bytes = (folder / "adapter_config.json").stat().st_size
+    assert offsets[0] == min(1000, config_bytes) % config_bytes
+    assert offsets[1] == 1000
+
+
+class BrokenCall(grpc.RpcError):
+    def code(self) -> grpc.StatusCode:
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        return "connection reset"
+
+    def trailing_metadata(self) -> None:
+        return None
+
+
+async def test_a_batch_comes_back_in_order_and_a_failure_is_one_jobs(running: Running) -> None:
+    prompts = [f"prompt {'x' * (20 - index)}" for index in range(20)]
+    jobs = [Job(prompt=prompt, adapter="nope" if index == 3 else "base") for index, prompt in enumerate(prompts)]
+    outcomes: list[Outcome] = []
+    async with AsyncClient(running.address) as client:
+        await generate_all(client, jobs, 8, outcomes.append)
+    assert [outcome.index for outcome in outcomes] == list(range(20))
+    assert isinstance(outcomes[3].result, NotFound)
+    texts = [outcome.result.text for outcome in outcomes if not isinstance(outcome.result, ClientError)]
+    assert texts == [prompt for index, prompt in enumerate(prompts) if index != 3]
+
+
+async def test_a_batch_keeps_to_its_concurrency_and_cancels_as_a_whole(running: Running) -> None:
+    running.engine.gate.clear()
+    jobs = [Job(prompt="hello", adapter="base")] * 10
+    async with AsyncClient(running.address) as client:
+        task = asyncio.create_task(generate_all(client, jobs, 4, lambda outcome: None))
+        while len(running.engine.running) < 4:
+            await asyncio.sleep(0.005)
+        await asyncio.sleep(0.05)
+        assert len(running.engine.requests) == 4
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        while running.engine.running:
+            await asyncio.sleep(0.005)
+    assert len(running.engine.requests) == 4
+
+
+async def test_a_batch_without_a_server_fails_once() -> None:
+    async with AsyncClient(free_address()) as client:
+        with pytest.raises(Unavailable):
+            await generate_all(client, [Job(prompt="x", adapter="base")] * 20, 4, lambda outcome: None)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:1", "http://127.0.0.1:1", "http://127.0.0.1:1/"])
+def test_urls(url: str) -> None:
+    assert target_of(url) == "127.0.0.1:1"
+
+
+@pytest.mark.parametrize("url", ["", "localhost", "https://a:1", "a:b", "http://a:1/path", ":1"])
+def test_bad_urls(url: str) -> None:
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        target_of(url)
+
+
+def test_every_grpc_code_has_a_class() -> None:
+    mapped = {kind.code for kind in ClientError.__subclasses__()} | {ClientError.code, grpc.StatusCode.OK}
+    assert mapped == set(grpc.StatusCode)
+    assert all(kind.__module__ == client_errors.__name__ for kind in ClientError.__subclasses__())
+
+
+@pytest.mark.parametrize("module", ["lorasrv.client", "lorasrv.cli.main"])
+def test_a_client_loads_no_server_packages(module: str) -> None:
+    heavy = ("torch", "transformers", "numpy", "tokenizers", "msgspec", "zmq", "lorasrv.server", "lorasrv.engine")
+    program = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

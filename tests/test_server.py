@@ -1,0 +1,498 @@
+"""The server over real gRPC, with a fake engine: what every call answers, errors by code and reason."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from adapter_folders import write_adapter
+from fake_engine import FakeEngine, server_config
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from grpc_status import rpc_status
+from running_server import Running, reason_of, running_server
+
+from lorasrv.client.messages import CHUNK_BYTES, upload_files, write_requests
+from lorasrv.errors import ConfigurationError, QueueFull
+from lorasrv.server.server import Server
+from lorasrv.server.status import MASKED_MESSAGE
+from lorasrv.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
+
+Code = grpc.StatusCode
+TENANT = "tenants/default"
+
+
+@pytest.fixture
+async def running(tmp_path: Path) -> AsyncIterator[Running]:
+    async with running_server(tmp_path / "data") as found:
+        yield found
+
+
+@pytest.fixture
+def generation(running: Running) -> Any:
+    return generation_pb2_grpc.GenerationServiceStub(running.channel)
+
+
+@pytest.fixture
+def adapters(running: Running) -> Any:
+    return adapter_pb2_grpc.AdapterServiceStub(running.channel)
+
+
+def asked(text: str | None = "hé>", adapter: str = "base", **sampling: Any) -> generation_pb2.GenerateRequest:
+    return generation_pb2.GenerateRequest(
+        adapter=[generation_pb2.AdapterRef(name=adapter)],
+        text=text,
+        sampling=generation_pb2.SamplingParams(**sampling),
+    )
+
+
+async def push(adapters: Any, folder: Path, adapter_id: str) -> adapter_pb2.Upload:
+    upload = await create(adapters, folder, adapter_id)
+    await adapters.WriteUpload(write_requests(folder, upload))
+    return await adapters.FinishUpload(adapter_pb2.FinishUploadRequest(name=upload.name))
+
+
+async def create(adapters: Any, folder: Path, adapter_id: str) -> adapter_pb2.Upload:
+    return await adapters.CreateUpload(
+        adapter_pb2.CreateUploadRequest(parent=TENANT, adapter_id=adapter_id, files=upload_files(folder))
+    )
+
+
+async def refused(call: Any, code: grpc.StatusCode, reason: str) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert (caught.value.code(), reason_of(caught.value)) == (code, reason), caught.value.details()
+    return caught.value
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+# Generation
+
+
+async def test_a_stream_is_started_deltas_finished(generation: Any) -> None:
+    events = [response async for response in generation.GenerateStream(asked(seed=5))]
+    kinds = [event.WhichOneof("event") for event in events]
+    assert kinds == ["started", *["delta"] * (len(events) - 2), "finished"]
+    started, finished = events[0].started, events[-1].finished
+    assert (started.version_digest, started.prompt_tokens, started.seed) == ("", 5, 5)
+    assert started.generation_id
+    assert "".join(event.delta.text for event in events[1:-1]) == "hé>"
+    assert finished.reason == generation_pb2.FINISH_REASON_EOS
+    assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (5, 5)
+    assert finished.timings.total.ToNanoseconds() >= finished.timings.time_to_first_token.ToNanoseconds() > 0
+
+
+async def test_a_unary_answer_is_the_stream_put_together(generation: Any) -> None:
+    response = await generation.Generate(asked("ab stop", stop=["stop"], max_tokens=20))
+    assert response.text == "ab "
+    assert response.finished.reason == generation_pb2.FINISH_REASON_STOP
+    assert response.finished.stop == "stop"
+    assert len(response.token_ids) == response.finished.usage.completion_tokens == 7
+
+
+async def test_zero_is_not_the_default(running: Running, generation: Any) -> None:
+    await generation.Generate(asked(temperature=0.0))
+    await generation.Generate(asked())
+    assert [request.temperature for request in running.engine.requests] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (asked(None), "prompt"),
+        (asked(""), "prompt"),
+        (generation_pb2.GenerateRequest(text="x"), "adapter"),
+        (asked(adapter=""), "adapter.name"),
+        (asked(max_tokens=0), "sampling.max_tokens"),
+        (asked(max_tokens=100), "sampling.max_tokens"),
+        (asked("x" * 70), "prompt"),
+        (asked(temperature=float("nan")), "sampling.temperature"),
+        (asked(top_p=0.0), "sampling.top_p"),
+        (asked(stop=["x"] * 17), "sampling.stop"),
+        (
+            generation_pb2.GenerateRequest(
+                adapter=[generation_pb2.AdapterRef(name="base")], tokens=generation_pb2.TokenIds(ids=[260])
+            ),
+            "prompt.tokens",
+        ),
+    ],
+)
+async def test_invalid_requests_name_their_field(
+    running: Running, generation: Any, request_: generation_pb2.GenerateRequest, field: str
+) -> None:
+    error = await refused(generation.Generate(request_), Code.INVALID_ARGUMENT, "INVALID_REQUEST")
+    status = rpc_status.from_call(error)
+    bad = error_details_pb2.BadRequest()
+    assert [bad.field_violations[0].field for each in status.details if each.Unpack(bad)] == [field]
+    assert not running.engine.requests
+
+
+@pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+async def test_an_unknown_adapter_is_not_found(generation: Any, method: str) -> None:
+    call = getattr(generation, method)(asked(adapter="nope"))
+    await refused(call if method == "Generate" else anext(aiter(call)), Code.NOT_FOUND, "ADAPTER_NOT_FOUND")
+
+
+async def test_a_malformed_reference_is_invalid(generation: Any) -> None:
+    await refused(generation.Generate(asked(adapter="UP")), Code.INVALID_ARGUMENT, "INVALID_REFERENCE")
+
+
+async def test_a_running_generation_id_exists(running: Running, generation: Any) -> None:
+    running.engine.gate.clear()
+    request = asked()
+    request.generation_id = "mine"
+    call = generation.GenerateStream(request)
+    await anext(aiter(call))
+    await refused(generation.Generate(request), Code.ALREADY_EXISTS, "GENERATION_EXISTS")
+    call.cancel()
+
+
+@pytest.mark.parametrize("num_read", [0, 1, 2])
+async def test_a_vanished_client_ends_its_work(running: Running, generation: Any, num_read: int) -> None:
+    running.engine.gate.clear()
+    call = generation.GenerateStream(asked())
+    events = aiter(call)
+    for _ in range(num_read):
+        await anext(events)
+    await until(lambda: bool(running.engine.running))
+    call.cancel()
+    await until(lambda: not running.engine.running)
+    assert len(running.engine.ended_early) == 1
+
+
+async def test_a_deadline_ends_the_work(running: Running, generation: Any) -> None:
+    running.engine.gate.clear()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await generation.Generate(asked(), timeout=0.2)
+    assert caught.value.code() is Code.DEADLINE_EXCEEDED
+    await until(lambda: len(running.engine.ended_early) == 1)
+
+
+async def test_an_engine_failure_is_the_calls_status_and_a_neighbour_goes_on(
+    running: Running, generation: Any
+) -> None:
+    running.engine.gate.clear()
+    neighbour = generation.Generate(asked("neighbour"))
+    await until(lambda: bool(running.engine.running))
+    running.engine.script = lambda request: [QueueFull("2048 requests wait; the limit is 2048")]
+    error = await refused(generation.Generate(asked()), Code.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    assert "2048" in str(error.details())
+    running.engine.gate.set()
+    assert (await neighbour).text == "neighbour"
+
+
+async def test_defects_are_masked_and_logged(
+    running: Running, generation: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    running.engine.script = lambda request: [RuntimeError("/srv/secret")]
+    error = await refused(generation.Generate(asked()), Code.INTERNAL, "INTERNAL")
+    assert error.details() == MASKED_MESSAGE
+    assert "/srv/secret" in caplog.text
+    assert "Traceback" in caplog.text
+
+
+async def test_defects_in_a_stream_are_masked(running: Running, generation: Any) -> None:
+    running.engine.script = lambda request: [RuntimeError("/srv/secret")]
+    events = aiter(generation.GenerateStream(asked()))
+    assert (await anext(events)).WhichOneof("event") == "started"
+    error = await refused(anext(events), Code.INTERNAL, "INTERNAL")
+    assert error.details() == MASKED_MESSAGE
+
+
+@pytest.mark.parametrize(
+    "method", ["GenerationService/Generate", "GenerationService/GenerateStream", "ServerService/GetStatus"]
+)
+@pytest.mark.parametrize("data", [b"\xff", b"\x12\x02\xff\xfe", b"\x0a\xff\xff\xff\xff\x7f"])
+async def test_malformed_bytes_are_an_invalid_argument(running: Running, method: str, data: bytes) -> None:
+    path = f"/lorasrv.v1.{method}"
+    if method.endswith("Stream"):
+        call = anext(aiter(running.channel.unary_stream(path)(data)))
+    elif method.endswith("GetStatus") and data == b"\x12\x02\xff\xfe":
+        return  # an unknown field there, which protobuf skips
+    else:
+        call = running.channel.unary_unary(path)(data)
+    error = await refused(call, Code.INVALID_ARGUMENT, "INVALID_REQUEST")
+    assert str(error.details()) == f"a message of {len(data)} bytes is not a valid protobuf message"
+
+
+async def test_malformed_bytes_in_an_upload_stream(running: Running) -> None:
+    call = running.channel.stream_unary("/lorasrv.v1.AdapterService/WriteUpload")(iter([b"\xff"]))
+    await refused(call, Code.INVALID_ARGUMENT, "INVALID_REQUEST")
+
+
+async def test_a_message_over_the_cap_is_refused(generation: Any) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await generation.Generate(asked("x" * (5 << 20)))
+    assert caught.value.code() is Code.RESOURCE_EXHAUSTED
+
+
+# Adapters
+
+
+async def test_an_adapter_pushed_is_served_listed_and_deleted(
+    running: Running, adapters: Any, generation: Any, tmp_path: Path
+) -> None:
+    upload = await push(adapters, write_adapter(tmp_path / "upper"), "upper")
+    assert upload.state == adapter_pb2.UPLOAD_STATE_PUBLISHED
+    digest = upload.version.digest
+    assert upload.version.name == f"{TENANT}/adapters/upper/versions/{digest}"
+    assert (upload.version.min_rank, upload.version.max_rank) == (4, 4)
+
+    for reference in ("upper", "upper@latest", f"upper@sha256:{digest}", f"upper@sha256:{digest[:8]}"):
+        response = await generation.Generate(asked(adapter=reference))
+        assert response.started.version_digest == digest
+    adapter = await adapters.GetAdapter(adapter_pb2.GetAdapterRequest(name=f"{TENANT}/adapters/upper"))
+    assert dict(adapter.tags) == {"latest": digest}
+    assert adapter.versions[0].tier == adapter_pb2.TIER_DEVICE
+    listed = await adapters.ListAdapters(adapter_pb2.ListAdaptersRequest(parent=TENANT))
+    assert [each.adapter_id for each in listed.adapters] == ["upper"]
+
+    status = await server_pb2_grpc.ServerServiceStub(running.channel).GetStatus(server_pb2.GetStatusRequest())
+    assert [(each.adapter_id, each.version_digest) for each in status.adapters] == [("upper", digest)]
+    await adapters.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(name=f"{TENANT}/adapters/upper"))
+    await refused(generation.Generate(asked(adapter="upper")), Code.NOT_FOUND, "ADAPTER_NOT_FOUND")
+
+
+async def test_deleting_an_adapter_does_not_end_its_streams(
+    running: Running, adapters: Any, generation: Any, tmp_path: Path
+) -> None:
+    await push(adapters, write_adapter(tmp_path / "upper"), "upper")
+    running.engine.gate.clear()
+    call = generation.Generate(asked(adapter="upper"))
+    await until(lambda: bool(running.engine.running))
+    await adapters.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(name=f"{TENANT}/adapters/upper"))
+    running.engine.gate.set()
+    assert (await call).text == "hé>"
+
+
+async def test_an_upload_continues_at_its_committed_offset(adapters: Any, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "upper", rank=8)
+    upload = await create(adapters, folder, "upper")
+    name, data = "adapter_model.safetensors", (folder / "adapter_model.safetensors").read_bytes()
+
+    def part(offset: int, data: bytes) -> adapter_pb2.WriteUploadRequest:
+        return adapter_pb2.WriteUploadRequest(upload=upload.name, file=name, offset_bytes=offset, data=data)
+
+    await adapters.WriteUpload(iter([part(0, data[:1000])]))
+    error = await refused(adapters.WriteUpload(iter([part(500, data[500:])])), Code.OUT_OF_RANGE, "OFFSET_MISMATCH")
+    assert "1000" in str(error.details())
+    finish = adapter_pb2.FinishUploadRequest(name=upload.name)
+    await refused(adapters.FinishUpload(finish), Code.FAILED_PRECONDITION, "UPLOAD_INCOMPLETE")
+    upload = await adapters.GetUpload(adapter_pb2.GetUploadRequest(name=upload.name))
+    assert {file.name: file.committed_bytes for file in upload.files}[name] == 1000
+    written = await adapters.WriteUpload(write_requests(folder, upload))
+    assert all(file.committed_bytes == file.size_bytes for file in written.files)
+    first = await adapters.FinishUpload(finish)
+    assert first.state == adapter_pb2.UPLOAD_STATE_PUBLISHED
+    assert (await adapters.FinishUpload(finish)).version == first.version
+
+
+async def test_the_newest_writer_of_a_file_wins(adapters: Any, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "upper")
+    upload = await create(adapters, folder, "upper")
+    name = "adapter_model.safetensors"
+    older = adapters.WriteUpload()
+    await older.write(adapter_pb2.WriteUploadRequest(upload=upload.name, file=name, offset_bytes=0, data=b"a"))
+
+    async def committed() -> int:
+        found = await adapters.GetUpload(adapter_pb2.GetUploadRequest(name=upload.name))
+        return sum(file.committed_bytes for file in found.files)
+
+    while await committed() < 1:
+        await asyncio.sleep(0.005)
+    newer = adapter_pb2.WriteUploadRequest(upload=upload.name, file=name, offset_bytes=1, data=b"b")
+    await adapters.WriteUpload(iter([newer]))
+    await older.write(adapter_pb2.WriteUploadRequest(offset_bytes=2, data=b"c"))
+    await refused(older, Code.ABORTED, "UPLOAD_SUPERSEDED")
+    assert await committed() == 2
+
+
+async def test_wrong_bytes_are_refused_and_the_file_starts_again(adapters: Any, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "upper")
+    upload = await create(adapters, folder, "upper")
+    await adapters.WriteUpload(write_requests(folder, upload))
+    wrong = adapter_pb2.CreateUploadRequest(parent=TENANT, adapter_id="upper", files=upload_files(folder))
+    wrong.files[0].sha256 = hashlib.sha256(b"other").hexdigest()
+    upload = await adapters.CreateUpload(wrong)
+    await adapters.WriteUpload(write_requests(folder, upload))
+    finish = adapters.FinishUpload(adapter_pb2.FinishUploadRequest(name=upload.name))
+    await refused(finish, Code.INVALID_ARGUMENT, "DIGEST_MISMATCH")
+    upload = await adapters.GetUpload(adapter_pb2.GetUploadRequest(name=upload.name))
+    assert upload.files[0].committed_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "code", "reason"),
+    [
+        ({"use_dora": True}, Code.FAILED_PRECONDITION, "UNSUPPORTED_FEATURE"),
+        ({"r": 512}, Code.FAILED_PRECONDITION, "RANK_TOO_LARGE"),
+        ({"r": 0}, Code.INVALID_ARGUMENT, "INVALID_ADAPTER"),
+    ],
+)
+async def test_refused_content_tells_why_and_stays_invisible(
+    adapters: Any, tmp_path: Path, config: dict[str, object], code: grpc.StatusCode, reason: str
+) -> None:
+    folder = write_adapter(tmp_path / "bad", **config)
+    upload = await create(adapters, folder, "bad")
+    await adapters.WriteUpload(write_requests(folder, upload))
+    await refused(adapters.FinishUpload(adapter_pb2.FinishUploadRequest(name=upload.name)), code, reason)
+    upload = await adapters.GetUpload(adapter_pb2.GetUploadRequest(name=upload.name))
+    assert upload.state == adapter_pb2.UPLOAD_STATE_FAILED
+    assert reason in [error.reason for error in upload.errors]
+    get = adapters.GetAdapter(adapter_pb2.GetAdapterRequest(name=f"{TENANT}/adapters/bad"))
+    await refused(get, Code.NOT_FOUND, "ADAPTER_NOT_FOUND")
+
+
+async def test_the_same_content_again_is_stored_once(adapters: Any, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "upper")
+    first, again = await push(adapters, folder, "upper"), await push(adapters, folder, "upper")
+    assert first.version.digest == again.version.digest
+    adapter = await adapters.GetAdapter(adapter_pb2.GetAdapterRequest(name=f"{TENANT}/adapters/upper"))
+    assert len(adapter.versions) == 1
+
+
+@pytest.mark.parametrize("bad_id", ["Upper", "ü", "a\0b", "a" * 64, "", "-a", "base"])
+async def test_a_bad_id_is_refused(adapters: Any, tmp_path: Path, bad_id: str) -> None:
+    call = create(adapters, write_adapter(tmp_path / "x"), bad_id)
+    await refused(call, Code.INVALID_ARGUMENT, "INVALID_REFERENCE")
+
+
+async def test_another_tenant_has_nothing(running: Running, adapters: Any, tmp_path: Path) -> None:
+    await push(adapters, write_adapter(tmp_path / "upper"), "upper")
+    texts = [
+        str((await refused(call, Code.NOT_FOUND, "ADAPTER_NOT_FOUND")).details())
+        for call in (
+            adapters.GetAdapter(adapter_pb2.GetAdapterRequest(name="tenants/other/adapters/upper")),
+            adapters.GetAdapter(adapter_pb2.GetAdapterRequest(name="tenants/other/adapters/never")),
+            adapters.GetAdapter(adapter_pb2.GetAdapterRequest(name=f"{TENANT}/adapters/never")),
+            adapters.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(name="tenants/other/adapters/upper")),
+        )
+    ]
+    assert {text.replace("upper", "never") for text in texts} == {"adapter 'never' not found"}
+    upload = adapters.GetUpload(adapter_pb2.GetUploadRequest(name="tenants/other/uploads/abc"))
+    await refused(upload, Code.NOT_FOUND, "UPLOAD_NOT_FOUND")
+    create_there = adapter_pb2.CreateUploadRequest(parent="tenants/other", adapter_id="a")
+    await refused(adapters.CreateUpload(create_there), Code.NOT_FOUND, "ADAPTER_NOT_FOUND")
+
+
+async def test_pages_of_adapters(adapters: Any, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "x")
+    for adapter_id in ("a", "b", "c"):
+        await push(adapters, folder, adapter_id)
+    request = adapter_pb2.ListAdaptersRequest(parent=TENANT, page_size=2)
+    first = await adapters.ListAdapters(request)
+    request.page_token = first.next_page_token
+    second = await adapters.ListAdapters(request)
+    assert [each.adapter_id for page in (first, second) for each in page.adapters] == ["a", "b", "c"]
+    assert not second.next_page_token
+    for bad in ({"page_size": -1}, {"page_token": "forged"}):
+        call = adapters.ListAdapters(adapter_pb2.ListAdaptersRequest(parent=TENANT, **bad))
+        await refused(call, Code.INVALID_ARGUMENT, "INVALID_PAGE")
+
+
+async def test_an_upload_stream_without_messages_is_refused(adapters: Any) -> None:
+    messages: Iterator[adapter_pb2.WriteUploadRequest] = iter(())
+    await refused(adapters.WriteUpload(messages), Code.INVALID_ARGUMENT, "INVALID_REQUEST")
+
+
+def test_chunks_fit_the_message_cap() -> None:
+    assert CHUNK_BYTES <= 1 << 20
+
+
+# The server
+
+
+async def test_info_and_status(running: Running) -> None:
+    stub: Any = server_pb2_grpc.ServerServiceStub(running.channel)
+    info = await stub.GetServerInfo(server_pb2.GetServerInfoRequest())
+    assert (info.base_model.name, info.base_model.architecture) == ("base", "LlamaForCausalLM")
+    assert (info.num_pages, info.block_tokens, info.max_rank) == (10, 16, 256)
+    assert len(info.base_model.fingerprint) == 64
+    status = await stub.GetStatus(server_pb2.GetStatusRequest())
+    assert status.state == server_pb2.ENGINE_STATE_READY
+    assert (status.pool.num_pages, status.pool.free_pages) == (10, 10)
+    running.engine.set_state("unavailable")
+    status = await stub.GetStatus(server_pb2.GetStatusRequest())
+    assert status.state == server_pb2.ENGINE_STATE_UNAVAILABLE
+    assert not status.HasField("pool")
+
+
+async def test_health_follows_the_engine(running: Running) -> None:
+    stub: Any = health_pb2_grpc.HealthStub(running.channel)
+
+    async def states() -> list[str]:
+        names = ("", "lorasrv.v1.GenerationService", "lorasrv.v1.AdapterService", "lorasrv.v1.ServerService")
+        checks = [await stub.Check(health_pb2.HealthCheckRequest(service=name)) for name in names]
+        return [health_pb2.HealthCheckResponse.ServingStatus.Name(check.status) for check in checks]
+
+    assert await states() == ["SERVING"] * 4
+    running.engine.set_state("unavailable")
+    while await states() != ["NOT_SERVING", "NOT_SERVING", "SERVING", "SERVING"]:
+        await asyncio.sleep(0.005)
+    running.engine.set_state("ready")
+    while await states() != ["SERVING"] * 4:
+        await asyncio.sleep(0.005)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Check(health_pb2.HealthCheckRequest(service="nope"))
+    assert caught.value.code() is Code.NOT_FOUND
+
+
+async def test_reflection_lists_the_services(running: Running) -> None:
+    stub: Any = reflection_pb2_grpc.ServerReflectionStub(running.channel)
+    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    response = await anext(aiter(call))
+    names = {service.name for service in response.list_services_response.service}
+    ours = {f"lorasrv.v1.{name}Service" for name in ("Generation", "Adapter", "Server")}
+    assert names >= ours | {"grpc.health.v1.Health"}
+    call.cancel()
+
+
+async def test_draining_ends_streams_with_unavailable(running: Running, generation: Any) -> None:
+    running.engine.gate.clear()
+    stream = generation.GenerateStream(asked())
+    events = aiter(stream)
+    await anext(events)
+    await running.server.drain(grace_s=0.01)
+    await refused(generation.Generate(asked()), Code.UNAVAILABLE, "ENGINE_UNAVAILABLE")
+    await running.engine.close()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in events:
+            pass
+    assert (caught.value.code(), reason_of(caught.value)) == (Code.UNAVAILABLE, "ENGINE_UNAVAILABLE")
+
+
+async def test_a_taken_port_is_said_before_a_model_is_loaded(running: Running, tmp_path: Path) -> None:
+    engine = FakeEngine()
+    server = Server(server_config(tmp_path / "other", listen=running.address), lambda config: engine)
+    try:
+        with pytest.raises(ConfigurationError, match=running.address):
+            await server.start()
+        assert engine.state == "starting"
+    finally:
+        await server.close()
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "example.com:1", "10.0.0.1:1", "127.0.0.1", "localhost:x"])
+def test_only_loopback_is_served_without_credentials(tmp_path: Path, listen: str) -> None:
+    with pytest.raises(ConfigurationError, match="listen address"):
+        server_config(tmp_path, listen=listen)
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "localhost:8470", "[::1]:8470", "127.8.9.1:1"])
+def test_loopback_addresses(tmp_path: Path, listen: str) -> None:
+    assert server_config(tmp_path, listen=listen).listen == listen
