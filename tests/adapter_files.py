@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from lorasrv_adapters.base import BaseModule, BaseShapes
 from lorasrv_adapters.manifest import CONFIG_FILE, FILE_NAMES, WEIGHTS_FILE
 from lorasrv_adapters.records import UploadFile
@@ -18,7 +19,13 @@ Tensor = tuple[str, tuple[int, ...], bytes]
 
 
 def llama_shapes(
-    *, layers: int = 2, hidden: int = 16, intermediate: int = 24, heads: int = 4, kv_heads: int = 2, dtype: str = "float32"
+    *,
+    layers: int = 2,
+    hidden: int = 16,
+    intermediate: int = 24,
+    heads: int = 4,
+    kv_heads: int = 2,
+    dtype: str = "float32",
 ) -> BaseShapes:
     """The linear modules of a Llama of this shape."""
     kv = hidden // heads * kv_heads
@@ -38,9 +45,16 @@ def llama_shapes(
 def lora_config(**changes: Any) -> dict[str, Any]:
     """A plain configuration of rank 2 on q_proj and down_proj."""
     return {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 4, "use_rslora": False, "bias": "none",
-        "target_modules": ["q_proj", "down_proj"], "base_model_name_or_path": "/home/me/base", **changes,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 2,
+        "lora_alpha": 4,
+        "use_rslora": False,
+        "bias": "none",
+        "target_modules": ["q_proj", "down_proj"],
+        "base_model_name_or_path": "/home/me/base",
+        **changes,
+    }
 
 
 def lora_tensors(base: BaseShapes, targets: Sequence[str], rank: int, seed: int = 0) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
+
 from lorasrv_adapters.errors import ImageTooLarge
 from lorasrv_adapters.host_cache import HostCache, HostState
 
@@ -87,8 +88,11 @@ def test_evicts_the_least_recently_got(make: Make, loader: Loader) -> None:
     assert cache.get("a")
     assert read(cache, loader, "d")
     assert [cache.state(digest) for digest in "abcd"] == [
-        HostState.READY, HostState.ABSENT, HostState.READY, HostState.READY,
-    ]  # fmt: skip
+        HostState.READY,
+        HostState.ABSENT,
+        HostState.READY,
+        HostState.READY,
+    ]
     assert cache.snapshot().num_evictions == 1
     assert cache.snapshot().used_bytes == 3
 
@@ -160,7 +164,8 @@ def test_larger_than_the_budget_fails_naming_both(make: Make, loader: Loader) ->
     assert read(cache, loader, "a") is None
     failure = cache.failure("a")
     assert isinstance(failure, ImageTooLarge)
-    assert "11" in str(failure) and "10" in str(failure)
+    assert "11" in str(failure)
+    assert "10" in str(failure)
     assert cache.get("b") == b"b"
 
 

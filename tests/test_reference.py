@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from lorasrv_adapters import reference as ref
 from lorasrv_adapters.errors import InvalidReference
 
@@ -26,15 +27,41 @@ def test_accepts(text: str, parsed: object) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "@", "@prod", "a@", "a@@b", "A", "Upper", "a b", "a\0", "a\n", "-a", "a-", ".a", "a.", "z" * 64, "../a", "a/b",
-        "\u0430dapter", "base@latest", "base@sha256:01234567", "a@sha256:", "a@sha256:0123456", "a@sha256:" + "f" * 65,
-        "a@sha256:0123456G", "a@SHA256:01234567", "a@sha256:ABCDEF01", "a@Prod", "\u202ea",
+        "",
+        "@",
+        "@prod",
+        "a@",
+        "a@@b",
+        "A",
+        "Upper",
+        "a b",
+        "a\0",
+        "a\n",
+        "-a",
+        "a-",
+        ".a",
+        "a.",
+        "z" * 64,
+        "../a",
+        "a/b",
+        "\u0430dapter",
+        "base@latest",
+        "base@sha256:01234567",
+        "a@sha256:",
+        "a@sha256:0123456",
+        "a@sha256:" + "f" * 65,
+        "a@sha256:0123456G",
+        "a@SHA256:01234567",
+        "a@sha256:ABCDEF01",
+        "a@Prod",
+        "\u202ea",
     ],
-)  # fmt: skip
+)
 def test_refuses(text: str) -> None:
     with pytest.raises(InvalidReference) as refused:
         ref.parse_reference(text)
-    assert str(refused.value).isascii() and str(refused.value).isprintable()
+    assert str(refused.value).isascii()
+    assert str(refused.value).isprintable()
 
 
 @given(st.text())
@@ -56,9 +83,20 @@ def test_resource_names_round_trip() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "upper", "tenants/acme", "tenants//adapters/a", "tenants/a/adapters/B", "tenants/a/adapters/b/", "/tenants/a/adapters/b",
-             "tenants/../adapters/b", "tenants/a/uploads/b", "tenants/a/adapters/base"],
-)  # fmt: skip
+    "name",
+    [
+        "",
+        "upper",
+        "tenants/acme",
+        "tenants//adapters/a",
+        "tenants/a/adapters/B",
+        "tenants/a/adapters/b/",
+        "/tenants/a/adapters/b",
+        "tenants/../adapters/b",
+        "tenants/a/uploads/b",
+        "tenants/a/adapters/base",
+    ],
+)
 def test_refuses_adapter_names(name: str) -> None:
     with pytest.raises(InvalidReference):
         ref.parse_adapter_name(name)

@@ -10,19 +10,25 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lorasrv_adapters.errors import MalformedFile
-from lorasrv_adapters.safetensors_header import HeaderLimits, SafetensorsHeader, iter_tensor, read_header, read_tensor_bytes
 from safetensors.numpy import save
 
-from tests.adapter_files import with_header
+from adapter_files import with_header
+from lorasrv_adapters.errors import MalformedFile
+from lorasrv_adapters.safetensors_header import (
+    HeaderLimits,
+    SafetensorsHeader,
+    iter_tensor,
+    read_header,
+    read_tensor_bytes,
+)
 
 A = '"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}'
 B = '"b":{"dtype":"F16","shape":[2,1],"data_offsets":[4,8]}'
 VALID = with_header(f"{{{A},{B}}}".encode(), bytes(8))
 
 
-def read(data: bytes, limits: HeaderLimits = HeaderLimits()) -> SafetensorsHeader:
-    return read_header(io.BytesIO(data), limits)
+def read(data: bytes, limits: HeaderLimits | None = None) -> SafetensorsHeader:
+    return read_header(io.BytesIO(data), limits or HeaderLimits())
 
 
 def one(**changes: Any) -> bytes:
@@ -81,7 +87,7 @@ def test_agrees_with_the_stock_writer() -> None:
         pytest.param(b"\x80\x02ccollections\nOrderedDict\n" + bytes(64), id="pickle"),
         pytest.param(b"PK\x03\x04" + bytes(64), id="zip"),
     ],
-)  # fmt: skip
+)
 def test_refuses(data: bytes) -> None:
     with pytest.raises(MalformedFile):
         read(data)
@@ -90,16 +96,19 @@ def test_refuses(data: bytes) -> None:
 def test_refuses_overlap_and_hole() -> None:
     for begin in (2, 6):
         moved = B.replace("[4,8]", f"[{begin},{begin + 4}]")
-        with pytest.raises(MalformedFile, match="overlaps|hole"):
+        with pytest.raises(MalformedFile, match=r"overlaps|hole"):
             read(with_header(f"{{{A},{moved}}}".encode(), bytes(10)))
 
 
-@pytest.mark.parametrize("name", ["", "a\0b", "../a", "a/../b", "a..b", "/etc/passwd", "\u202ea", "a b", "x" * 257, "\ud800", "а"])
+@pytest.mark.parametrize(
+    "name", ["", "a\0b", "../a", "a/../b", "a..b", "/etc/passwd", "\u202ea", "a b", "x" * 257, "\ud800", "а"]
+)
 def test_refuses_names(name: str) -> None:
     entry = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
     with pytest.raises(MalformedFile, match="tensor name") as refused:
         read(with_header(json.dumps({name: entry}).encode(), bytes(4)))
-    assert str(refused.value).isascii() and str(refused.value).isprintable()
+    assert str(refused.value).isascii()
+    assert str(refused.value).isprintable()
 
 
 def test_limits_are_arguments() -> None:
@@ -137,9 +146,12 @@ JSON_VALUES = st.recursive(
     max_leaves=8,
 )
 ENTRIES = st.fixed_dictionaries(
-    {"dtype": st.sampled_from(["U8", "F32", "BF16", "X"]), "shape": st.lists(st.integers(-1, 5), max_size=3),
-     "data_offsets": st.lists(st.integers(-1, 30), min_size=2, max_size=2)}
-)  # fmt: skip
+    {
+        "dtype": st.sampled_from(["U8", "F32", "BF16", "X"]),
+        "shape": st.lists(st.integers(-1, 5), max_size=3),
+        "data_offsets": st.lists(st.integers(-1, 30), min_size=2, max_size=2),
+    }
+)
 
 
 def parses_within_bounds_or_refuses(data: bytes) -> None:
@@ -162,7 +174,10 @@ def test_any_json_header(fields: dict[str, Any], data_bytes: int) -> None:
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=3), st.integers(0, len(VALID)))
+@given(
+    st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=3),
+    st.integers(0, len(VALID)),
+)
 def test_any_mutated_header(flips: list[tuple[int, int]], length: int) -> None:
     data = bytearray(VALID)
     for position, value in flips:

@@ -137,9 +137,10 @@ class Publisher:
             work.validating = False
 
     def _verify_bytes(self, upload: Upload) -> None:
-        for file in upload.files:
-            if file.committed_bytes < file.size_bytes:
-                raise UploadIncomplete(f"{file.name}: {file.committed_bytes} of {file.size_bytes} bytes have arrived")
+        short = [file for file in upload.files if file.committed_bytes < file.size_bytes]
+        if short:
+            states = "; ".join(f"{file.name}: {file.committed_bytes} of {file.size_bytes}" for file in short)
+            raise UploadIncomplete(f"bytes that have arrived: {states}")
         wrong: list[str] = []
         for file in upload.files:
             with self._staging.touch(upload.upload_id, file.name).open("rb") as staged:

@@ -1,0 +1,543 @@
+"""The registry: publishing is atomic whatever kills it, uploads resume, tenants see only their own, pins hold."""
+
+import errno
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from adapter_files import llama_shapes, lora_config, lora_tensors, small_adapter, upload_files, write_adapter
+from lorasrv_adapters import errors as err
+from lorasrv_adapters.manifest import CONFIG_FILE, FILE_NAMES, WEIGHTS_FILE, ManifestFile, make_manifest, parse_manifest
+from lorasrv_adapters.published import open_version
+from lorasrv_adapters.records import Upload, UploadFile, UploadState
+from lorasrv_adapters.registry import Registry
+
+BASE = llama_shapes()
+WAIT_S = 10.0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def registry(tmp_path: Path, clock: Clock) -> Iterator[Registry]:
+    registry = Registry(tmp_path / "data", BASE, clock=clock)
+    yield registry
+    registry.check()
+    registry.close()
+
+
+def send(registry: Registry, upload: Upload, folder: Path, chunk_bytes: int = 700) -> None:
+    """Bring every file from its committed offset to its end, as a client does."""
+    for file in registry.get_upload(upload.tenant, upload.upload_id).files:
+        writer = registry.open_writer(upload.tenant, upload.upload_id, file.name)
+        data = (folder / file.name).read_bytes()
+        offset = writer.offset
+        while offset < len(data):
+            offset = writer.write(offset, data[offset : offset + chunk_bytes])
+
+
+def start(registry: Registry, folder: Path, adapter_id: str = "upper", tenant: str = "acme") -> Upload:
+    upload = registry.create_upload(tenant, adapter_id, upload_files(folder))
+    send(registry, upload, folder)
+    return upload
+
+
+def push(registry: Registry, folder: Path, adapter_id: str = "upper", tenant: str = "acme") -> str:
+    done = registry.finish_upload(tenant, start(registry, folder, adapter_id, tenant).upload_id)
+    registry.check()
+    assert done.version is not None
+    return done.version.digest
+
+
+def open_digest(registry: Registry, digest: str) -> int:
+    return len(open_version(registry.blobs, digest, BASE, 256).spec.modules)
+
+
+def test_publish_and_open(registry: Registry, tmp_path: Path) -> None:
+    folder = small_adapter(tmp_path / "a", BASE)
+    digest = push(registry, folder)
+
+    adapter = registry.get_adapter("acme", "upper")
+    (version,) = adapter.versions
+    assert adapter.tags == {"latest": digest}
+    assert (version.digest, version.rank_min, version.rank_max) == (digest, 2, 2)
+    assert version.target_modules == ("q_proj", "down_proj")
+    assert version.size_bytes == sum((folder / name).stat().st_size for name in FILE_NAMES)
+    files = open_version(registry.blobs, digest, BASE, 256)
+    assert files.weights_file.read_bytes() == (folder / WEIGHTS_FILE).read_bytes()
+    assert len(files.spec.modules) == 4
+
+
+def test_digest_names_the_content(registry: Registry, tmp_path: Path) -> None:
+    first, second = (small_adapter(tmp_path / str(seed), BASE, seed=seed) for seed in (0, 1))
+    manifest = make_manifest(
+        [ManifestFile(name=f.name, size_bytes=f.size_bytes, sha256=f.sha256) for f in upload_files(first)]
+    )
+    assert parse_manifest(manifest.to_bytes()) == manifest
+    assert push(registry, first) == manifest.digest
+    assert push(registry, second) != manifest.digest
+
+
+def test_new_version_moves_latest_and_keeps_the_old(registry: Registry, tmp_path: Path) -> None:
+    digests = [push(registry, small_adapter(tmp_path / str(seed), BASE, seed=seed)) for seed in range(3)]
+    adapter = registry.get_adapter("acme", "upper")
+    assert [version.digest for version in adapter.versions] == digests[::-1]
+    assert registry.resolve("acme", "upper").digest == digests[-1]
+    assert registry.resolve("acme", f"upper@sha256:{digests[0][:8]}").digest == digests[0]
+    assert registry.resolve("acme", f"upper@sha256:{digests[1]}").digest == digests[1]
+
+
+def test_same_content_is_stored_once_and_moves_the_tag_back(registry: Registry, tmp_path: Path) -> None:
+    old, new = (small_adapter(tmp_path / str(seed), BASE, seed=seed) for seed in (0, 1))
+    digest = push(registry, old)
+    push(registry, new)
+    blobs = set(registry.blobs.digests())
+    assert push(registry, old) == digest
+    assert push(registry, old, tenant="other") == digest
+    assert set(registry.blobs.digests()) == blobs
+    assert len(registry.get_adapter("acme", "upper").versions) == 2
+    assert registry.resolve("acme", "upper@latest").digest == digest
+
+
+def test_finish_is_idempotent(registry: Registry, tmp_path: Path) -> None:
+    upload = start(registry, small_adapter(tmp_path / "a", BASE))
+    results: list[Upload] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(registry.finish_upload("acme", upload.upload_id)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert len(results) == 4
+    assert len({result.version for result in results}) == 1
+    assert results[0].state is UploadState.PUBLISHED
+    assert registry.get_upload("acme", upload.upload_id) == results[0]
+    with pytest.raises(err.UploadNotReceiving):
+        registry.open_writer("acme", upload.upload_id, CONFIG_FILE)
+
+
+def test_refused_content_fails_the_upload_with_all_reasons(registry: Registry, tmp_path: Path) -> None:
+    config = lora_config(use_dora=True, lora_alpha=-1)
+    folder = write_adapter(tmp_path / "a", config, lora_tensors(BASE, ["q_proj", "down_proj"], 2))
+    upload = start(registry, folder)
+    reasons: list[list[str]] = []
+    for _ in range(2):
+        with pytest.raises(err.ContentRefused) as refused:
+            registry.finish_upload("acme", upload.upload_id)
+        assert {type(error) for error in refused.value.errors} == {err.UnsupportedFeature, err.InvalidAdapter}
+        reasons.append([str(error) for error in refused.value.errors])
+        registry.check()
+    failed = registry.get_upload("acme", upload.upload_id)
+    assert failed.state is UploadState.FAILED
+    assert reasons == [[str(error) for error in failed.errors]] * 2
+    assert not list((tmp_path / "data" / "staging").iterdir())
+    with pytest.raises(err.AdapterNotFound):
+        registry.get_adapter("acme", "upper")
+
+
+def test_offsets(registry: Registry, tmp_path: Path) -> None:
+    folder = small_adapter(tmp_path / "a", BASE)
+    upload = registry.create_upload("acme", "upper", upload_files(folder))
+    writer = registry.open_writer("acme", upload.upload_id, WEIGHTS_FILE)
+    data = (folder / WEIGHTS_FILE).read_bytes()
+    assert writer.write(0, data[:100]) == 100
+    for wrong in (0, 99, 101, 1 << 60):
+        with pytest.raises(err.OffsetMismatch) as mismatch:
+            writer.write(wrong, b"x")
+        assert mismatch.value.current == 100
+    with pytest.raises(err.InvalidUpload, match=str(len(data))):
+        writer.write(100, data)
+    with pytest.raises(err.UploadIncomplete, match="100 of"):
+        registry.finish_upload("acme", upload.upload_id)
+    assert {f.name: f.committed_bytes for f in registry.get_upload("acme", upload.upload_id).files} == {
+        WEIGHTS_FILE: 100,
+        CONFIG_FILE: 0,
+    }
+    with pytest.raises(err.InvalidUpload):
+        registry.open_writer("acme", upload.upload_id, "../catalogue.sqlite3")
+
+
+def test_digest_mismatch_returns_that_file_to_zero(registry: Registry, tmp_path: Path) -> None:
+    folder = small_adapter(tmp_path / "a", BASE)
+    upload = registry.create_upload("acme", "upper", upload_files(folder))
+    good = (folder / CONFIG_FILE).read_bytes()
+    (folder / CONFIG_FILE).write_bytes(b"x" * len(good))
+    send(registry, upload, folder)
+    with pytest.raises(err.DigestMismatch, match=CONFIG_FILE):
+        registry.finish_upload("acme", upload.upload_id)
+    offsets = {f.name: f.committed_bytes for f in registry.get_upload("acme", upload.upload_id).files}
+    assert offsets[CONFIG_FILE] == 0
+    assert offsets[WEIGHTS_FILE] > 0
+    (folder / CONFIG_FILE).write_bytes(good)
+    send(registry, upload, folder)
+    assert registry.finish_upload("acme", upload.upload_id).state is UploadState.PUBLISHED
+
+
+def test_the_newest_writer_wins(registry: Registry, tmp_path: Path) -> None:
+    folder = small_adapter(tmp_path / "a", BASE)
+    upload = registry.create_upload("acme", "upper", upload_files(folder))
+    data = (folder / WEIGHTS_FILE).read_bytes()
+    old = registry.open_writer("acme", upload.upload_id, WEIGHTS_FILE)
+    other = registry.open_writer("acme", upload.upload_id, CONFIG_FILE)
+    old.write(0, data[:50])
+    new = registry.open_writer("acme", upload.upload_id, WEIGHTS_FILE)
+    assert new.offset == 50
+    with pytest.raises(err.UploadSuperseded):
+        old.write(50, data[50:])
+    new.write(50, data[50:])
+    other.write(0, (folder / CONFIG_FILE).read_bytes())
+    registry.finish_upload("acme", upload.upload_id)
+    with pytest.raises(err.UploadNotReceiving):
+        new.write(len(data), b"")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [],
+        [CONFIG_FILE],
+        [*FILE_NAMES, "README.md"],
+        [CONFIG_FILE, CONFIG_FILE],
+        [CONFIG_FILE, "adapter_model.bin"],
+        [CONFIG_FILE, "../adapter_model.safetensors"],
+    ],
+)
+def test_only_the_two_files_are_taken(registry: Registry, names: list[str]) -> None:
+    with pytest.raises(err.InvalidUpload):
+        registry.create_upload("acme", "upper", [UploadFile(name=n, size_bytes=1, sha256="0" * 64) for n in names])
+
+
+@pytest.mark.parametrize(
+    ("size", "sha256"), [(-1, "0" * 64), (1 << 62, "0" * 64), (1, "0" * 63), (1, "A" * 64), (1, "")]
+)
+def test_sizes_and_digests_are_checked_when_announced(registry: Registry, size: int, sha256: str) -> None:
+    files = [UploadFile(name=name, size_bytes=size, sha256=sha256) for name in FILE_NAMES]
+    with pytest.raises(err.InvalidUpload):
+        registry.create_upload("acme", "upper", files)
+
+
+@pytest.mark.parametrize("bad", ["", "Upper", "a\0", "x" * 64, "\u0430", "../a", "base"])
+def test_bad_ids(registry: Registry, tmp_path: Path, bad: str) -> None:
+    files = upload_files(small_adapter(tmp_path / "a", BASE))
+    with pytest.raises(err.InvalidReference):
+        registry.create_upload("acme", bad, files)
+    with pytest.raises(err.InvalidReference):
+        registry.resolve("acme", bad)
+    if bad != "base":
+        with pytest.raises(err.InvalidReference):
+            registry.create_upload(bad, "upper", files)
+
+
+def test_another_tenants_things_look_missing(registry: Registry, tmp_path: Path) -> None:
+    digest = push(registry, small_adapter(tmp_path / "a", BASE))
+    upload = registry.create_upload("acme", "upper", upload_files(tmp_path / "a"))
+
+    def texts(tenant: str, adapter_id: str, upload_id: str) -> list[str]:
+        calls = [
+            lambda: registry.get_adapter(tenant, adapter_id),
+            lambda: registry.delete_adapter(tenant, adapter_id),
+            lambda: registry.resolve(tenant, adapter_id),
+            lambda: registry.resolve(tenant, f"{adapter_id}@sha256:{digest}"),
+            lambda: registry.get_upload(tenant, upload_id),
+            lambda: registry.open_writer(tenant, upload_id, CONFIG_FILE),
+            lambda: registry.finish_upload(tenant, upload_id),
+        ]
+        found = []
+        for call in calls:
+            with pytest.raises((err.AdapterNotFound, err.UploadNotFound)) as missing:
+                call()
+            found.append(str(missing.value).replace(adapter_id, "ID").replace(upload_id, "UPLOAD"))
+        return found
+
+    assert texts("rival", "upper", upload.upload_id) == texts("rival", "nosuch", "f" * 32)
+    assert registry.list_adapters("rival").adapters == ()
+
+
+def test_listing_pages(registry: Registry, tmp_path: Path) -> None:
+    folder = small_adapter(tmp_path / "a", BASE)
+    names = [f"a{i}" for i in range(5)]
+    for name in names[::-1]:
+        push(registry, folder, name)
+    seen: list[str] = []
+    token: str | None = None
+    while True:
+        page = registry.list_adapters("acme", 2, token)
+        seen += [adapter.adapter_id for adapter in page.adapters]
+        token = page.next_page_token
+        if token is None:
+            break
+        registry.delete_adapter("acme", seen[-1])
+        forged = ("x", "AAAA", "\u0430", "L2Jhc2U=", "YWNtZS8uLi8=")
+        for bad in forged:
+            with pytest.raises(err.InvalidPage):
+                registry.list_adapters("acme", 2, bad)
+        with pytest.raises(err.InvalidPage):
+            registry.list_adapters("rival", 2, token)
+    assert seen == names
+    with pytest.raises(err.InvalidPage, match="-1"):
+        registry.list_adapters("acme", -1)
+
+
+def test_unknown_references(registry: Registry, tmp_path: Path) -> None:
+    push(registry, small_adapter(tmp_path / "a", BASE))
+    for reference in ("upper@prod", "upper@sha256:00000000", "lower"):
+        with pytest.raises(err.AdapterNotFound):
+            registry.resolve("acme", reference)
+
+
+def test_delete_keeps_shared_and_pinned_blobs(registry: Registry, tmp_path: Path) -> None:
+    first, second = (small_adapter(tmp_path / str(seed), BASE, seed=seed) for seed in (0, 1))
+    push(registry, first)
+    digest = push(registry, first, "twin")
+    push(registry, second)
+    registry.delete_adapter("acme", "upper")
+    registry.check()
+    assert open_digest(registry, digest) == 4
+    pinned = registry.acquire("acme", "twin")
+    registry.pin(digest)
+    registry.delete_adapter("acme", "twin")
+    registry.check()
+    assert (pinned.digest, registry.num_pins) == (digest, 2)
+    assert open_digest(registry, digest) == 4
+    registry.unpin(digest)
+    registry.pin(digest)
+    registry.unpin(digest)
+    assert open_digest(registry, digest) == 4
+    registry.unpin(digest)
+    registry.check()
+    assert not list(registry.blobs.digests())
+    with pytest.raises(err.AdapterNotFound):
+        registry.pin(digest)
+
+
+def test_published_again_while_a_deleted_one_is_pinned(registry: Registry, tmp_path: Path) -> None:
+    folder = small_adapter(tmp_path / "a", BASE)
+    digest = push(registry, folder)
+    registry.pin(digest)
+    registry.delete_adapter("acme", "upper")
+    assert push(registry, folder) == digest
+    registry.unpin(digest)
+    registry.check()
+    assert open_digest(registry, digest) == 4
+
+
+def test_expired_uploads_are_reaped(registry: Registry, tmp_path: Path, clock: Clock) -> None:
+    folder = small_adapter(tmp_path / "a", BASE)
+    digest = push(registry, folder)
+    upload = start(registry, folder)
+    writer = registry.open_writer("acme", upload.upload_id, CONFIG_FILE)
+    assert registry.reap() == 0
+    clock.now = upload.expire_time
+    assert registry.reap() == 2
+    with pytest.raises(err.UploadNotFound):
+        registry.get_upload("acme", upload.upload_id)
+    with pytest.raises(err.UploadNotReceiving):
+        writer.write(0, b"x")
+    assert not list((tmp_path / "data" / "staging").iterdir())
+    assert registry.resolve("acme", "upper").digest == digest
+
+
+def test_uploads_resume_after_a_restart(tmp_path: Path) -> None:
+    folder = small_adapter(tmp_path / "a", BASE)
+    registry = Registry(tmp_path / "data", BASE)
+    upload = registry.create_upload("acme", "upper", upload_files(folder))
+    registry.open_writer("acme", upload.upload_id, WEIGHTS_FILE).write(0, (folder / WEIGHTS_FILE).read_bytes()[:77])
+    registry.close()
+    (tmp_path / "data" / "staging" / "abandoned").mkdir()
+    registry = Registry(tmp_path / "data", BASE)
+    registry.check()
+    assert registry.open_writer("acme", upload.upload_id, WEIGHTS_FILE).offset == 77
+    send(registry, upload, folder)
+    assert registry.finish_upload("acme", upload.upload_id).state is UploadState.PUBLISHED
+    registry.close()
+
+
+def test_corrupt_and_missing_blobs_are_found_and_repaired(registry: Registry, tmp_path: Path) -> None:
+    folders = [small_adapter(tmp_path / str(seed), BASE, seed=seed) for seed in (0, 1)]
+    digest, neighbour = push(registry, folders[0]), push(registry, folders[1], "lower")
+    weights = next(file.sha256 for file in upload_files(folders[0]) if file.name == WEIGHTS_FILE)
+    good = registry.blobs.path(weights).read_bytes()
+    for damaged in (good[:-1] + bytes([good[-1] ^ 1]), good[:-1], None):
+        registry.blobs.path(weights).unlink()
+        if damaged is not None:
+            registry.blobs.path(weights).write_bytes(damaged)
+        with pytest.raises(err.CorruptBlob) as corrupt:
+            open_digest(registry, digest)
+        assert str(tmp_path) not in str(corrupt.value)
+        assert open_digest(registry, neighbour) == 4
+        push(registry, folders[0])
+        assert open_digest(registry, digest) == 4
+
+
+def test_another_base_refuses_to_resolve_until_published_again(tmp_path: Path) -> None:
+    folder = small_adapter(tmp_path / "a", BASE)
+    registry = Registry(tmp_path / "data", BASE)
+    digest = push(registry, folder)
+    registry.close()
+    other = type(BASE)(num_layers=2, modules=BASE.modules, fingerprint="new-tokenizer", dtype="float32")
+    registry = Registry(tmp_path / "data", other)
+    with pytest.raises(err.BaseMismatch, match="new-tokenizer"):
+        registry.resolve("acme", "upper")
+    assert push(registry, folder) == digest
+    assert registry.resolve("acme", "upper").digest == digest
+    registry.close()
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = start(registry, small_adapter(tmp_path / "a", BASE))
+    replace, calls = os.replace, []
+
+    def full(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(err.StorageFull) as refused:
+            registry.finish_upload("acme", upload.upload_id)
+    assert str(tmp_path) not in str(refused.value)
+    registry.check()
+    send(registry, upload, tmp_path / "a")
+    assert registry.finish_upload("acme", upload.upload_id).state is UploadState.PUBLISHED
+
+
+def test_one_process_owns_a_data_directory(registry: Registry, tmp_path: Path) -> None:
+    with pytest.raises(err.RegistryUnavailable, match="another process"):
+        Registry(tmp_path / "data", BASE)
+
+
+def test_damaged_or_newer_catalogues_are_refused(tmp_path: Path) -> None:
+    Registry(tmp_path / "data", BASE).close()
+    catalogue = tmp_path / "data" / "catalogue.sqlite3"
+    db = sqlite3.connect(catalogue)
+    db.execute("PRAGMA user_version=99")
+    db.close()
+    for _ in range(2):
+        with pytest.raises(err.RegistryUnavailable, match="schema 99"):
+            Registry(tmp_path / "data", BASE)
+    catalogue.write_bytes(b"not a database, " * 512)
+    with pytest.raises(err.RegistryUnavailable) as refused:
+        Registry(tmp_path / "data", BASE)
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_many_threads_publish_delete_and_pin(registry: Registry, tmp_path: Path) -> None:
+    folders = [small_adapter(tmp_path / str(seed), BASE, seed=seed) for seed in range(2)]
+    failures: list[Exception] = []
+
+    def work(name: str) -> None:
+        try:
+            for round_ in range(6):
+                registry.finish_upload("acme", start(registry, folders[round_ % 2], name).upload_id)
+                resolved = registry.acquire("acme", name)
+                registry.delete_adapter("acme", name)
+                assert open_digest(registry, resolved.digest) == 4
+                registry.unpin(resolved.digest)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(f"a{i}",)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert not failures
+    assert registry.num_pins == 0
+    assert not list(registry.blobs.digests())
+
+
+# Runs one publish and kills itself, with SIGKILL, before or after its n-th call that changes the disk.
+DRIVER = """
+import os, signal, sqlite3, sys
+from pathlib import Path
+from lorasrv_adapters.registry import Registry
+from adapter_files import llama_shapes, upload_files
+
+data, folder, fatal = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+steps = 0
+
+def step():
+    global steps
+    steps += 1
+    if steps == fatal:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def counted(function):
+    def call(*args, **kwargs):
+        step()
+        result = function(*args, **kwargs)
+        step()
+        return result
+    return call
+
+class Connection(sqlite3.Connection):
+    execute = counted(sqlite3.Connection.execute)
+
+connect = sqlite3.connect
+registry = Registry(data, llama_shapes())
+registry.close()
+sqlite3.connect = lambda *args, **kwargs: connect(*args, **kwargs, factory=Connection)
+for name in ("replace", "fsync", "mkdir", "unlink", "rmdir"):
+    setattr(os, name, counted(getattr(os, name)))
+registry = Registry(data, llama_shapes())
+upload = registry.create_upload("acme", "upper", upload_files(folder))
+for file in upload.files:
+    registry.open_writer("acme", upload.upload_id, file.name).write(0, (folder / file.name).read_bytes())
+registry.finish_upload("acme", upload.upload_id)
+print("acknowledged", steps, flush=True)
+"""
+
+
+def run_driver(data: Path, folder: Path, fatal: int) -> str:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", DRIVER, str(data), str(folder), str(fatal)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode in (0, -9), result.stderr
+    return result.stdout
+
+
+def test_killed_at_every_step_leaves_a_whole_version_or_a_resumable_upload(tmp_path: Path) -> None:
+    old, new = (small_adapter(tmp_path / str(seed), BASE, seed=seed) for seed in (0, 1))
+    registry = Registry(tmp_path / "prepared", BASE)
+    before = push(registry, old)
+    registry.close()
+    shutil.copytree(tmp_path / "prepared", tmp_path / "dry")
+    num_steps = int(run_driver(tmp_path / "dry", new, 0).split()[1])
+    assert num_steps > 60
+    outcomes = {"old": 0, "new": 0}
+    for fatal in sorted({*range(1, num_steps, 4), *range(num_steps - 8, num_steps + 1)}):
+        data = shutil.copytree(tmp_path / "prepared", tmp_path / f"data{fatal}")
+        assert run_driver(data, new, fatal) == ""
+        registry = Registry(data, BASE)
+        registry.check()
+        digest = registry.resolve("acme", "upper").digest
+        assert open_digest(registry, digest) == open_digest(registry, before) == 4
+        outcomes["old" if digest == before else "new"] += 1
+        assert push(registry, new) != before
+        registry.close()
+    assert outcomes["old"] > 0
+    assert outcomes["new"] > 0
