@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-import fake_core
 import pytest
-from fake_core import FakeCore
 
+import fake_core
+from fake_core import FakeCore
 from lorasrv.engine.loop import HEARTBEAT_S, serve_loop
 from lorasrv.engine.messages import (
     Cancel,
@@ -103,7 +103,7 @@ def test_the_heart_beats_when_idle_and_when_busy() -> None:
         busy.now_s += HEARTBEAT_S / 2
         return core_step()
 
-    core.step = slow_step  # type: ignore[method-assign]
+    core.step = slow_step
     busy.run(core)
     assert [message.steps for message in busy.sent if isinstance(message, Heartbeat)] == [1, 3, 5, 7, 9]
 

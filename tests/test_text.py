@@ -5,7 +5,7 @@ import random
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lorasrv.engine.text import TextStream
 from lorasrv.errors import InvalidRequest
@@ -45,9 +45,8 @@ BOTH = pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["b
 
 
 def ids(tokenizer: Tokenizer, *tokens: str) -> list[int]:
-    found = [tokenizer.token_to_id(token) for token in tokens]
-    assert None not in found
-    return found
+    vocab = tokenizer.get_vocab()
+    return [vocab[token] for token in tokens]
 
 
 def fallback_bytes(data: bytes) -> list[int]:
@@ -74,7 +73,7 @@ def full_text(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str
         return tokenizer.decode(prompt + tokens)[len(tokenizer.decode(prompt)) :]
     # Tokenizer.decode would replace a whole run of <0xNN> for one bad byte, so the bytes are joined here.
     special = ids(tokenizer, "<s>", "</s>")
-    spelled = [(token, tokenizer.id_to_token(token)) for token in prompt + tokens if token not in special]
+    spelled = [(token, tokenizer.id_to_token(token) or "") for token in prompt + tokens if token not in special]
     joined = b"".join(bytes([token]) if token < 256 else word.replace("▁", " ").encode() for token, word in spelled)
     text = joined.decode("utf-8", "replace")
     return text.removeprefix(" ")[len(tokenizer.decode(prompt)) :]
@@ -86,7 +85,8 @@ def outputs(draw: st.DrawFn) -> tuple[Tokenizer, list[int], list[int]]:
     prompt = draw(st.sampled_from([["<s>"], ["<s>", "é"], []] if tokenizer is BYTE_FALLBACK else [["<s>"], [], ["A"]]))
     # Whole characters split into bytes, between tokens of any kind, invalid bytes among them.
     token = st.integers(0, tokenizer.get_vocab_size() - 1).map(lambda i: [i])
-    split = st.sampled_from("é你😀 ~").map(lambda c: (level_bytes if tokenizer is BYTE_LEVEL else fallback_bytes)(c.encode()))
+    encode = level_bytes if tokenizer is BYTE_LEVEL else fallback_bytes
+    split = st.sampled_from("é你😀 ~").map(lambda character: encode(character.encode()))
     tokens = [i for part in draw(st.lists(token | split, max_size=40)) for i in part]
     if tokenizer is BYTE_FALLBACK and not any(i >= 256 for i in ids(tokenizer, *prompt)[1:]):
         tokens = [*ids(tokenizer, "lo"), *tokens]  # a space byte that opens a text is stripped by no rule worth keeping
@@ -181,6 +181,17 @@ def test_a_stop_string_inside_one_token_and_across_tokens() -> None:
     assert TextStream(BYTE_LEVEL, [], ("ll",)).push(tokens).text == "he"
 
 
+@pytest.mark.parametrize(
+    ("stop", "text", "matched"),
+    [(("lo", "ell"), "h", "ell"), (("hello", "l"), "he", "l"), (("o", "llo"), "he", "llo")],
+)
+def test_of_several_matches_in_a_token_the_first_to_complete_wins(
+    stop: tuple[str, ...], text: str, matched: str
+) -> None:
+    delta = TextStream(BYTE_LEVEL, [], stop).push(ids(BYTE_LEVEL, "hello"))
+    assert (delta.text, delta.stop) == (text, matched)
+
+
 def test_a_stop_string_that_begins_inside_a_character_of_bytes() -> None:
     stream = TextStream(BYTE_LEVEL, [], ("你b",))
     texts = [stream.push([token]).text for token in level_bytes("a你bc".encode())]
@@ -207,7 +218,7 @@ def test_an_empty_stop_string_is_refused() -> None:
 def test_the_cost_of_a_token_does_not_grow(tokenizer: Tokenizer, word: bytes) -> None:
     encode = level_bytes if tokenizer is BYTE_LEVEL else fallback_bytes
     counting = CountingTokenizer(tokenizer)
-    stream = TextStream(counting, [])  # type: ignore[arg-type]
+    stream = TextStream(counting, [])
     tokens = encode(word * 2000)
     stream.push(tokens)
     assert counting.longest <= 16
@@ -225,7 +236,7 @@ class CountingTokenizer:
     def id_to_token(self, token_id: int) -> str | None:
         return self._tokenizer.id_to_token(token_id)
 
-    def get_added_tokens_decoder(self) -> dict[int, object]:
+    def get_added_tokens_decoder(self) -> dict[int, AddedToken]:
         return self._tokenizer.get_added_tokens_decoder()
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:

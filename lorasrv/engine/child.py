@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import zmq
 import zmq.asyncio
@@ -108,7 +109,7 @@ class EngineChild:
             shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def _forget(sent: "asyncio.Future[object]") -> None:
+def _forget(sent: asyncio.Task[Any]) -> None:
     """A send that failed or was cancelled ended with its socket; the receiving side reports the loss."""
     if not sent.cancelled():
         sent.exception()
