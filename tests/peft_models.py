@@ -2,7 +2,11 @@
 
 import json
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -15,9 +19,9 @@ from lorasrv.model.families import MODULE_PATHS
 ALL_TARGETS = tuple(path.split(".")[1] for path in MODULE_PATHS)
 
 
-def random_llama(folder: Path, *, seed: int = 0, **overrides: object) -> LlamaForCausalLM:
+def random_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     """Save a small random Llama into `folder` and return it (fp32, eval, with no end-of-sequence token)."""
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "vocab_size": 101,
         "hidden_size": 48,
         "intermediate_size": 80,
@@ -46,26 +50,27 @@ def random_adapter(
     rank: int,
     seed: int,
     targets: tuple[str, ...] = ALL_TARGETS,
-    alpha: float | None = None,
+    alpha: int | None = None,
     rslora: bool = False,
     delta: float = 0.5,
 ) -> Path:
     """Save a random PEFT adapter whose delta has about `delta` times the size of the base's weights."""
     settings = LoraConfig(
         r=rank,
-        lora_alpha=alpha if alpha is not None else 2 * rank,  # type: ignore[arg-type]
+        lora_alpha=2 * rank if alpha is None else alpha,
         target_modules=list(targets),
         use_rslora=rslora,
         task_type="CAUSAL_LM",
     )
-    wrapped = get_peft_model(model, settings)
+    with _deprecations_ignored():
+        wrapped = get_peft_model(model, settings)
     generator = torch.Generator().manual_seed(seed)
     scale = settings.lora_alpha / (rank**0.5 if rslora else rank)
     deviation = (delta * 0.3 / (scale * rank**0.5)) ** 0.5
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(0.0, deviation, generator=generator)
-    wrapped.save_pretrained(folder)
+    wrapped.save_pretrained(str(folder))
     wrapped.unload()
     return folder
 
@@ -74,17 +79,28 @@ def peft_greedy(
     model: LlamaForCausalLM, adapter: Path | None, prompts: list[list[int]], num_tokens: int
 ) -> list[list[int]]:
     """Greedy continuations by transformers, or by PEFT with one adapter, each prompt on its own."""
-    runner = model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
+    runner: Any = model
+    if adapter is not None:
+        with _deprecations_ignored():
+            runner = PeftModel.from_pretrained(model, str(adapter)).eval()
     outputs: list[list[int]] = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        out = runner.generate(  # type: ignore[operator]
+        out = runner.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False
         )
         outputs.append(out[0, len(prompt) :].tolist())
     if isinstance(runner, PeftModel):
         runner.unload()
     return outputs
+
+
+@contextmanager
+def _deprecations_ignored() -> Iterator[None]:
+    """PEFT reads an attribute that this transformers deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
 
 
 def load_peft_folder(folder: Path) -> list[PackedModule]:

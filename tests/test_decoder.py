@@ -2,22 +2,23 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft_models import random_llama
 from transformers import LlamaForCausalLM
 
+from lorasrv.engine.batch import ChunkInput, SampleInput
+from lorasrv.engine.runner import ModelRunner, page_layout
 from lorasrv.memory.packing import module_geometry
 from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder, ForwardBatch
-from lorasrv.engine.batch import ChunkInput, SampleInput
-from lorasrv.engine.runner import ModelRunner, page_layout
 from lorasrv.model.families import read_architecture
 from lorasrv.model.loader import load_weights
+from peft_models import random_llama
 
 GREEDY = SampleInput(temperature=0.0, top_p=1.0, top_k=None, seed=0, position=0)
-CONFIGS: dict[str, dict[str, object]] = {
+CONFIGS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha": {"num_key_value_heads": 6},
     "mqa_tied": {"num_key_value_heads": 1, "tie_word_embeddings": True},
@@ -111,7 +112,7 @@ def test_only_sampling_rows_have_logits(tmp_path: Path) -> None:
 def test_bf16_is_as_close_to_fp32_as_transformers_is(tmp_path: Path) -> None:
     model, tokens = random_llama(tmp_path), prompt(1, 30)
     want = expected(model, tokens)
-    theirs = (expected(model.to(torch.bfloat16), tokens).float() - want).square().mean()
+    theirs = (expected(model.bfloat16(), tokens).float() - want).square().mean()
     rig = Rig(tmp_path, dtype=torch.bfloat16)
     every_row = [chunk(tokens, 0, end, rig.table(end)) for end in range(1, 31)]
     ours = (rig.logits(rig.runner.build_batch(every_row)) - want).square().mean()

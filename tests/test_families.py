@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from peft_models import random_llama
 
 from lorasrv.errors import UnsupportedModel
 from lorasrv.model.families import MODULE_PATHS, fingerprint, read_architecture
+from peft_models import random_llama
 
 CONFIG: dict[str, object] = {
     "architectures": ["LlamaForCausalLM"],
@@ -25,7 +26,7 @@ CONFIG: dict[str, object] = {
 }
 
 
-def write(folder: Path, generation: dict[str, object] | None = None, **changes: object) -> Path:
+def write(folder: Path, generation: dict[str, object] | None = None, **changes: Any) -> Path:
     (folder / "config.json").write_text(json.dumps(CONFIG | changes))
     (folder / "generation_config.json").unlink(missing_ok=True)
     if generation is not None:
@@ -71,7 +72,7 @@ def test_eos_ids(tmp_path: Path, generation: dict[str, object] | None, want: tup
 @pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
 def test_rope_theta_in_either_place(tmp_path: Path, where: str) -> None:
     assert read_architecture(write(tmp_path, rope_theta=5e5)).rope_theta == 5e5
-    inside = {where: {"rope_type": "default", "rope_theta": 3e5}}
+    inside: dict[str, Any] = {where: {"rope_type": "default", "rope_theta": 3e5}}
     assert read_architecture(write(tmp_path, **inside)).rope_theta == 3e5
     assert read_architecture(write(tmp_path, **{where: None})).rope_theta == 1e4
 
@@ -105,7 +106,7 @@ def test_rope_theta_in_either_place(tmp_path: Path, where: str) -> None:
         ("eos_token_id", 2.5),
     ],
 )
-def test_anything_not_served_is_refused_by_name(tmp_path: Path, key: str, value: object) -> None:
+def test_anything_not_served_is_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
     with pytest.raises(UnsupportedModel, match=key):
         read_architecture(write(tmp_path, **{key: value}))
 

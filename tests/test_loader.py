@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_models import random_llama
 from safetensors.torch import load_file, save_file
 
 from lorasrv.errors import UnsupportedModel
 from lorasrv.model.families import Architecture, read_architecture
 from lorasrv.model.loader import ModelWeights, dummy_weights, load_weights
+from peft_models import random_llama
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,8 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> ModelWeights:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
 def test_values_and_stacking(tmp_path: Path, stored: torch.dtype, dtype: torch.dtype) -> None:
-    model = random_llama(tmp_path).to(stored)
+    model = random_llama(tmp_path)
+    torch.nn.Module.to(model, stored)
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     (tmp_path / "model.safetensors").unlink(missing_ok=True)
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2

@@ -4,10 +4,10 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft_models import load_peft_folder, peft_greedy, random_adapter, random_llama
 
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig
 from lorasrv.engine.batch import AdapterInput, ChunkInput, SampleInput
@@ -17,9 +17,10 @@ from lorasrv.memory.packing import PackedModule, pack_adapter
 from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder
 from lorasrv.model.families import Architecture
+from peft_models import load_peft_folder, peft_greedy, random_adapter, random_llama
 
 NUM_TOKENS = 8
-ADAPTERS: dict[str, dict[str, object]] = {
+ADAPTERS: dict[str, dict[str, Any]] = {
     "r1": {"rank": 1},
     "r3": {"rank": 3, "targets": ("q_proj", "v_proj"), "delta": 2.0},
     "r8_rslora": {"rank": 8, "rslora": True},
@@ -54,19 +55,19 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     folder = tmp_path_factory.mktemp("parity")
     model = random_llama(folder / "model")
     rng = random.Random(3)
+    prompts = [rng.choices(range(101), k=length) for length in (5, 17, 30)]
+    base = peft_greedy(model, None, prompts, NUM_TOKENS)
     requests: list[Request] = []
     want: list[list[int]] = []
     modules: Modules = {}
     for seed, name in enumerate([*ADAPTERS, None]):
         path = None
         if name is not None:
-            path = random_adapter(model, folder / name, seed=seed, **ADAPTERS[name])  # type: ignore[arg-type]
+            path = random_adapter(model, folder / name, seed=seed, **ADAPTERS[name])
             modules[name] = load_peft_folder(path)
-        prompts = [rng.choices(range(101), k=length) for length in (5, 17, 30)]
         requests += [Request(adapter=name, prompt=tuple(prompt)) for prompt in prompts]
-        want += peft_greedy(model, path, prompts, NUM_TOKENS)
-        base = peft_greedy(model, None, prompts, NUM_TOKENS)
-        assert name is None or all(a != b for a, b in zip(want[-3:], base, strict=True)), f"{name} changes nothing"
+        want += base if path is None else peft_greedy(model, path, prompts, NUM_TOKENS)
+        assert path is None or all(a != b for a, b in zip(want[-3:], base, strict=True)), f"{name} changes nothing"
     order = rng.sample(range(len(requests)), len(requests))
     return Case(
         folder=folder / "model",
@@ -168,6 +169,8 @@ def drop_module(modules: Modules, name: str, index: int) -> Modules:
 
 
 def test_dropping_any_module_of_an_adapter_is_seen(case: Case) -> None:
+    kept = [i for i, request in enumerate(case.requests) if request.adapter in ("r128", "r1")]
+    case = replace(case, requests=tuple(case.requests[i] for i in kept), want=tuple(case.want[i] for i in kept))
     for index in range(len(case.modules["r128"])):
         assert differing(case, drop_module(case.modules, "r128", index)) == {"r128"}, case.modules["r128"][index]
 
@@ -213,9 +216,9 @@ def test_one_forward_per_step_with_eight_adapters(case: Case, monkeypatch: pytes
     calls: list[int] = []
     forward = Decoder.forward
 
-    def counted(self: Decoder, *arguments: object) -> torch.Tensor:
+    def counted(self: Decoder, *arguments: Any) -> torch.Tensor:
         calls.append(1)
-        return forward(self, *arguments)  # type: ignore[arg-type]
+        return forward(self, *arguments)
 
     monkeypatch.setattr(Decoder, "forward", counted)
     server = Server(case.folder, case.modules)

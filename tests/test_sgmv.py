@@ -88,9 +88,9 @@ def compare(pool: Pool, num_tokens: int, ranges: list[tuple[int, int, int, float
             h = scale * m.scale * (x[start:end].float() @ m.a.float().T)
             want_shrunk[index, start:end, :rank] = h
             want[start:end, first : first + SHAPES[index][2]] += h @ m.b.float().T
-    tolerance = {"atol": 2e-3, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.1, "rtol": 2**-7}
+    atol, rtol = (2e-3, 1e-4) if dtype == torch.float32 else (0.1, 2**-7)
     torch.testing.assert_close(shrunk, want_shrunk, atol=1e-3, rtol=1e-4, equal_nan=True)
-    torch.testing.assert_close(out.float(), want, **tolerance)
+    torch.testing.assert_close(out.float(), want, atol=atol, rtol=rtol)
     untouched = untouched_rows(num_tokens, ranges)
     assert torch.equal(out[untouched], before[untouched])
 

@@ -220,7 +220,7 @@ def sample(
     tokens = logits.argmax(-1)
     drawn = (valid & (temperature > 0)).nonzero().squeeze(1)
     if drawn.numel():
-        scaled = (logits[drawn].double() / temperature[drawn].double().unsqueeze(1)).float()
+        scaled = logits[drawn].double() / temperature[drawn].double().unsqueeze(1)
         scaled = _mask_unlikely(scaled, top_p[drawn], top_k[drawn])
         tokens[drawn] = (scaled + _gumbel(seeds[drawn], positions[drawn], logits.shape[1])).argmax(-1)
     return tokens, valid
@@ -231,14 +231,14 @@ def _mask_unlikely(scaled: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     cut = ((top_p < 1) | (top_k < scaled.shape[1])).nonzero().squeeze(1)
     if not cut.numel():
         return scaled
-    ordered, ids = scaled[cut].double().sort(dim=-1, descending=True, stable=True)
+    ordered, ids = scaled[cut].sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(scaled.shape[1], device=scaled.device)
     ordered = ordered.masked_fill(rank >= top_k[cut].unsqueeze(1), float("-inf"))
     probs = ordered.softmax(-1)
     before = probs.cumsum(-1) - probs
     ordered = ordered.masked_fill((before >= top_p[cut].double().unsqueeze(1)) & (rank > 0), float("-inf"))
     masked = scaled.clone()
-    masked[cut] = torch.empty_like(ordered).scatter_(-1, ids, ordered).to(scaled.dtype)
+    masked[cut] = torch.empty_like(ordered).scatter_(-1, ids, ordered)
     return masked
 
 

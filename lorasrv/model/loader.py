@@ -7,9 +7,10 @@ so are gate and up), so that host memory never holds more than the model and one
 import json
 import struct
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
-def _read_tensor(source: BinaryIO, tensor: _Stored, buffer: bytearray, target: Tensor) -> None:
+def _read_tensor(source: FileIO, tensor: _Stored, buffer: bytearray, target: Tensor) -> None:
     dtype, flat = _DTYPES[tensor.dtype], target.view(-1)
     chunk_elems = len(buffer) // dtype.itemsize
     source.seek(tensor.begin)
@@ -159,10 +160,10 @@ def _read_tensor(source: BinaryIO, tensor: _Stored, buffer: bytearray, target: T
         flat[first : first + num_elems].copy_(torch.frombuffer(buffer, dtype=dtype, count=num_elems))
 
 
-def _read_exactly(source: BinaryIO, into: memoryview) -> None:
+def _read_exactly(source: FileIO, into: memoryview) -> None:
     done = 0
     while done < len(into):
-        num_bytes = source.readinto(into[done:])  # type: ignore[attr-defined]
+        num_bytes = source.readinto(into[done:])
         if not num_bytes:
             raise UnsupportedModel("a safetensors file of the model ends before its tensors do")
         done += num_bytes
