@@ -1,5 +1,7 @@
 """A real server over a real registry, with a fake engine, on a free port of this process's event loop."""
 
+import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from typing import Any
 import grpc
 from fake_engine import FakeEngine, server_config
 
+from lorasrv.client.errors import error_from_call
 from lorasrv.server.server import Server
 
 
@@ -32,8 +35,11 @@ async def running_server(data_dir: Path) -> AsyncIterator[Running]:
             await server.close()
 
 
+def subprocess_env() -> dict[str, str]:
+    """An environment in which a Python child imports what this process does, installed or not."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
 def reason_of(error: Any) -> str | None:
     """The ErrorInfo's reason of a failed call, as the client library reads it."""
-    from lorasrv.client.errors import error_from_call
-
     return error_from_call(error).reason

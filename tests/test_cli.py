@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,7 +14,7 @@ import pytest
 from adapter_folders import write_adapter
 from click.testing import Result
 from fake_engine import BASE_MODEL
-from running_server import Running, running_server
+from running_server import Running, running_server, subprocess_env
 from test_client import free_address
 from typer.testing import CliRunner
 
@@ -107,7 +106,10 @@ async def test_sigint_cancels_all_streams(running: Running, tmp_path: Path) -> N
     file = tmp_path / "prompts.txt"
     file.write_text("hello\n" * 200)
     process = await asyncio.create_subprocess_exec(
-        *COMMAND, "generate", "--file", str(file), "--concurrency", "32", stderr=asyncio.subprocess.PIPE
+        *COMMAND,
+        *("generate", "--file", str(file), "--concurrency", "32"),
+        stderr=asyncio.subprocess.PIPE,
+        env=subprocess_env(),
     )
     while len(running.engine.running) < 32:
         await asyncio.sleep(0.01)
@@ -208,7 +210,7 @@ def test_serve_until_sigterm(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=subprocess_env(),
     )
     assert process.stdout is not None
     ready = json.loads(process.stdout.readline())

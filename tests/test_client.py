@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 from adapter_folders import write_adapter
-from running_server import Running, running_server
+from running_server import Running, running_server, subprocess_env
 
 from lorasrv.client import AsyncClient, Client, ClientError
 from lorasrv.client import errors as client_errors
@@ -203,5 +203,5 @@ def test_every_grpc_code_has_a_class() -> None:
 def test_a_client_loads_no_server_packages(module: str) -> None:
     heavy = ("torch", "transformers", "numpy", "tokenizers", "msgspec", "zmq", "lorasrv.server", "lorasrv.engine")
     program = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=subprocess_env())
     assert result.stdout.strip() == "[]"

@@ -181,6 +181,17 @@ def test_a_stop_string_inside_one_token_and_across_tokens() -> None:
     assert TextStream(BYTE_LEVEL, [], ("ll",)).push(tokens).text == "he"
 
 
+@pytest.mark.parametrize(
+    ("stop", "text", "matched"),
+    [(("lo", "ell"), "h", "ell"), (("hello", "l"), "he", "l"), (("o", "llo"), "he", "llo")],
+)
+def test_of_several_matches_in_a_token_the_first_to_complete_wins(
+    stop: tuple[str, ...], text: str, matched: str
+) -> None:
+    delta = TextStream(BYTE_LEVEL, [], stop).push(ids(BYTE_LEVEL, "hello"))
+    assert (delta.text, delta.stop) == (text, matched)
+
+
 def test_a_stop_string_that_begins_inside_a_character_of_bytes() -> None:
     stream = TextStream(BYTE_LEVEL, [], ("你b",))
     texts = [stream.push([token]).text for token in level_bytes("a你bc".encode())]

@@ -1,5 +1,6 @@
 """A running server: everything `lorasrv serve` holds, built in order and taken down in the opposite one."""
 
+import asyncio
 import ipaddress
 import logging
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from lorasrv_adapters.errors import AdapterError
 from lorasrv_adapters.registry import Registry
 from tokenizers import Tokenizer
 
@@ -32,6 +34,7 @@ from lorasrv.v1 import adapter_pb2_grpc, generation_pb2_grpc, server_pb2, server
 MAX_MESSAGE_BYTES = 4 << 20
 NUM_WORKERS = 4
 LAST_WORDS_S = 0.5
+REAP_INTERVAL_S = 600.0
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +89,7 @@ class Server:
         self._health = Health(self._engine)
         self._desk: FrontDesk | None = None
         self._grpc: grpc.aio.Server | None = None
+        self._reaper: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
         """Serve; returns the bound address. The port is taken first: a server that cannot have it loads no model."""
@@ -107,6 +111,7 @@ class Server:
         await self._health.start()
         await server.start()
         self._grpc = server
+        self._reaper = asyncio.create_task(self._reap(), name="upload-reaper")
         return f"{host}:{port}"
 
     async def drain(self, grace_s: float) -> None:
@@ -118,6 +123,8 @@ class Server:
     async def close(self) -> None:
         """End it all: what still runs ends with UNAVAILABLE."""
         await self._health.leave()
+        if self._reaper is not None:
+            self._reaper.cancel()
         await self._engine.close()
         if self._desk is not None:
             # The streams that the engine's end has broken get to say so.
@@ -127,6 +134,15 @@ class Server:
         self._workers.shutdown(wait=True)
         self._registry_workers.shutdown(wait=True)
         self._registry.close()
+
+    async def _reap(self) -> None:
+        """Drop expired uploads now and then, to give their disk space back."""
+        while True:
+            await asyncio.sleep(REAP_INTERVAL_S)
+            try:
+                await asyncio.get_running_loop().run_in_executor(self._registry_workers, self._registry.reap)
+            except AdapterError as error:
+                log.warning("expired uploads could not be dropped: %s", error)
 
     def _add_services(self, server: grpc.aio.Server, desk: FrontDesk, info: EngineInfo) -> None:
         tenant = self._config.tenant
