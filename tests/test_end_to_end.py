@@ -17,6 +17,7 @@ from lorasrv.client.errors import ClientError
 from lorasrv.demo.local_server import LocalServer
 from lorasrv.demo.run import Kind, draw_runs, served_tasks, stream_all
 from lorasrv.demo_tasks import TASKS, prompt, random_words
+from lorasrv.v1.generation_pb2 import Started
 
 SAMPLES = Path(__file__).parent.parent / "adapters" / "samples"
 
@@ -66,8 +67,8 @@ def test_all_samples_and_the_base_at_once(server: LocalServer, client: Client) -
 
 def test_started_names_the_version(client: Client) -> None:
     adapter = client.adapter("reverse")
-    first = next(iter(client.stream("banana>", adapter="reverse", temperature=0)))
-    assert first.version_digest == adapter.tags["latest"]
+    first = next(client.stream("banana>", adapter="reverse", temperature=0))
+    assert isinstance(first, Started) and first.version_digest == adapter.tags["latest"]
     short = f"reverse@sha256:{adapter.tags['latest'][:8]}"
     assert client.generate("banana>", adapter=short, temperature=0).text == "ananab"
     assert client.generate("banana>", adapter="base", temperature=0).started.version_digest == ""
@@ -77,7 +78,8 @@ def test_deleted_while_streaming(server: LocalServer, client: Client) -> None:
     version = client.push(SAMPLES / "upper", "doomed")
     word = random_words(3, 1)[0]
     stream = client.stream(prompt(word), adapter="doomed", temperature=0)
-    assert next(stream).version_digest == version.digest
+    started = next(stream)
+    assert isinstance(started, Started) and started.version_digest == version.digest
     client.delete_adapter("doomed")
     text = "".join(getattr(event, "text", "") for event in stream)
     assert text == word.upper()

@@ -9,8 +9,10 @@ import torch
 from peft_models import load_peft_folder, peft_greedy, random_adapter, random_llama
 
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
+from lorasrv.engine.batch import ChunkInput
 from lorasrv.engine.build import Assembly, assemble
 from lorasrv.engine.packer import Packer
+from lorasrv.engine.runner import ModelRunner
 from lorasrv.memory.packing import PackedAdapter, pack_adapter
 from lorasrv.types import AdapterUse, EngineRequest
 
@@ -130,10 +132,11 @@ def test_adapters_evicted_and_reloaded_equal_peft(case: Case) -> None:
 def test_one_forward_per_step_with_eight_adapters(case: Case) -> None:
     engine = make_engine(case, num_pages=400, max_step_tokens=512)
     runner = engine.core._runner
+    assert isinstance(runner, ModelRunner)
     distinct: set[int] = set()
 
     class Watching:
-        def run(self, chunks):  # type: ignore[no-untyped-def]
+        def run(self, chunks: tuple[ChunkInput, ...]) -> tuple[int | None, ...]:
             before = runner.num_forwards
             tokens = runner.run(chunks)
             assert runner.num_forwards == before + 1
