@@ -7,8 +7,8 @@ from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
-from fake_engine import BASE_MODEL, EOS, INFO, FakeEngine
 
+from fake_engine import BASE_MODEL, EOS, INFO, FakeEngine
 from lorasrv.errors import EngineUnavailable, GenerationExists, InvalidRequest, LorasrvError
 from lorasrv.server.frontdesk import FrontDesk
 from lorasrv.server.limits import TokenLimits, check_request, check_tokens
@@ -78,7 +78,11 @@ async def desk(workers: ThreadPoolExecutor) -> AsyncIterator[Desk]:
 
 
 def asked(
-    prompt: str | tuple[int, ...] | None = "hé>", adapter: str = "upper", *, scale: float | None = None, **sampling: object
+    prompt: str | tuple[int, ...] | None = "hé>",
+    adapter: str = "upper",
+    *,
+    scale: float | None = None,
+    **sampling: object,
 ) -> GenerationRequest:
     return GenerationRequest(
         tenant="default",

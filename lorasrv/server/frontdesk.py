@@ -10,7 +10,6 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from lorasrv_adapters.records import ResolvedVersion
 from tokenizers import Tokenizer
 
 from lorasrv.engine.client import Engine
@@ -19,6 +18,7 @@ from lorasrv.errors import EngineUnavailable, GenerationExists
 from lorasrv.server.limits import TokenLimits, check_request, check_tokens
 from lorasrv.server.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
 from lorasrv.types import BASE_ID, AdapterUse, EngineRequest, FinishReason, TokenDelta
+from lorasrv_adapters.records import ResolvedVersion
 
 
 class Versions(Protocol):

@@ -11,8 +11,6 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from lorasrv_adapters.errors import AdapterError
-from lorasrv_adapters.registry import Registry
 from tokenizers import Tokenizer
 
 from lorasrv import __version__
@@ -30,6 +28,8 @@ from lorasrv.server.info import ServerService
 from lorasrv.server.limits import TokenLimits
 from lorasrv.types import EngineInfo
 from lorasrv.v1 import adapter_pb2_grpc, generation_pb2_grpc, server_pb2, server_pb2_grpc
+from lorasrv_adapters.errors import AdapterError
+from lorasrv_adapters.registry import Registry
 
 MAX_MESSAGE_BYTES = 4 << 20
 NUM_WORKERS = 4
