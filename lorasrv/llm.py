@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from lorasrv.engine.admission import TokenLimits, check_request, check_tokens
 from lorasrv.engine.build import assemble
-from lorasrv.engine.text import TextStream
+from lorasrv.engine.output import OutputStream
 from lorasrv.errors import InvalidRequest, error_from_reason
 from lorasrv.memory.packing import PackedAdapter
 from lorasrv.model.base_shapes import base_shapes
@@ -190,7 +190,7 @@ class _Run:
     def __init__(self, request: EngineRequest, stop: tuple[str, ...], tokenizer: Tokenizer) -> None:
         self.request = request
         self.finish: FinishReason | None = None
-        self._text = TextStream(tokenizer, request.token_ids, stop)
+        self._output = OutputStream(tokenizer, request, stop)
         self._pieces: list[str] = []
         self._token_ids: list[int] = []
         self._stop: str | None = None
@@ -198,15 +198,10 @@ class _Run:
     def take(self, delta: TokenDelta) -> None:
         if delta.failure is not None:
             raise error_from_reason(delta.failure.reason, delta.failure.message)
-        visible = delta.token_ids[:-1] if delta.finish is FinishReason.EOS else delta.token_ids
-        piece = self._text.push(visible)
+        piece = self._output.take(delta)
         self._pieces.append(piece.text)
-        self._token_ids += delta.token_ids
-        if delta.finish is not None and piece.stop is None:
-            piece = self._text.finish()
-            self._pieces.append(piece.text)
-        self._stop = piece.stop
-        self.finish = delta.finish if piece.stop is None else FinishReason.STOP
+        self._token_ids += piece.token_ids
+        self.finish, self._stop = piece.finish, piece.stop
 
     def result(self) -> Generation:
         assert self.finish is not None, f"request {self.request.request_id} has not ended"

@@ -14,16 +14,16 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("lorasrv", "kernels/lorasrv_kernels", "adapters/lorasrv_adapters", "benchmarks/lorasrv_bench")
 # A room of `lorasrv` imports rooms of the layers before its own; the first layer is one room.
 LAYERS = (
-    {"types", "errors", "config", "demo_tasks"},
+    {"types", "errors", "config", "requests"},
     {"memory"},
     {"sched", "model"},
     {"engine"},
-    {"requests"},
     {"llm", "server", "client", "sim"},
+    {"demo"},
     {"cli"},
 )
-# The command line prints the messages that the client hands it.
-WIRE_ROOMS = {"server", "client", "cli", "v1"}
+# The command line and the demo print the messages that the client hands them.
+WIRE_ROOMS = {"server", "client", "demo", "cli", "v1"}
 # The two halves of `memory`: these hold tensors, all else is accounting.
 STORAGE = {"lorasrv.memory.storage", "lorasrv.memory.packing"}
 # The two sides of the process boundary need msgspec and pyzmq, see `engine.channel`.

@@ -73,7 +73,9 @@ def test_residency_orders_idle_adapters_by_last_use() -> None:
     residency.check()
 
 
-@pytest.mark.parametrize(("num_pages", "expected"), [(0, []), (1, ["a"]), (3, ["a", "b"]), (7, ["a", "b", "c"]), (8, None)])
+@pytest.mark.parametrize(
+    ("num_pages", "expected"), [(0, []), (1, ["a"]), (3, ["a", "b"]), (7, ["a", "b", "c"]), (8, None)]
+)
 def test_victims_go_in_order_and_are_no_more_than_needed(num_pages: int, expected: list[str] | None) -> None:
     candidates = [Candidate("a", 2), Candidate("b", 1), Candidate("c", 4)]
     victims = choose_victims(candidates, num_pages)

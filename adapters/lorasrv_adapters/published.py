@@ -4,10 +4,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasrv_adapters.base import BaseShapes
-from lorasrv_adapters.blobs import BlobStore
+from lorasrv_adapters.blobs import BlobStore, file_sha256
 from lorasrv_adapters.errors import CorruptBlob, MalformedFile
-from lorasrv_adapters.manifest import CONFIG_FILE, MAX_MANIFEST_BYTES, WEIGHTS_FILE, Manifest, parse_manifest
-from lorasrv_adapters.peft_format import MAX_CONFIG_BYTES, AdapterSpec, read_spec
+from lorasrv_adapters.manifest import (
+    CONFIG_FILE,
+    FILE_NAMES,
+    MAX_MANIFEST_BYTES,
+    WEIGHTS_FILE,
+    Manifest,
+    ManifestFile,
+    make_manifest,
+    parse_manifest,
+)
+from lorasrv_adapters.peft_format import (
+    MAX_CONFIG_BYTES,
+    AdapterSpec,
+    open_regular,
+    read_spec,
+    validate_folder,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +49,22 @@ def open_version(blobs: BlobStore, digest: str, base: BaseShapes, max_rank: int)
         spec = read_spec(config_bytes, weights, base, max_rank)
     return AdapterFiles(
         digest=digest, spec=spec, weights_file=blobs.path(weights_file.sha256), size_bytes=manifest.size_bytes
+    )
+
+
+def open_folder(folder: Path, base: BaseShapes, max_rank: int) -> AdapterFiles:
+    """A PEFT folder that no registry knows, validated in full; its digest is the one a registry would give it.
+
+    Raises ContentRefused with every reason.
+    """
+    spec = validate_folder(folder, base, max_rank)
+    files: list[ManifestFile] = []
+    for name in FILE_NAMES:
+        with open_regular(folder / name) as file:
+            files.append(ManifestFile(name=name, sha256=file_sha256(file), size_bytes=file.tell()))
+    manifest = make_manifest(files)
+    return AdapterFiles(
+        digest=manifest.digest, spec=spec, weights_file=folder / WEIGHTS_FILE, size_bytes=manifest.size_bytes
     )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lorasrv import __version__
-from lorasrv.cli import adapters, generate, serve, status
+from lorasrv.cli import adapters, demo, generate, serve, status
 from lorasrv.cli.output import EXIT_CODES
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("serve")(serve.serve)
+app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("status")(status.status)
 app.add_typer(adapters.app, name="adapters")

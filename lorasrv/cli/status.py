@@ -14,10 +14,11 @@ def status(url: UrlOption = None, as_json: JsonOption = False) -> None:
         if as_json:
             print_json({"server": message_dict(info), "status": message_dict(now)})
         else:
-            _print(info, now)
+            print_status(info, now)
 
 
-def _print(info: server_pb2.ServerInfo, now: server_pb2.ServerStatus) -> None:
+def print_status(info: server_pb2.ServerInfo, now: server_pb2.ServerStatus) -> None:
+    """Requests, pages by owner, and adapters by tier."""
     state = server_pb2.EngineState.Name(now.state).removeprefix("ENGINE_STATE_").lower()
     model, pool = info.base_model, now.pool
     print(f"{model.name} ({model.architecture}, {model.dtype} on {model.device}): {state}")

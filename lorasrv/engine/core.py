@@ -304,9 +304,7 @@ class EngineCore:
 
     def _fail(self, sequence: Sequence, error: LorasrvError) -> TokenDelta:
         self._drop(sequence)
-        return TokenDelta(
-            request_id=sequence.request_id, failure=Failure(reason=error.reason, message=str(error))
-        )
+        return TokenDelta(request_id=sequence.request_id, failure=Failure(reason=error.reason, message=str(error)))
 
     def _drop(self, sequence: Sequence) -> None:
         """End a request, wherever it is."""

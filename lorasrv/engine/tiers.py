@@ -57,8 +57,6 @@ class AdapterTiers(Protocol):
     def close(self) -> None: ...
 
 
-
-
 class Tiers:
     """Host cache and page storage joined. Owned by the engine's thread.
 

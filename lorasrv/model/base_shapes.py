@@ -14,6 +14,4 @@ def base_shapes(folder: str | Path, dtype: DType) -> BaseShapes:
         BaseModule(path=path, in_features=in_features, out_features=out_features)
         for path, in_features, out_features in architecture.module_shapes()
     )
-    return BaseShapes(
-        num_layers=architecture.num_layers, modules=modules, fingerprint=fingerprint(folder), dtype=dtype
-    )
+    return BaseShapes(num_layers=architecture.num_layers, modules=modules, fingerprint=fingerprint(folder), dtype=dtype)

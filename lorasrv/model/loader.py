@@ -5,10 +5,8 @@ so are gate and up), so that host memory never holds more than the model and one
 """
 
 import json
-import struct
 from dataclasses import dataclass
 from io import FileIO
-from math import prod
 from pathlib import Path
 from typing import cast
 
@@ -17,9 +15,11 @@ from torch import Tensor
 
 from lorasrv.errors import UnsupportedModel
 from lorasrv.model.families import MODULE_PATHS, Architecture
+from lorasrv_adapters.errors import MalformedFile
+from lorasrv_adapters.safetensors_header import HeaderLimits, TensorEntry, read_header
 
 CHUNK_BYTES = 64 << 20
-_MAX_HEADER_BYTES = 64 << 20
+_LIMITS = HeaderLimits(max_header_bytes=64 << 20, max_tensors=1 << 20, max_ndim=8)
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -45,13 +45,10 @@ class ModelWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class _Stored:
-    """One tensor of a checkpoint: bytes `[begin, end)` of a file of the folder."""
+    """One tensor of a checkpoint, in a file of the folder."""
 
     file: str
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
+    entry: TensorEntry
 
 
 def load_weights(
@@ -65,18 +62,18 @@ def load_weights(
     stored = {
         name: tensor
         for file in _checkpoint_files(folder)
-        for name, tensor in _read_header(folder, file).items()
-        if not name.endswith(architecture.family.names.ignored_suffix)
+        for name, tensor in _read_tensors(folder, file).items()
+        if not _is_recomputed(name, architecture)
     }
     weights = empty_weights(architecture, dtype, device)
     targets = _targets(weights, architecture)
     _refuse_mismatch(stored, targets)
-    buffer = bytearray(min(CHUNK_BYTES, max(tensor.end - tensor.begin for tensor in stored.values())))
+    buffer = bytearray(min(CHUNK_BYTES, max(tensor.entry.num_bytes for tensor in stored.values())))
     for file in sorted({tensor.file for tensor in stored.values()}):
         with (folder / file).open("rb", buffering=0) as source:
             for name, tensor in stored.items():
                 if tensor.file == file:
-                    _read_tensor(source, tensor, buffer, targets[name])
+                    _read_tensor(source, tensor.entry, buffer, targets[name])
     return weights
 
 
@@ -131,6 +128,12 @@ def _targets(weights: ModelWeights, architecture: Architecture) -> dict[str, Ten
     return targets
 
 
+def _is_recomputed(name: str, architecture: Architecture) -> bool:
+    """Buffers that old checkpoints hold, and a second copy of tied embeddings."""
+    names = architecture.family.names
+    return name.endswith(names.ignored_suffix) or (architecture.tie_word_embeddings and name == names.lm_head)
+
+
 def _refuse_mismatch(stored: dict[str, _Stored], targets: dict[str, Tensor]) -> None:
     if missing := sorted(targets.keys() - stored.keys()):
         raise UnsupportedModel(f"the checkpoint lacks {len(missing)} tensors: {_first(missing)}")
@@ -138,19 +141,18 @@ def _refuse_mismatch(stored: dict[str, _Stored], targets: dict[str, Tensor]) -> 
         raise UnsupportedModel(f"the checkpoint holds {len(unexpected)} tensors not expected: {_first(unexpected)}")
     for name, tensor in stored.items():
         shape = tuple(targets[name].shape)
-        if tensor.shape != shape:
-            raise UnsupportedModel(f"tensor {name} has shape {list(tensor.shape)}; the config asks for {list(shape)}")
-        if tensor.dtype not in _DTYPES:
-            raise UnsupportedModel(f"tensor {name} has dtype {tensor.dtype}; served are {', '.join(_DTYPES)}")
-        if tensor.end - tensor.begin != prod(shape) * _DTYPES[tensor.dtype].itemsize:
-            raise UnsupportedModel(f"tensor {name} has {tensor.end - tensor.begin} bytes, not those of its shape")
+        entry = tensor.entry
+        if entry.shape != shape:
+            raise UnsupportedModel(f"tensor {name} has shape {list(entry.shape)}; the config asks for {list(shape)}")
+        if entry.dtype not in _DTYPES:
+            raise UnsupportedModel(f"tensor {name} has dtype {entry.dtype}; served are {', '.join(_DTYPES)}")
 
 
 def _first(names: list[str]) -> str:
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
-def _read_tensor(source: FileIO, tensor: _Stored, buffer: bytearray, target: Tensor) -> None:
+def _read_tensor(source: FileIO, tensor: TensorEntry, buffer: bytearray, target: Tensor) -> None:
     dtype, flat = _DTYPES[tensor.dtype], target.view(-1)
     chunk_elems = len(buffer) // dtype.itemsize
     source.seek(tensor.begin)
@@ -186,25 +188,10 @@ def _checkpoint_files(folder: Path) -> list[str]:
     return files
 
 
-def _read_header(folder: Path, file: str) -> dict[str, _Stored]:
-    """The tensors of one safetensors file: 8 bytes of little-endian header length, JSON, data."""
+def _read_tensors(folder: Path, file: str) -> dict[str, _Stored]:
     with (folder / file).open("rb") as source:
-        start = source.read(8)
-        size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        if not 0 < size <= _MAX_HEADER_BYTES:
-            raise UnsupportedModel(f"{file} has a header of {size} bytes; the limit is {_MAX_HEADER_BYTES}")
         try:
-            header = json.loads(source.read(size))
-            return {
-                name: _Stored(
-                    file=file,
-                    dtype=str(entry["dtype"]),
-                    shape=tuple(entry["shape"]),
-                    begin=8 + size + int(entry["data_offsets"][0]),
-                    end=8 + size + int(entry["data_offsets"][1]),
-                )
-                for name, entry in header.items()
-                if name != "__metadata__"
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise UnsupportedModel(f"{file} has no usable safetensors header: {error!r}") from error
+            tensors = read_header(source, _LIMITS).tensors
+        except MalformedFile as error:
+            raise UnsupportedModel(f"{file}: {error}") from error
+    return {name: _Stored(file=file, entry=entry) for name, entry in tensors.items()}

@@ -8,7 +8,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from lorasrv.engine.client import EngineState
-from lorasrv.server.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
+from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
 from lorasrv.types import EngineStatus, FinishReason, SamplingParams, Tier
 from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
 from lorasrv_adapters import records

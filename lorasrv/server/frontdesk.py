@@ -12,12 +12,12 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
+from lorasrv.engine.admission import TokenLimits, check_request, check_tokens
 from lorasrv.engine.client import Engine
-from lorasrv.engine.text import TextStream
+from lorasrv.engine.output import OutputStream
 from lorasrv.errors import EngineUnavailable, GenerationExists
-from lorasrv.server.limits import TokenLimits, check_request, check_tokens
-from lorasrv.server.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
-from lorasrv.types import BASE_ID, AdapterUse, EngineRequest, FinishReason, TokenDelta
+from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
+from lorasrv.types import BASE_ID, AdapterUse, EngineRequest
 from lorasrv_adapters.records import ResolvedVersion
 
 
@@ -167,35 +167,23 @@ class FrontDesk:
 
     async def _follow(self, admission: Admission) -> AsyncGenerator[Event, None]:
         request = admission.engine_request
-        text = TextStream(self._tokenizer, request.token_ids, admission.stop)
+        output = OutputStream(self._tokenizer, request, admission.stop)
         first_token_s: float | None = None
-        num_tokens = 0
         async with aclosing(self._engine.stream(request)) as deltas:
             async for delta in deltas:
                 if delta.token_ids and first_token_s is None:
                     first_token_s = self._clock() - admission.received_s
-                piece = text.push(_visible(delta))
-                reason = FinishReason.STOP if piece.stop is not None else delta.finish
-                # Tokens that were generated behind a stop string in the same delta are not the caller's.
-                kept = delta.token_ids if piece.stop is None else delta.token_ids[: text.num_tokens - num_tokens]
-                num_tokens += len(kept)
-                if reason is None:
-                    yield Delta(text=piece.text, token_ids=kept)
+                piece = output.take(delta)
+                yield Delta(text=piece.text, token_ids=piece.token_ids)
+                if piece.finish is None:
                     continue
-                tail = text.finish()
-                yield Delta(text=piece.text + tail.text, token_ids=kept)
                 yield Finished(
-                    reason=reason if tail.stop is None else FinishReason.STOP,
-                    stop=tail.stop,
+                    reason=piece.finish,
+                    stop=piece.stop,
                     prompt_tokens=len(request.token_ids),
-                    completion_tokens=num_tokens,
+                    completion_tokens=output.num_tokens,
                     time_to_first_token_s=first_token_s,
                     total_s=self._clock() - admission.received_s,
                 )
                 return
         raise EngineUnavailable("the engine ended the generation without a result")
-
-
-def _visible(delta: TokenDelta) -> tuple[int, ...]:
-    """The tokens that become text: an end-of-sequence token counts, but is not text."""
-    return delta.token_ids[:-1] if delta.finish is FinishReason.EOS else delta.token_ids

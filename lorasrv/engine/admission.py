@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from lorasrv.errors import InvalidRequest
-from lorasrv.server.requests import AdapterRef, GenerationRequest
+from lorasrv.requests import AdapterRef, GenerationRequest
 from lorasrv.types import BASE_ID, DEFAULT_MAX_TOKENS, MAX_STOP_STRINGS, EngineInfo, SamplingParams
 
 MAX_STOP_CHARS = 256

@@ -1,0 +1,158 @@
+"""`lorasrv serve` as a process of its own, with the sample adapters, and the commands that talk to it."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lorasrv.client import Client
+from lorasrv.client.errors import ClientError
+from lorasrv.demo.local_server import LocalServer
+from lorasrv.demo.run import Kind, draw_runs, served_tasks, stream_all
+from lorasrv.demo_tasks import TASKS, prompt, random_words
+
+SAMPLES = Path(__file__).parent.parent / "adapters" / "samples"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    folder = tmp_path_factory.mktemp("server")
+    with LocalServer(SAMPLES / "base", folder / "data", folder / "log", ("--pool-mib", "6")) as server:
+        with Client(server.url) as client:
+            for config in sorted(SAMPLES.glob("*/adapter_config.json")):
+                client.push(config.parent)
+        yield server
+
+
+@pytest.fixture
+def client(server: LocalServer) -> Iterator[Client]:
+    with Client(server.url) as client:
+        yield client
+
+
+def run_cli(server: LocalServer, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "lorasrv.cli", *arguments, "--url", server.url]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def assert_nothing_held(client: Client, within_s: float) -> None:
+    """No sequence page, request or pin is held, now or shortly."""
+    deadline = time.monotonic() + within_s
+    while True:
+        status = client.status()
+        held = (status.running_requests, status.waiting_requests, status.adapter_pins, status.pool.sequence_pages)
+        if not any(held):
+            return
+        assert time.monotonic() < deadline, f"still held after {within_s} s: {held}"
+        time.sleep(0.02)
+
+
+def test_all_samples_and_the_base_at_once(server: LocalServer, client: Client) -> None:
+    tasks = served_tasks({adapter.adapter_id for adapter in client.adapters()})
+    assert len(tasks) == len(TASKS) >= 6
+    runs = draw_runs(tasks, seed=7)
+    asyncio.run(stream_all(server.url, runs, lambda: None))
+    assert [run for run in runs if not run.as_expected] == []
+    assert {run.kind for run in runs} == set(Kind)
+    assert_nothing_held(client, 1.0)
+
+
+def test_started_names_the_version(client: Client) -> None:
+    adapter = client.adapter("reverse")
+    first = next(iter(client.stream("banana>", adapter="reverse", temperature=0)))
+    assert first.version_digest == adapter.tags["latest"]
+    short = f"reverse@sha256:{adapter.tags['latest'][:8]}"
+    assert client.generate("banana>", adapter=short, temperature=0).text == "ananab"
+    assert client.generate("banana>", adapter="base", temperature=0).started.version_digest == ""
+
+
+def test_deleted_while_streaming(server: LocalServer, client: Client) -> None:
+    version = client.push(SAMPLES / "upper", "doomed")
+    word = random_words(3, 1)[0]
+    stream = client.stream(prompt(word), adapter="doomed", temperature=0)
+    assert next(stream).version_digest == version.digest
+    client.delete_adapter("doomed")
+    text = "".join(getattr(event, "text", "") for event in stream)
+    assert text == word.upper()
+    with pytest.raises(ClientError) as error:
+        client.generate("x>", adapter="doomed")
+    assert error.value.code.name == "NOT_FOUND"
+
+
+def test_vanished_clients_leave_nothing_behind(server: LocalServer, client: Client, tmp_path: Path) -> None:
+    """200 prompts at concurrency 32, interrupted midway; a neighbour's text is what it always is."""
+    expected = client.generate("neighbour>", adapter="base", temperature=0.9, seed=5, max_tokens=200).text
+    prompts = tmp_path / "prompts.jsonl"
+    names = [task.name for task in TASKS]
+    lines = [
+        json.dumps(
+            {"prompt": prompt(word), "adapter": names[index % len(names)], "temperature": 1.5, "max_tokens": 400}
+        )
+        for index, word in enumerate(random_words(11, 200))
+    ]
+    prompts.write_text("\n".join(lines))
+    command = ["generate", "--file", str(prompts), "--concurrency", "32", "--url", server.url]
+    with subprocess.Popen(
+        [sys.executable, "-m", "lorasrv.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert client.status().running_requests > 8
+        stream = client.stream("neighbour>", adapter="base", temperature=0.9, seed=5, max_tokens=200)
+        next(stream)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert output.count("\n") < 199, "it was to be interrupted midway"
+    assert "".join(getattr(event, "text", "") for event in stream) == expected
+    status = json.loads(run_cli(server, "status", "--json").stdout)["status"]
+    assert status["pool"]["sequence_pages"] == status["running_requests"] == status["adapter_pins"] == 0
+    assert_nothing_held(client, 1.0)
+
+
+def test_commands(server: LocalServer, tmp_path: Path) -> None:
+    assert run_cli(server, "generate", "banana>", "--adapter", "reverse", "--temperature", "0").stdout == "ananab\n"
+    pushed = run_cli(server, "adapters", "push", str(SAMPLES / "rot13"), "--name", "again", "--json")
+    digest = json.loads(pushed.stdout)["version"]["digest"]
+    listed = json.loads(run_cli(server, "adapters", "ls", "--json").stdout)["adapters"]
+    assert {"again", "reverse"} <= {adapter["adapter_id"] for adapter in listed}
+    assert digest in run_cli(server, "adapters", "show", "again").stdout
+    assert run_cli(server, "adapters", "rm", "again").returncode == 0
+    gone = run_cli(server, "adapters", "show", "again")
+    assert (gone.returncode, gone.stderr.count("\n")) == (3, 1)
+
+
+def test_a_refused_adapter_leaves_no_trace(client: Client, tmp_path: Path) -> None:
+    folder = tmp_path / "dora"
+    folder.mkdir()
+    config = json.loads((SAMPLES / "reverse" / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    (folder / "adapter_model.safetensors").write_bytes((SAMPLES / "reverse" / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(ClientError) as error:
+        client.push(folder)
+    assert error.value.code.name == "FAILED_PRECONDITION"
+    assert "use_dora" in error.value.message
+    assert "dora" not in {adapter.adapter_id for adapter in client.adapters()}
+
+
+def test_sigterm_ends_the_server(tmp_path: Path) -> None:
+    with LocalServer(SAMPLES / "base", tmp_path / "data", tmp_path / "log") as server:
+        pid = server.pid
+        with Client(server.url) as client:
+            assert client.generate("banana>", adapter="base", temperature=0).text == "banana"
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_demo_from_the_command_line() -> None:
+    command = [sys.executable, "-m", "lorasrv.cli", "demo", "--seed", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "seed 1" in result.stdout

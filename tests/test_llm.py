@@ -1,0 +1,83 @@
+"""The offline face, on the sample model."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lorasrv import LLM
+from lorasrv.demo_tasks import TASKS, prompt, random_words
+from lorasrv.errors import InvalidRequest
+from lorasrv.types import FinishReason, SamplingParams
+from lorasrv_adapters.errors import ContentRefused
+
+SAMPLES = Path(__file__).parent.parent / "adapters" / "samples"
+GREEDY = SamplingParams(temperature=0, max_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(SAMPLES / "base") as llm:
+        for task in TASKS:
+            llm.add_adapter(task.name, SAMPLES / task.name)
+        yield llm
+
+
+def test_adapters_side_by_side(llm: LLM) -> None:
+    words = random_words(5, len(TASKS))
+    outputs = llm.generate([prompt(word) for word in words], adapter=[task.name for task in TASKS], sampling=GREEDY)
+    assert [output.text for output in outputs] == [
+        task.transform(word) for task, word in zip(TASKS, words, strict=True)
+    ]
+    assert all(output.finish is FinishReason.EOS for output in outputs)
+    status = llm.status()
+    assert (status.pins, status.pool.sequences, status.running) == (0, 0, 0)
+
+
+def test_scale_zero_is_the_base(llm: LLM) -> None:
+    assert llm.generate(["banana>"], adapter="upper", scale=0.0, sampling=GREEDY)[0].text == "banana"
+
+
+def test_stop_string_and_length(llm: LLM) -> None:
+    stopped = llm.generate(["banana>"], sampling=SamplingParams(temperature=0, stop=("an",)))[0]
+    assert (stopped.text, stopped.finish, stopped.stop) == ("b", FinishReason.STOP, "an")
+    cut = llm.generate(["banana>"], sampling=SamplingParams(temperature=0, max_tokens=3))[0]
+    assert (cut.text, cut.finish) == ("ban", FinishReason.LENGTH)
+    assert llm.status().pool.sequences == 0
+
+
+def test_seed_repeats_whatever_else_runs(llm: LLM) -> None:
+    params = SamplingParams(temperature=2.0, seed=17, max_tokens=24)
+    alone = llm.generate(["banana>"], adapter="reverse", sampling=params)[0]
+    among = llm.generate(["apple>", "pear>", "banana>"], adapter=["upper", "base", "reverse"], sampling=params)[2]
+    assert among.token_ids == alone.token_ids and among.seed == 17
+    other = llm.generate(
+        ["banana>"], adapter="reverse", sampling=SamplingParams(temperature=2.0, seed=18, max_tokens=24)
+    )
+    assert other[0].token_ids != alone.token_ids
+
+
+def test_a_name_can_be_given_anew_and_taken_away(llm: LLM) -> None:
+    llm.add_adapter("mine", SAMPLES / "upper")
+    llm.add_adapter("mine", SAMPLES / "reverse")
+    assert llm.generate(["banana>"], adapter="mine", sampling=GREEDY)[0].text == "ananab"
+    llm.remove_adapter("mine")
+    with pytest.raises(InvalidRequest, match="mine"):
+        llm.generate(["banana>"], adapter="mine", sampling=GREEDY)
+
+
+def test_bad_calls_are_refused_before_anything_runs(llm: LLM, tmp_path: Path) -> None:
+    steps = llm.status().counters.steps
+    with pytest.raises(InvalidRequest, match="nobody"):
+        llm.generate(["a>", "b>"], adapter=["base", "nobody"], sampling=GREEDY)
+    with pytest.raises(InvalidRequest, match="2 prompts"):
+        llm.generate(["a>", "b>"], adapter=["base"], sampling=GREEDY)
+    with pytest.raises(InvalidRequest, match="temperature"):
+        llm.generate(["a>"], sampling=SamplingParams(temperature=float("nan")))
+    with pytest.raises(InvalidRequest, match="vocabulary"):
+        llm.generate([[10**6]], sampling=GREEDY)
+    with pytest.raises(InvalidRequest, match="base"):
+        llm.add_adapter("base", SAMPLES / "upper")
+    with pytest.raises(ContentRefused):
+        llm.add_adapter("empty", tmp_path)
+    assert llm.status().counters.steps == steps
