@@ -79,11 +79,11 @@ class InternalError(LorasrvError):
 
 def error_from_reason(reason: str, message: str) -> LorasrvError:
     """Rebuild an error that crossed a process as (reason, message); an unknown reason is internal."""
-    for kind in _walk(LorasrvError):
+    for kind in _descendants(LorasrvError):
         if kind.reason == reason:
             return InvalidRequest("", message) if kind is InvalidRequest else kind(message)
     return InternalError(message)
 
 
-def _walk(kind: type[LorasrvError]) -> list[type[LorasrvError]]:
-    return [kind, *(found for child in kind.__subclasses__() for found in _walk(child))]
+def _descendants(kind: type[LorasrvError]) -> list[type[LorasrvError]]:
+    return [found for child in kind.__subclasses__() for found in (child, *_descendants(child))]

@@ -3,8 +3,8 @@
 from random import Random
 
 import pytest
-
 from fakes import EOS, VOCAB, FakeDevice, FakeRunner, FakeTiers, expected_tokens
+
 from lorasrv.config import SchedulerConfig
 from lorasrv.engine.core import EngineCore, Limits
 from lorasrv.errors import GenerationExists, InvalidRequest, QueueFull
