@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from fake_engine import BASE_MODEL
 
+from fake_engine import BASE_MODEL
 from lorasrv.model.base_shapes import base_shapes
 
 

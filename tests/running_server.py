@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from fake_engine import FakeEngine, server_config
 
+from fake_engine import FakeEngine, server_config
 from lorasrv.client.errors import error_from_call
 from lorasrv.server.server import Server
 

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapter_folders import write_adapter
-from click.testing import Result
-from fake_engine import BASE_MODEL
-from running_server import Running, running_server, subprocess_env
-from test_client import free_address
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
+from adapter_folders import write_adapter
+from fake_engine import BASE_MODEL
 from lorasrv.cli import connection
 from lorasrv.cli.connection import resolve_url
 from lorasrv.cli.generate import read_jobs
 from lorasrv.cli.main import app
 from lorasrv.errors import ConfigurationError
+from running_server import Running, running_server, subprocess_env
+from test_client import free_address
 
 COMMAND = [sys.executable, "-c", "from lorasrv.cli.main import app; app()"]
 
@@ -141,7 +140,9 @@ async def test_status(running: Running) -> None:
         (("adapters", "rm", "nope"), 3, "ADAPTER_NOT_FOUND"),
     ],
 )
-async def test_one_line_errors_and_exit_codes(running: Running, arguments: tuple[str, ...], code: int, text: str) -> None:
+async def test_one_line_errors_and_exit_codes(
+    running: Running, arguments: tuple[str, ...], code: int, text: str
+) -> None:
     assert_fails(await in_thread(*arguments), code, text)
 
 
@@ -172,7 +173,9 @@ def test_check_needs_no_server(tmp_path: Path) -> None:
 
 def test_where_the_url_comes_from(no_user_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_url(None) == "127.0.0.1:8470"
-    no_user_config.write_text('current-context = "lab"\n[contexts.lab]\nurl = "lab:1"\n[contexts.home]\nurl = "home:2"\n')
+    no_user_config.write_text(
+        'current-context = "lab"\n[contexts.lab]\nurl = "lab:1"\n[contexts.home]\nurl = "home:2"\n'
+    )
     assert resolve_url(None) == "lab:1"
     monkeypatch.setenv("LORASRV_URL", "env:3")
     assert resolve_url(None) == "env:3"
@@ -186,7 +189,9 @@ def test_a_bad_config_says_so(no_user_config: Path, text: str) -> None:
         resolve_url(None)
 
 
-@pytest.mark.parametrize("line", ["{", '{"prompt": 3}', '{"prompt": "x", "max_token": 3}', '{"prompt": "x", "seed": true}'])
+@pytest.mark.parametrize(
+    "line", ["{", '{"prompt": 3}', '{"prompt": "x", "max_token": 3}', '{"prompt": "x", "seed": true}']
+)
 def test_a_bad_line_is_named(line: str) -> None:
     with pytest.raises(ConfigurationError, match="line 2: "):
         read_jobs(["fine\n", line], "base", {}, jsonl=False)

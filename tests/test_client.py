@@ -9,15 +9,15 @@ from pathlib import Path
 
 import grpc
 import pytest
-from adapter_folders import write_adapter
-from running_server import Running, running_server, subprocess_env
 
+from adapter_folders import write_adapter
 from lorasrv.client import AsyncClient, Client, ClientError
 from lorasrv.client import errors as client_errors
 from lorasrv.client.batch import Job, Outcome, generate_all
 from lorasrv.client.errors import InvalidArgument, NotFound, Unavailable
 from lorasrv.client.messages import target_of
 from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
+from running_server import Running, running_server, subprocess_env
 
 
 @pytest.fixture
@@ -144,8 +144,8 @@ class BrokenCall(grpc.RpcError):
     def details(self) -> str:
         return "connection reset"
 
-    def trailing_metadata(self) -> None:
-        return None
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
 
 
 async def test_a_batch_comes_back_in_order_and_a_failure_is_one_jobs(running: Running) -> None:
@@ -203,5 +203,7 @@ def test_every_grpc_code_has_a_class() -> None:
 def test_a_client_loads_no_server_packages(module: str) -> None:
     heavy = ("torch", "transformers", "numpy", "tokenizers", "msgspec", "zmq", "lorasrv.server", "lorasrv.engine")
     program = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=subprocess_env())
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=subprocess_env()
+    )
     assert result.stdout.strip() == "[]"

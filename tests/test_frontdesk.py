@@ -7,12 +7,12 @@ from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
-from fake_engine import BASE_MODEL, EOS, INFO, FakeEngine
 
-from lorasrv.errors import EngineUnavailable, GenerationExists, InvalidRequest, LorasrvError
-from lorasrv.server.frontdesk import FrontDesk
+from fake_engine import BASE_MODEL, EOS, INFO, FakeEngine
 from lorasrv.engine.admission import TokenLimits, check_request, check_tokens
+from lorasrv.errors import EngineUnavailable, GenerationExists, InvalidRequest, LorasrvError
 from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
+from lorasrv.server.frontdesk import FrontDesk
 from lorasrv.server.server import load_tokenizer
 from lorasrv.types import BASE_ID, AdapterUse, EngineRequest, FinishReason, SamplingParams, TokenDelta
 from lorasrv_adapters.errors import AdapterNotFound
@@ -78,7 +78,11 @@ async def desk(workers: ThreadPoolExecutor) -> AsyncIterator[Desk]:
 
 
 def asked(
-    prompt: str | tuple[int, ...] | None = "hé>", adapter: str = "upper", *, scale: float | None = None, **sampling: object
+    prompt: str | tuple[int, ...] | None = "hé>",
+    adapter: str = "upper",
+    *,
+    scale: float | None = None,
+    **sampling: object,
 ) -> GenerationRequest:
     return GenerationRequest(
         tenant="default",

@@ -8,13 +8,13 @@ from typing import Any
 
 import grpc
 import pytest
-from fake_engine import FakeEngine, server_config
-from running_server import reason_of
 
+from fake_engine import FakeEngine, server_config
 from lorasrv.errors import UnsupportedModel
 from lorasrv.server.serve import serve_until_signal
 from lorasrv.types import EngineInfo
 from lorasrv.v1 import generation_pb2, generation_pb2_grpc
+from running_server import reason_of
 
 ASKED = generation_pb2.GenerateRequest(adapter=[generation_pb2.AdapterRef(name="base")], text="hello")
 

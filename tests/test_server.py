@@ -8,14 +8,13 @@ from typing import Any
 
 import grpc
 import pytest
-from adapter_folders import write_adapter
-from fake_engine import FakeEngine, server_config
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
-from running_server import Running, reason_of, running_server
 
+from adapter_folders import write_adapter
+from fake_engine import FakeEngine, server_config
 from lorasrv.client.messages import CHUNK_BYTES, upload_files, write_requests
 from lorasrv.errors import ConfigurationError, QueueFull
 from lorasrv.server.server import Server
@@ -28,6 +27,7 @@ from lorasrv.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
+from running_server import Running, reason_of, running_server
 
 Code = grpc.StatusCode
 TENANT = "tenants/default"
@@ -183,9 +183,7 @@ async def test_a_deadline_ends_the_work(running: Running, generation: Any) -> No
     await until(lambda: len(running.engine.ended_early) == 1)
 
 
-async def test_an_engine_failure_is_the_calls_status_and_a_neighbour_goes_on(
-    running: Running, generation: Any
-) -> None:
+async def test_an_engine_failure_is_the_calls_status_and_a_neighbour_goes_on(running: Running, generation: Any) -> None:
     running.engine.gate.clear()
     neighbour = generation.Generate(asked("neighbour"))
     await until(lambda: bool(running.engine.running))

@@ -19,7 +19,6 @@ from lorasrv_adapters.errors import (
     UnsupportedFeature,
 )
 
-
 T = TypeVar("T", bound=Message)
 
 

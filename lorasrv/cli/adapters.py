@@ -93,9 +93,8 @@ def check(
     """Validate a PEFT folder against a base model, as the server would; needs no server."""
     with reported_errors():
         # Needs numpy, which the client alone does not install.
-        from lorasrv_adapters.peft_format import validate_folder
-
         from lorasrv.model.base_shapes import base_shapes
+        from lorasrv_adapters.peft_format import validate_folder
 
         spec = validate_folder(folder, base_shapes(model, dtype), max_rank)
     if as_json:

@@ -14,10 +14,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 from rich.table import Table
-from lorasrv_adapters.errors import AdapterError, AdapterNotFound, RegistryUnavailable
 
 from lorasrv.client.errors import ClientError
 from lorasrv.errors import ConfigurationError, EngineUnavailable, InternalError, LorasrvError
+from lorasrv_adapters.errors import AdapterError, AdapterNotFound, RegistryUnavailable
 
 OK, INTERNAL, USAGE, NOT_FOUND, AUTH, REFUSED, UNAVAILABLE, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 

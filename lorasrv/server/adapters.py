@@ -7,17 +7,17 @@ from typing import Any, ParamSpec, TypeVar
 
 import grpc
 from google.protobuf.empty_pb2 import Empty
-from lorasrv_adapters.errors import AdapterNotFound, UploadNotFound, quote
-from lorasrv_adapters.records import Upload
-from lorasrv_adapters.reference import parse_adapter_name, parse_tenant_name, parse_upload_name
-from lorasrv_adapters.registry import Registry
-from lorasrv_adapters.uploads import UploadWriter
 
 from lorasrv.engine.client import Engine
 from lorasrv.errors import EngineUnavailable, InvalidRequest
 from lorasrv.server import convert
 from lorasrv.types import Tier
 from lorasrv.v1 import adapter_pb2, adapter_pb2_grpc
+from lorasrv_adapters.errors import AdapterNotFound, UploadNotFound, quote
+from lorasrv_adapters.records import Upload
+from lorasrv_adapters.reference import parse_adapter_name, parse_tenant_name, parse_upload_name
+from lorasrv_adapters.registry import Registry
+from lorasrv_adapters.uploads import UploadWriter
 
 Context = grpc.aio.ServicerContext[Any, Any]
 P = ParamSpec("P")

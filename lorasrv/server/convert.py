@@ -6,13 +6,13 @@ from datetime import timedelta
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from lorasrv_adapters import records
-from lorasrv_adapters.reference import adapter_name, upload_name, version_name
 
 from lorasrv.engine.client import EngineState
 from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
 from lorasrv.types import EngineStatus, FinishReason, SamplingParams, Tier
 from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
+from lorasrv_adapters import records
+from lorasrv_adapters.reference import adapter_name, upload_name, version_name
 
 FINISH_REASONS = {
     FinishReason.EOS: generation_pb2.FINISH_REASON_EOS,

@@ -10,15 +10,15 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from lorasrv_adapters.records import ResolvedVersion
 from tokenizers import Tokenizer
 
+from lorasrv.engine.admission import TokenLimits, check_request, check_tokens
 from lorasrv.engine.client import Engine
 from lorasrv.engine.output import OutputStream
 from lorasrv.errors import EngineUnavailable, GenerationExists
-from lorasrv.engine.admission import TokenLimits, check_request, check_tokens
 from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
 from lorasrv.types import BASE_ID, AdapterUse, EngineRequest
+from lorasrv_adapters.records import ResolvedVersion
 
 
 class Versions(Protocol):

@@ -6,9 +6,9 @@ from typing import Any
 
 import grpc
 
+from lorasrv.requests import Delta, Finished, Started
 from lorasrv.server import convert
 from lorasrv.server.frontdesk import FrontDesk
-from lorasrv.requests import Delta, Finished, Started
 from lorasrv.v1 import generation_pb2, generation_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]

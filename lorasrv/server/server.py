@@ -11,12 +11,11 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from lorasrv_adapters.errors import AdapterError
-from lorasrv_adapters.registry import Registry
 from tokenizers import Tokenizer
 
 from lorasrv import __version__
 from lorasrv.config import EngineConfig
+from lorasrv.engine.admission import TokenLimits
 from lorasrv.engine.client import Engine
 from lorasrv.errors import ConfigurationError
 from lorasrv.model.base_shapes import base_shapes
@@ -27,9 +26,10 @@ from lorasrv.server.frontdesk import FrontDesk
 from lorasrv.server.generation import GenerationService
 from lorasrv.server.health import ALWAYS_SERVING, FOLLOW_ENGINE, Health
 from lorasrv.server.info import ServerService
-from lorasrv.engine.admission import TokenLimits
 from lorasrv.types import EngineInfo
 from lorasrv.v1 import adapter_pb2_grpc, generation_pb2_grpc, server_pb2, server_pb2_grpc
+from lorasrv_adapters.errors import AdapterError
+from lorasrv_adapters.registry import Registry
 
 MAX_MESSAGE_BYTES = 4 << 20
 NUM_WORKERS = 4

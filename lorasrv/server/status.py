@@ -9,11 +9,11 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
-from lorasrv_adapters import errors as adapter_errors
-from lorasrv_adapters.errors import AdapterError, ContentError, ContentRefused, OffsetMismatch
 
 from lorasrv import errors
 from lorasrv.errors import InvalidRequest, LorasrvError
+from lorasrv_adapters import errors as adapter_errors
+from lorasrv_adapters.errors import AdapterError, ContentError, ContentRefused, OffsetMismatch
 
 DOMAIN = "lorasrv"
 MASKED_MESSAGE = "internal error; the server's log has the details"
