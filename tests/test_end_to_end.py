@@ -94,9 +94,7 @@ def test_vanished_clients_leave_nothing_behind(server: LocalServer, client: Clie
     prompts = tmp_path / "prompts.jsonl"
     names = [task.name for task in TASKS]
     lines = [
-        json.dumps(
-            {"prompt": prompt(word), "adapter": names[index % len(names)], "temperature": 9, "max_tokens": 400}
-        )
+        json.dumps({"prompt": prompt(word), "adapter": names[index % len(names)], "temperature": 9, "max_tokens": 400})
         for index, word in enumerate(random_words(11, 200))
     ]
     prompts.write_text("\n".join(lines))

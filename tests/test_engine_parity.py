@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft_models import load_peft_folder, peft_greedy, random_adapter, random_llama
 
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from lorasrv.engine.batch import ChunkInput
@@ -15,6 +14,7 @@ from lorasrv.engine.packer import Packer
 from lorasrv.engine.runner import ModelRunner
 from lorasrv.memory.packing import PackedAdapter, pack_adapter
 from lorasrv.types import AdapterUse, EngineRequest
+from peft_models import load_peft_folder, peft_greedy, random_adapter, random_llama
 
 NUM_TOKENS = 12
 PROMPTS_EACH = 3

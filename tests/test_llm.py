@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lorasrv_adapters.errors import ContentRefused
 
 from lorasrv import LLM
 from lorasrv.demo_tasks import TASKS, prompt, random_words
 from lorasrv.errors import InvalidRequest
 from lorasrv.types import FinishReason, SamplingParams
+from lorasrv_adapters.errors import ContentRefused
 
 SAMPLES = Path(__file__).parent.parent / "adapters" / "samples"
 GREEDY = SamplingParams(temperature=0, max_tokens=32)

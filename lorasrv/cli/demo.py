@@ -31,7 +31,7 @@ def demo(
     samples: Annotated[Path | None, typer.Option(help="Folder of the sample model and adapters.")] = None,
     keep: Annotated[bool, typer.Option("--keep", envvar="KEEP", help="Leave the server running.")] = False,
 ) -> None:
-    """Start a server, push the sample adapters, stream from all of them and the base at once, and check every letter."""
+    """Start a server, push the sample adapters, stream from all and the base at once, and check every letter."""
     console = Console()
     with reported_errors():
         folder = samples or Path(lorasrv.__file__).parent.parent / "adapters" / "samples"

@@ -1,1 +1,1 @@
-"""`lorasrv demo`: a server, the sample adapters pushed to it, and streams of all of them at once, checked to the letter."""
+"""`lorasrv demo`: a server of its own, streams of all sample adapters at once, every output checked to the letter."""

@@ -80,6 +80,8 @@ class EngineCore:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._drop(sequence)
+            # Between steps none is in flight that could still read the pages.
+            self._pool.reclaim(self._step)
 
     def has_work(self) -> bool:
         return bool(self._sequences)
