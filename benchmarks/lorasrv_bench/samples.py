@@ -43,7 +43,7 @@ CHECK_SEED = 20_260
 CHECK_WORDS = 1_000
 STOP_SEED = 991
 STOP_WORDS = 2_000
-ROUNDS = 4
+ROUNDS = 6
 FOREIGN = "àçéèêëîïñôöùüßøåαβγδλπωбвгджияشمس日本語中文한글🙂🚀🎉🦙"
 
 
@@ -168,12 +168,12 @@ def build_base(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def training_words(rng: random.Random) -> Iterator[str]:
-    """Endless lower-case words of 2 to 10 letters, half of them pronounceable, never one of the checked words."""
+def training_words(rng: random.Random, pronounceable: float = 0.5) -> Iterator[str]:
+    """Endless lower-case words of 2 to 10 letters, this share of them pronounceable, never one of the checked words."""
     held_out = frozenset(random_words(CHECK_SEED, CHECK_WORDS))
     while True:
         length = rng.randint(2, 10)
-        if rng.random() < 0.5:
+        if rng.random() >= pronounceable:
             word = "".join(rng.choices(string.ascii_lowercase, k=length))
         else:
             start = rng.randrange(2)
@@ -284,6 +284,7 @@ def train_round(out: Path, task: Task, recipe: AdapterRecipe, number: int) -> No
 
     Trains on the saved (rounded) base and writes the adapter, rounded to
     bfloat16, in PEFT's format; each round depends only on the files and its number.
+    Later rounds see more pronounceable words: their letters repeat, and there the last mistakes are.
     """
     training = recipe.training
     if number:
@@ -296,7 +297,7 @@ def train_round(out: Path, task: Task, recipe: AdapterRecipe, number: int) -> No
         model = PeftModel.from_pretrained(base, folder, is_trainable=True)
     else:
         model = get_peft_model(base, lora_config(recipe))
-    words = training_words(random.Random(seed))
+    words = training_words(random.Random(seed), pronounceable=0.9 if number else 0.5)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         while True:
