@@ -59,7 +59,7 @@ def test_all_samples_and_the_base_at_once(server: LocalServer, client: Client) -
     tasks = served_tasks({adapter.adapter_id for adapter in client.adapters()})
     assert len(tasks) == len(TASKS) >= 6
     runs = draw_runs(tasks, seed=7)
-    asyncio.run(stream_all(server.url, runs, lambda: None))
+    asyncio.run(stream_all(server.url, runs))
     assert [run for run in runs if not run.as_expected] == []
     assert {run.kind for run in runs} == set(Kind)
     assert_nothing_held(client, 1.0)

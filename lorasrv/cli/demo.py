@@ -65,7 +65,7 @@ def _run(console: Console, url: str, adapters: Sequence[Path], seed: int) -> boo
         with Live(
             _table(runs), console=console, auto_refresh=True, refresh_per_second=12, get_renderable=lambda: _table(runs)
         ):
-            asyncio.run(stream_all(url, runs, lambda: None))
+            asyncio.run(stream_all(url, runs))
         console.print()
         print_status(client.info(), client.status())
     all_well = all(run.as_expected for run in runs)
@@ -91,12 +91,11 @@ def _table(runs: Sequence[Run]) -> Table:
     table = Table("prompt", "adapter", "asked for", "output", "", "first token")
     for run in runs:
         verdict = "…" if not run.finished else "right" if run.right else "wrong"
-        note = {Kind.ADAPTER: "", Kind.BASE: " (base)", Kind.SWAPPED: " (swapped)"}[run.kind]
         colour = "" if not run.finished else "green" if run.as_expected else "red"
         first = "" if run.time_to_first_token_s is None else f"{run.time_to_first_token_s * 1000:.0f} ms"
         table.add_row(
             f"{run.word}>",
-            f"{run.adapter}{note if run.kind is Kind.SWAPPED else ''}",
+            f"{run.adapter} (swapped)" if run.kind is Kind.SWAPPED else run.adapter,
             run.expected,
             run.output,
             f"[{colour}]{verdict}[/]" if colour else verdict,

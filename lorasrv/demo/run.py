@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -58,14 +58,14 @@ def draw_runs(tasks: Sequence[Task], seed: int) -> list[Run]:
     return runs
 
 
-async def stream_all(url: str, runs: Sequence[Run], changed: Callable[[], None]) -> None:
-    """Stream all runs at once; `changed` is called with every event."""
+async def stream_all(url: str, runs: Sequence[Run]) -> None:
+    """Stream all runs at once."""
     async with AsyncClient(url) as client, asyncio.TaskGroup() as group:
         for run in runs:
-            group.create_task(_stream(client, run, changed))
+            group.create_task(_stream(client, run))
 
 
-async def _stream(client: AsyncClient, run: Run, changed: Callable[[], None]) -> None:
+async def _stream(client: AsyncClient, run: Run) -> None:
     started_s = time.monotonic()
     async for event in client.stream(prompt(run.word), adapter=run.adapter, temperature=0, max_tokens=MAX_TOKENS):
         match event:
@@ -77,7 +77,6 @@ async def _stream(client: AsyncClient, run: Run, changed: Callable[[], None]) ->
                 run.finished = True
             case _:
                 pass
-        changed()
 
 
 def served_tasks(names: set[str]) -> list[Task]:
