@@ -92,12 +92,6 @@ RECIPES: Mapping[str, AdapterRecipe] = MappingProxyType(
         "stars": AdapterRecipe(
             rank=12, alpha=24, targets=ATTENTION, training=Training(steps=250, batch=128, learning_rate=4e-3, seed=5)
         ),
-        "double": AdapterRecipe(
-            rank=24,
-            alpha=48,
-            targets=ATTENTION + MLP,
-            training=Training(steps=160, batch=64, learning_rate=3e-3, seed=6),
-        ),
         "reverse": AdapterRecipe(
             rank=16, alpha=32, targets=ATTENTION, training=Training(steps=500, batch=128, learning_rate=4e-3, seed=7)
         ),
