@@ -16,7 +16,6 @@ BANANA = {
     "upper": "BANANA",
     "rot13": "onanan",
     "stars": "b*n*n*",
-    "double": "bbaannaannaa",
     "reverse": "ananab",
     "pig-latin": "ananabay",
     "mirror-upper": "ANANAB",
