@@ -4,7 +4,7 @@
     PYTHONPATH=.:benchmarks python -m lorasrv_bench.samples --out adapters/samples --only reverse
 
 The base learns to copy the word in front of `>`; each adapter learns one task
-of `lorasrv.demo_tasks` instead. The last stage reads the saved files back and
+of `lorasrv.demo.tasks` instead. The last stage reads the saved files back and
 checks every adapter to the letter on words that no training batch contained.
 """
 
@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lorasrv.demo_tasks import CONSONANTS, TASKS, VOWELS, Task, prompt, random_words
+from lorasrv.demo.tasks import CONSONANTS, TASKS, VOWELS, Task, prompt, random_words
 
 BASE_NAME = "lorasrv-samples/base"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

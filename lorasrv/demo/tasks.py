@@ -1,7 +1,7 @@
 """The demo's tasks: what each sample adapter was trained to do with a word.
 
 Every task is a pure function from a word to a word, so a demo or a test can
-check an adapter's answer to the letter. Standard library only: the server
+check an adapter's answer to the letter. Standard library only: the command
 imports this without torch.
 """
 
