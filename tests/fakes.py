@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from random import Random
 from zlib import crc32
 
-from lorasrv.engine.batch import ChunkInput
+from lorasrv.engine.batch import ChunkInput, StepOutput
 from lorasrv.errors import AdapterLoadFailed
 from lorasrv.memory.residency import ResidentAdapter
 from lorasrv.types import Tier
@@ -128,10 +128,10 @@ class FakeRunner:
         self.tiers = tiers
         self.num_forwards = 0
 
-    def run(self, chunks: tuple[ChunkInput, ...]) -> tuple[int | None, ...]:
+    def run(self, chunks: tuple[ChunkInput, ...]) -> StepOutput:
         self.num_forwards += 1
         states = [(chunk, self._run_chunk(chunk)) for chunk in chunks]
-        return tuple(next_token(state) for chunk, state in states if chunk.sample is not None)
+        return StepOutput(tokens=tuple(next_token(state) for chunk, state in states if chunk.sample is not None))
 
     def _run_chunk(self, chunk: ChunkInput) -> int:
         digest = None

@@ -200,20 +200,52 @@ def philox(
     return c0, c1, c2, c3
 
 
+def edit_logits(
+    logits: Tensor,  # float32 [num_rows, vocab_size], changed in place
+    repeated: Tensor,  # int64 [2, num_repeated], (row, token id) pairs, all different
+    penalties: Tensor,  # float32 [num_repeated], > 0
+    added: Tensor,  # int64 [2, num_added], pairs, all different
+    amounts: Tensor,  # float32 [num_added]
+    masked: Tensor,  # int64 [2, num_masked], pairs
+) -> None:
+    """What requests change before tokens are drawn, in this order: the repeated logits are divided by their penalty
+    where positive and multiplied by it elsewhere; the amounts are added; the masked logits become -inf.
+
+    Rows that no pair names are not touched.
+    """
+    found = logits[repeated[0], repeated[1]]
+    logits[repeated[0], repeated[1]] = torch.where(found > 0, found / penalties, found * penalties)
+    logits[added[0], added[1]] += amounts
+    logits[masked[0], masked[1]] = float("-inf")
+
+
+def token_logprobs(
+    logits: Tensor,  # float32 [num_rows, vocab_size]
+    token_ids: Tensor,  # int64 [num_rows]
+    num_top: int,  # at most vocab_size
+) -> tuple[Tensor, Tensor, Tensor]:  # float32 [num_rows], float32 [num_rows, num_top], int64 [num_rows, num_top]
+    """Log-softmax at the row's token, and the largest ones, largest first, with their token ids."""
+    logprobs = logits.log_softmax(-1)
+    top, ids = logprobs.topk(num_top, dim=-1)
+    return logprobs.gather(-1, token_ids.unsqueeze(1)).squeeze(1), top, ids
+
+
 def sample(
     logits: Tensor,  # float32 [num_rows, vocab_size]
     temperature: Tensor,  # float32 [num_rows], >= 0
     top_p: Tensor,  # float32 [num_rows], in (0, 1]
     top_k: Tensor,  # int64 [num_rows], >= 1; vocab_size or more keeps all
+    min_p: Tensor,  # float32 [num_rows], in [0, 1]
     seeds: Tensor,  # int64 [num_rows], the 64 bits of the seed
     positions: Tensor,  # int64 [num_rows], of the token that is drawn
 ) -> tuple[Tensor, Tensor]:  # int64 [num_rows], bool [num_rows]
     """The token drawn for every row, and whether the row's logits allowed it: a row that holds NaN or +inf, or
     nothing but -inf, is False and its token means nothing.
 
-    Temperature 0 takes the largest logit, the lowest id of equal ones. Otherwise the top_k most likely tokens are kept
-    and of those the fewest whose share reaches top_p (equal ones by lowest id), and the draw is Gumbel-max: the
-    largest logit / temperature - log(-log(u)), u in (0, 1) from `philox` keyed by the seed at the counter
+    Temperature 0 takes the largest logit, the lowest id of equal ones. Otherwise, on logits / temperature, the top_k
+    most likely tokens are kept, of those the fewest whose share reaches top_p (equal ones by lowest id), of those the
+    ones at least min_p times as likely as the likeliest, and the draw is Gumbel-max: the largest
+    logit / temperature - log(-log(u)), u in (0, 1) from `philox` keyed by the seed at the counter
     (token id // 4, position, 0, 0), word token id % 4. So a row's draw depends on nothing else in the batch.
     """
     valid = logits.amax(-1).isfinite()
@@ -222,6 +254,10 @@ def sample(
     if drawn.numel():
         scaled = logits[drawn].double() / temperature[drawn].double().unsqueeze(1)
         scaled = _mask_unlikely(scaled, top_p[drawn], top_k[drawn])
+        if (min_p > 0).any():
+            # The likeliest token is never cut, so min_p asks the same before and after top_k and top_p.
+            floor = scaled.amax(-1, keepdim=True) + min_p[drawn].double().log().unsqueeze(1)
+            scaled = scaled.masked_fill(scaled < floor, float("-inf"))
         tokens[drawn] = (scaled + _gumbel(seeds[drawn], positions[drawn], logits.shape[1])).argmax(-1)
     return tokens, valid
 

@@ -56,8 +56,8 @@ class Decoder:
         batch: ForwardBatch,
         pool: Tensor,  # uint8 [num_bytes]
         kv: Tensor,  # [num_pages, layers, 2, block_tokens, kv_heads, head_dim], a view of the pool
-    ) -> Tensor:  # float32 [num_samples, vocab_size]
-        """Compute every row, leave its KV in the pool, and return the logits of the sampling rows."""
+    ) -> Tensor:  # [num_tokens, hidden]
+        """Compute every row, leave its KV in the pool, and return what `logits` takes."""
         eps = self.architecture.rms_norm_eps
         x = embedding(batch.token_ids, self.weights.embed)  # [num_tokens, hidden]
         cos, sin = self._rotation(batch.positions, x.dtype)
@@ -67,7 +67,14 @@ class Decoder:
             x = x + self._attention(index, layer, normed, cos, sin, batch, kv, lora)
             normed = reference.rms_norm(x, layer.post_attention_norm, eps)
             x = x + self._mlp(index, layer, normed, lora)
-        x = reference.rms_norm(x[batch.sample_rows], self.weights.norm, eps)
+        return x
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        x: Tensor,  # [num_rows, hidden], rows of a forward's output
+    ) -> Tensor:  # float32 [num_rows, vocab_size]
+        x = reference.rms_norm(x, self.weights.norm, self.architecture.rms_norm_eps)
         return linear(x, self.weights.lm_head).float()
 
     def _attention(

@@ -11,12 +11,14 @@ class Sequence:
 
     `order` is its place in the queue; `token_ids` are prompt and generated tokens; the KV of the first `num_computed`
     of them lies in the pages of `block_table`, which covers at least that many tokens.
+    The log-probabilities of prompt tokens before `num_scored`, where asked for, have been told; the first has none.
     """
 
     request: EngineRequest
     order: int
     token_ids: list[int]
     num_computed: int = 0
+    num_scored: int = 1
     block_table: list[int] = field(default_factory=list[int])
 
     @property
