@@ -11,7 +11,7 @@ from typing import Self
 from tokenizers import Tokenizer
 
 from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
-from lorasrv.engine.admission import TokenLimits, check_request, check_tokens
+from lorasrv.engine.admission import TokenLimits, check_request, engine_request
 from lorasrv.engine.build import assemble
 from lorasrv.engine.output import OutputStream
 from lorasrv.errors import InvalidRequest, error_from_reason
@@ -24,6 +24,7 @@ from lorasrv.types import (
     EngineRequest,
     EngineStatus,
     FinishReason,
+    PositionLogprobs,
     SamplingParams,
     TokenDelta,
 )
@@ -34,15 +35,21 @@ DEFAULT_POOL_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One prompt's output. `version_digest` None is the base model; `seed` repeats it."""
+    """One prompt's output. `version_digest` None is the base model; `seed` repeats it.
+
+    `stop` is the stop string or stop token id that ended it. `logprobs` has one for each token, `prompt_logprobs` one
+    for each prompt token but the first; None where the sampling did not ask.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish: FinishReason
-    stop: str | None
+    stop: str | int | None
     prompt_tokens: int
     version_digest: str | None
     seed: int
+    logprobs: tuple[PositionLogprobs, ...] | None = None
+    prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
 
 
 class LLM:
@@ -153,16 +160,8 @@ class LLM:
         )
         token_ids = tuple(self._tokenizer.encode(given).ids) if isinstance(given, str) else given
         self._num_requests += 1
-        return EngineRequest(
-            request_id=str(self._num_requests),
-            token_ids=token_ids,
-            adapter=self._use(ref),
-            max_tokens=check_tokens(token_ids, sampling.max_tokens, self._limits),
-            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-        )
+        seed = secrets.randbits(63)
+        return engine_request(str(self._num_requests), token_ids, self._use(ref), sampling, seed, self._limits)
 
     def _use(self, ref: AdapterRef) -> AdapterUse | None:
         if ref.name == BASE_ID:
@@ -193,7 +192,9 @@ class _Run:
         self._output = OutputStream(tokenizer, request, stop)
         self._pieces: list[str] = []
         self._token_ids: list[int] = []
-        self._stop: str | None = None
+        self._logprobs: list[PositionLogprobs] = []
+        self._prompt_logprobs: list[PositionLogprobs] = []
+        self._stop: str | int | None = None
 
     def take(self, delta: TokenDelta) -> None:
         if delta.failure is not None:
@@ -201,6 +202,8 @@ class _Run:
         piece = self._output.take(delta)
         self._pieces.append(piece.text)
         self._token_ids += piece.token_ids
+        self._logprobs += piece.logprobs
+        self._prompt_logprobs += delta.prompt_logprobs
         self.finish, self._stop = piece.finish, piece.stop
 
     def result(self) -> Generation:
@@ -214,4 +217,6 @@ class _Run:
             prompt_tokens=len(self.request.token_ids),
             version_digest=adapter.digest if adapter else None,
             seed=self.request.seed,
+            logprobs=None if self.request.logprobs is None else tuple(self._logprobs),
+            prompt_logprobs=None if self.request.prompt_logprobs is None else tuple(self._prompt_logprobs),
         )

@@ -26,7 +26,9 @@ def check_named_tokens(request: EngineRequest, vocab_size: int, eos_token_ids: f
     if request.min_tokens:
         masked |= _end_token_ids(request, eos_token_ids)
     if len(masked) == vocab_size:
-        raise InvalidRequest("bad_words", f"with min_tokens {request.min_tokens}, they can mask all {vocab_size} tokens")
+        raise InvalidRequest(
+            "bad_words", f"with min_tokens {request.min_tokens}, they can mask all {vocab_size} tokens"
+        )
 
 
 def sample_input(sequence: Sequence, eos_token_ids: frozenset[int]) -> SampleInput:
@@ -62,9 +64,11 @@ def logit_edits(request: EngineRequest, token_ids: Seq[int], eos_token_ids: froz
     2019); presence and frequency penalty at generated tokens only, as in OpenAI's API.
     """
     num_prompt, rules = len(request.token_ids), request.rules
-    ends = _end_token_ids(request, eos_token_ids) if len(token_ids) - num_prompt < request.min_tokens else frozenset()
+    masked: set[int] = set()
+    if len(token_ids) - num_prompt < request.min_tokens:
+        masked |= _end_token_ids(request, eos_token_ids)
     if rules is None:
-        return LogitEdits(masked=tuple(sorted(ends))) if ends else None
+        return LogitEdits(masked=tuple(masked)) if masked else None
     added = dict(rules.logit_bias)
     if rules.presence_penalty or rules.frequency_penalty:
         for token_id, count in Counter(token_ids[num_prompt:]).items():
@@ -74,7 +78,7 @@ def logit_edits(request: EngineRequest, token_ids: Seq[int], eos_token_ids: froz
         repetition_penalty=rules.repetition_penalty,
         repeated=tuple(set(token_ids)) if rules.repetition_penalty != 1 else (),
         added=tuple(added.items()),
-        masked=tuple(sorted(ends | _completing(rules.bad_words, token_ids))),
+        masked=tuple(masked | _completing(rules.bad_words, token_ids)),
     )
 
 
@@ -88,9 +92,9 @@ def finish_reason(sequence: Sequence, eos_token_ids: frozenset[int]) -> FinishRe
     return FinishReason.LENGTH if sequence.num_generated == request.max_tokens else None
 
 
-def _end_token_ids(request: EngineRequest, eos_token_ids: frozenset[int]) -> frozenset[int]:
-    """Tokens that end the request, whichever they are."""
-    return frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else eos_token_ids)
+def _end_token_ids(request: EngineRequest, eos_token_ids: frozenset[int]) -> set[int]:
+    """The tokens that end the request."""
+    return {*request.stop_token_ids, *(() if request.ignore_eos else eos_token_ids)}
 
 
 def _completing(bad_words: tuple[tuple[int, ...], ...], token_ids: Seq[int]) -> set[int]:

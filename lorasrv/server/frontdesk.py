@@ -12,11 +12,11 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
-from lorasrv.engine.admission import TokenLimits, check_request, check_tokens
+from lorasrv.engine.admission import TokenLimits, check_request, engine_request
 from lorasrv.engine.client import Engine
 from lorasrv.engine.output import OutputStream
 from lorasrv.errors import EngineUnavailable, GenerationExists
-from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
+from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Prompt, Started
 from lorasrv.types import BASE_ID, AdapterUse, EngineRequest
 from lorasrv_adapters.records import ResolvedVersion
 
@@ -94,6 +94,7 @@ class FrontDesk:
                     version_digest=None if use is None else use.digest,
                     prompt_tokens=len(admission.engine_request.token_ids),
                     seed=admission.engine_request.seed,
+                    prompt=await self._echo(request, admission.engine_request.token_ids),
                 )
                 async with aclosing(self._follow(admission)) as events:
                     async for event in events:
@@ -144,19 +145,19 @@ class FrontDesk:
             self._versions.unpin(pinning.result().digest)
 
     async def _admit(self, request: GenerationRequest, use: AdapterUse | None) -> EngineRequest:
-        sampling = request.sampling
         token_ids = await self._tokenize(request.prompt or "")
-        return EngineRequest(
-            # Generation ids are a tenant's own; the engine knows no tenants.
-            request_id=uuid.uuid4().hex,
-            token_ids=token_ids,
-            adapter=use,
-            max_tokens=check_tokens(token_ids, sampling.max_tokens, self._limits),
-            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-        )
+        # Generation ids are a tenant's own; the engine knows no tenants.
+        request_id, seed = uuid.uuid4().hex, secrets.randbits(63)
+        return engine_request(request_id, token_ids, use, request.sampling, seed, self._limits)
+
+    async def _echo(self, request: GenerationRequest, token_ids: tuple[int, ...]) -> Prompt | None:
+        if not request.echo:
+            return None
+        if isinstance(request.prompt, str):
+            return Prompt(text=request.prompt, token_ids=token_ids)
+        decode = self._tokenizer.decode
+        text = await asyncio.get_running_loop().run_in_executor(self._workers, decode, list(token_ids))
+        return Prompt(text=text, token_ids=token_ids)
 
     async def _tokenize(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
@@ -174,7 +175,12 @@ class FrontDesk:
                 if delta.token_ids and first_token_s is None:
                     first_token_s = self._clock() - admission.received_s
                 piece = output.take(delta)
-                yield Delta(text=piece.text, token_ids=piece.token_ids)
+                yield Delta(
+                    text=piece.text,
+                    token_ids=piece.token_ids,
+                    logprobs=piece.logprobs,
+                    prompt_logprobs=delta.prompt_logprobs,
+                )
                 if piece.finish is None:
                     continue
                 yield Finished(
