@@ -72,13 +72,14 @@ def generate_request(
             bad_words=[generation_pb2.TokenIds(ids=word) for word in bad_words],
             stop_token_ids=stop_token_ids,
             min_tokens=min_tokens,
-            ignore_eos=ignore_eos,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
         ),
         generation_id=generation_id,
         echo=echo,
     )
+    if ignore_eos is not None:
+        request.sampling.ignore_eos = ignore_eos
     if isinstance(prompt, str):
         request.text = prompt
     else:
