@@ -61,6 +61,8 @@ def generate(
     """Generate text with an adapter. With --file, results come in the order of the prompts."""
     if (prompt is None) == (file is None):
         raise typer.BadParameter("give either PROMPT or --file")
+    if not as_json and (logprobs is not None or prompt_logprobs is not None):
+        raise typer.BadParameter("log-probabilities are printed with --json only")
     given = {
         "max_tokens": max_tokens,
         "temperature": temperature,

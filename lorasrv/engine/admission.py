@@ -110,7 +110,7 @@ def engine_request(
         repetition_penalty=sampling.repetition_penalty,
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
-        logit_bias=tuple(sampling.logit_bias.items()),
+        logit_bias=tuple(sorted(sampling.logit_bias.items())),
         bad_words=sampling.bad_words,
     )
     return EngineRequest(
