@@ -156,6 +156,7 @@ class FrontDesk:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
+            cache_salt=request.tenant,
         )
 
     async def _tokenize(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
