@@ -1,5 +1,6 @@
 """The offline face, on the sample model."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,32 @@ def test_adapters_side_by_side(llm: LLM) -> None:
     assert all(output.finish is FinishReason.EOS for output in outputs)
     status = llm.status()
     assert (status.pins, status.pool.sequences, status.running) == (0, 0, 0)
+
+
+def test_bfloat16_is_right_to_the_letter() -> None:
+    words = random_words(6, 2 * len(TASKS))
+    tasks = TASKS * 2
+    with LLM(SAMPLES / "base", dtype="bfloat16") as llm:
+        for task in TASKS:
+            llm.add_adapter(task.name, SAMPLES / task.name)
+        outputs = llm.generate([prompt(word) for word in words], adapter=[task.name for task in tasks], sampling=GREEDY)
+    assert [output.text for output in outputs] == [
+        task.transform(word) for task, word in zip(tasks, words, strict=True)
+    ]
+
+
+def test_each_of_several_eos_ids_ends_a_generation(llm: LLM, tmp_path: Path) -> None:
+    token_id = llm.generate(["banana>"], sampling=GREEDY)[0].token_ids[2]
+    for file in (SAMPLES / "base").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    (tmp_path / "generation_config.json").unlink()
+    for eos_ids in ([*generation["eos_token_id"], token_id], [token_id, *generation["eos_token_id"]]):
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": eos_ids}))
+        with LLM(tmp_path) as other:
+            early, late = other.generate(["banana>", "abba>"], sampling=GREEDY)
+        assert (early.text, early.finish, early.token_ids[-1]) == ("ba", FinishReason.EOS, token_id)
+        assert (late.text, late.finish) == ("abba", FinishReason.EOS)
 
 
 def test_scale_zero_is_the_base(llm: LLM) -> None:
