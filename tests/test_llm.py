@@ -8,7 +8,7 @@ import pytest
 
 from lorasrv import LLM
 from lorasrv.demo_tasks import TASKS, prompt, random_words
-from lorasrv.errors import InvalidRequest
+from lorasrv.errors import ConfigurationError, InvalidRequest
 from lorasrv.types import FinishReason, SamplingParams
 from lorasrv_adapters.errors import ContentRefused
 
@@ -91,6 +91,28 @@ def test_a_name_can_be_given_anew_and_taken_away(llm: LLM) -> None:
     llm.remove_adapter("mine")
     with pytest.raises(InvalidRequest, match="mine"):
         llm.generate(["banana>"], adapter="mine", sampling=GREEDY)
+
+
+def test_a_tokenizer_that_truncates_is_told_not_to(tmp_path: Path) -> None:
+    for file in (SAMPLES / "base").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings | {"truncation": truncation}))
+    with LLM(tmp_path) as llm:
+        assert llm.generate(["banana>"], sampling=GREEDY)[0].text == "banana"
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ConfigurationError, match=r"tokenizer\.json"):
+        LLM(tmp_path)
+
+
+def test_a_top_k_beyond_any_vocabulary_keeps_all(llm: LLM) -> None:
+    outputs = [
+        llm.generate(["banana>"], sampling=SamplingParams(temperature=2.0, seed=3, top_k=top_k, max_tokens=8))[0]
+        for top_k in (None, 2**80)
+    ]
+    assert outputs[0].token_ids == outputs[1].token_ids
 
 
 def test_bad_calls_are_refused_before_anything_runs(llm: LLM, tmp_path: Path) -> None:
