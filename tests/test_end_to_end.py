@@ -19,7 +19,7 @@ from lorasrv.client import Client
 from lorasrv.client.errors import ClientError
 from lorasrv.demo.local_server import LocalServer
 from lorasrv.demo.run import Kind, draw_runs, served_tasks, stream_all
-from lorasrv.demo_tasks import TASKS, prompt, random_words
+from lorasrv.demo.tasks import TASKS, prompt, random_words
 from lorasrv.v1.generation_pb2 import Delta, Started
 
 SAMPLES = Path(__file__).parent.parent / "adapters" / "samples"

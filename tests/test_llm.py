@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lorasrv import LLM
-from lorasrv.demo_tasks import TASKS, prompt, random_words
+from lorasrv.demo.tasks import TASKS, prompt, random_words
 from lorasrv.errors import ConfigurationError, InvalidRequest
 from lorasrv.types import FinishReason, SamplingParams
 from lorasrv_adapters.errors import ContentRefused
