@@ -94,6 +94,8 @@ class EngineCore:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._drop(sequence)
+            if not self._waiting:
+                self._tiers.want(())
             # Between steps none is in flight that could still read the pages.
             self._pool.reclaim(self._step)
 
@@ -222,7 +224,7 @@ class EngineCore:
 
     def _fail_unloadable(self) -> tuple[TokenDelta, ...]:
         """End the queued requests whose adapter could not be read."""
-        failures = self._tiers.take_failures()
+        failures = self._tiers.poll()
         ended = [sequence for sequence in self._waiting if sequence.digest in failures]
         return tuple(self._fail(sequence, failures[sequence.digest or ""]) for sequence in ended)
 
@@ -238,9 +240,7 @@ class EngineCore:
         for victim in plan.evict:
             self._evict(victim)
         self._pool.reclaim(self._step)
-        self._tiers.hold(self._waiting[0].digest if self._waiting else None)
-        for digest in plan.fetch:
-            self._tiers.fetch(digest)
+        self._tiers.want(plan.want)
         for digest in plan.load:
             self._load(digest)
         for admission in plan.admit:

@@ -33,12 +33,15 @@ class Admission:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Effects in the order in which they are carried out; ids are requests' or adapter versions' digests."""
+    """Effects in the order in which they are carried out; ids are requests' or adapter versions' digests.
+
+    `want` is what queued requests need in host memory, most urgent first.
+    """
 
     reject: tuple[Rejection, ...] = ()
     preempt: tuple[str, ...] = ()
     evict: tuple[Candidate, ...] = ()
-    fetch: tuple[str, ...] = ()
+    want: tuple[str, ...] = ()
     load: tuple[str, ...] = ()
     admit: tuple[Admission, ...] = ()
     chunks: tuple[Chunk, ...] = ()

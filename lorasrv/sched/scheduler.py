@@ -66,7 +66,7 @@ class Scheduler:
         draft.continue_running()
         if not draft.preempted:
             draft.admit_waiting()
-        draft.fetch_ahead()
+        draft.look_ahead()
         return draft.plan()
 
 
@@ -88,14 +88,14 @@ class _Draft:
         self.kept: set[str | int] = set()
         self.preempted: list[Sequence] = []
         self.rejected: list[Rejection] = []
-        self.fetches: tuple[str, ...] = ()
+        self.wanted: dict[str, None] = {}
 
     def plan(self) -> Plan:
         return Plan(
             reject=tuple(self.rejected),
             preempt=tuple(sequence.request_id for sequence in self.preempted),
             evict=tuple(self.evicted),
-            fetch=self.fetches,
+            want=tuple(self.wanted),
             load=tuple(self.loads),
             admit=tuple(self.admitted),
             chunks=tuple(self.chunks),
@@ -169,13 +169,11 @@ class _Draft:
         self.rejected.append(Rejection(request_id=sequence.request_id, failure=failure))
         return True
 
-    def fetch_ahead(self) -> None:
-        """Adapters that queued requests within the look-ahead will want in host memory, oldest first."""
-        wanted: dict[str, None] = {}
+    def look_ahead(self) -> None:
+        """Adapters that queued requests within the look-ahead need in host memory, oldest first."""
         for sequence in self.view.waiting[: self.config.lookahead]:
-            if sequence.digest is not None:
-                wanted[sequence.digest] = None
-        self.fetches = tuple(digest for digest in wanted if self.view.resources.num_pages(digest) is None)
+            if sequence.digest is not None and not self.view.resources.is_resident(sequence.digest):
+                self.wanted[sequence.digest] = None
 
     def _add_chunk(self, sequence: Sequence, start: int, wanted: int) -> None:
         num_tokens = min(wanted, self.budget)
