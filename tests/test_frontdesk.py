@@ -10,10 +10,10 @@ import pytest
 
 from fake_engine import BASE_MODEL, EOS, INFO, FakeEngine
 from lorasrv.engine.admission import TokenLimits, check_request, check_tokens, engine_request
+from lorasrv.engine.text import load_tokenizer
 from lorasrv.errors import EngineUnavailable, GenerationExists, InvalidRequest, LorasrvError
 from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Prompt, Started
 from lorasrv.server.frontdesk import FrontDesk
-from lorasrv.server.server import load_tokenizer
 from lorasrv.types import (
     BASE_ID,
     AdapterUse,
@@ -382,7 +382,7 @@ def test_what_the_model_bounds_is_checked_with_its_numbers(sampling: dict[str, o
     request = asked(**sampling)
     check_request(request)
     with pytest.raises(InvalidRequest, match=r"260|-1|max_tokens 3|max_tokens 61") as refused:
-        engine_request("r", (1, 2, 3), None, request.sampling, 0, LIMITS)
+        engine_request("r", (1, 2, 3), adapter=None, sampling=request.sampling, limits=LIMITS)
     assert refused.value.field == f"sampling.{field}"
 
 
@@ -401,7 +401,7 @@ def test_the_edges_of_the_knobs_are_inside() -> None:
         prompt_logprobs=0,
     )
     check_request(edges)
-    assert engine_request("r", (1,), None, edges.sampling, 0, LIMITS).min_tokens == 3
+    assert engine_request("r", (1,), adapter=None, sampling=edges.sampling, limits=LIMITS).min_tokens == 3
 
 
 def test_the_edges_of_the_limits_are_inside() -> None:

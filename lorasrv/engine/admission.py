@@ -1,6 +1,7 @@
-"""The admission check: one place, below all front ends, where a request meets its limits. Pure functions."""
+"""The admission check: one place, below all front ends, where a request meets its limits."""
 
 import re
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -91,15 +92,13 @@ def check_tokens(token_ids: tuple[int, ...], max_tokens: int | None, limits: Tok
 def engine_request(
     request_id: str,
     token_ids: tuple[int, ...],
+    *,
     adapter: AdapterUse | None,
     sampling: SamplingParams,
-    seed: int,
     limits: TokenLimits,
+    cache_salt: str = "",
 ) -> EngineRequest:
-    """A request that passed `check_request`, tokenized: checked against the limits, its defaults filled in.
-
-    `seed` is for the one that the caller left unset. Raises InvalidRequest.
-    """
+    """A checked, tokenized request as the engine takes it; an unset seed is drawn here. Raises InvalidRequest."""
     max_tokens = check_tokens(token_ids, sampling.max_tokens, limits)
     if sampling.min_tokens > max_tokens:
         raise InvalidRequest("sampling.min_tokens", f"{sampling.min_tokens} is above max_tokens {max_tokens}")
@@ -118,10 +117,10 @@ def engine_request(
         token_ids=token_ids,
         adapter=adapter,
         max_tokens=max_tokens,
-        seed=seed if sampling.seed is None else sampling.seed,
+        seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        top_k=sampling.top_k,
+        top_k=None if sampling.top_k is None else min(sampling.top_k, limits.vocab_size),
         min_p=sampling.min_p,
         rules=None if rules == LogitRules() else rules,
         stop_token_ids=sampling.stop_token_ids,
@@ -129,6 +128,7 @@ def engine_request(
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
+        cache_salt=cache_salt,
     )
 
 

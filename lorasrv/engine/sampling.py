@@ -57,6 +57,14 @@ def score_input(sequence: Sequence, start: int, end: int) -> ScoreInput | None:
     return ScoreInput(token_ids=request.token_ids[first:last], start=first, num_top=request.prompt_logprobs)
 
 
+def first_needed_row(sequence: Sequence) -> int:
+    """The first position whose logits are still needed: by then its KV may not just come from the prefix cache."""
+    request = sequence.request
+    if request.prompt_logprobs is not None and sequence.num_scored < len(request.token_ids):
+        return sequence.num_scored - 1
+    return len(sequence.token_ids) - 1
+
+
 def logit_edits(request: EngineRequest, token_ids: Seq[int], eos_token_ids: frozenset[int]) -> LogitEdits | None:
     """What the request changes in the logits behind `token_ids`, its prompt and what it has generated.
 

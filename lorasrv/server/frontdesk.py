@@ -1,7 +1,6 @@
 """Admission, below all front ends: look up and pin the adapter, tokenize, check, submit, and turn tokens to text."""
 
 import asyncio
-import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
@@ -146,9 +145,15 @@ class FrontDesk:
 
     async def _admit(self, request: GenerationRequest, use: AdapterUse | None) -> EngineRequest:
         token_ids = await self._tokenize(request.prompt or "")
-        # Generation ids are a tenant's own; the engine knows no tenants.
-        request_id, seed = uuid.uuid4().hex, secrets.randbits(63)
-        return engine_request(request_id, token_ids, use, request.sampling, seed, self._limits)
+        # Generation ids are a tenant's own; the engine knows no tenants but by the salt of their prefixes.
+        return engine_request(
+            uuid.uuid4().hex,
+            token_ids,
+            adapter=use,
+            sampling=request.sampling,
+            limits=self._limits,
+            cache_salt=request.tenant,
+        )
 
     async def _echo(self, request: GenerationRequest, token_ids: tuple[int, ...]) -> Prompt | None:
         if not request.echo:

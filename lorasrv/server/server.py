@@ -11,12 +11,12 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from tokenizers import Tokenizer
 
 from lorasrv import __version__
 from lorasrv.config import EngineConfig
 from lorasrv.engine.admission import TokenLimits
 from lorasrv.engine.client import Engine
+from lorasrv.engine.text import load_tokenizer
 from lorasrv.errors import ConfigurationError
 from lorasrv.model.base_shapes import base_shapes
 from lorasrv.model.families import read_architecture
@@ -174,20 +174,6 @@ class Server:
             page_bytes=info.page_bytes,
             num_pages=info.num_pages,
         )
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The model's tokenizer.json, special tokens included as it says; raises ConfigurationError."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ConfigurationError(f"{folder.name} has no tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ConfigurationError(f"{folder.name}/tokenizer.json cannot be read: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _is_loopback(host: str) -> bool:
