@@ -226,3 +226,17 @@ def test_random_use_keeps_every_invariant(make: Make, loader: Loader, seed: int)
             cache.poll()
     cache.check()
     assert cache.snapshot().pinned_bytes == 0
+
+
+def test_close_drops_everything(make: Make, loader: Loader) -> None:
+    cache = make(3)
+    loader.broken.add("b")
+    for digest in "ab":
+        assert read(cache, loader, digest) == (None if digest == "b" else b"a")
+    cache.pin("a")
+    cache.request("c")
+    loader.wait_ended()
+    cache.close()
+    cache.poll()
+    cache.check()
+    assert (cache.snapshot().states, cache.snapshot().used_bytes) == ({}, 0)

@@ -157,10 +157,9 @@ class HostCache(Generic[Image]):
     def close(self) -> None:
         """Wait for the loads that run, and drop everything."""
         self._workers.shutdown(wait=True, cancel_futures=True)
-        self._queued.clear()
-        self._parked.clear()
-        self._ready.clear()
-        self._in_flight.clear()
+        self._done = queue.SimpleQueue()
+        for held in (self._queued, self._parked, self._ready, self._in_flight, self._failed, self._pins):
+            held.clear()
         self._used_bytes = 0
 
     def check(self) -> None:

@@ -51,7 +51,8 @@ class ServerConfig:
     """All that a serving process needs. `engine.blob_root` is set here, from `data_dir`.
 
     `listen` is HOST:PORT, port 0 picks a free one; without credentials the host has to be a loopback address.
-    `grace_s` is how long streams may go on once the server has been told to stop.
+    `grace_s` is how long streams may go on once the server has been told to stop. An engine that says nothing for
+    `heartbeat_timeout_s` is taken for hung and replaced; it speaks between steps, so one step has to take less.
     """
 
     engine: EngineConfig
@@ -59,6 +60,7 @@ class ServerConfig:
     listen: str = "127.0.0.1:8470"
     tenant: str = "default"
     grace_s: float = 10.0
+    heartbeat_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         host, colon, port = self.listen.rpartition(":")
@@ -70,6 +72,8 @@ class ServerConfig:
             )
         if self.grace_s < 0:
             raise ConfigurationError(f"grace_s {self.grace_s} is negative")
+        if self.heartbeat_timeout_s < 1:
+            raise ConfigurationError(f"heartbeat_timeout_s {self.heartbeat_timeout_s} is below 1")
 
 
 class Server:
