@@ -235,7 +235,7 @@ def sample(
     temperature: Tensor,  # float32 [num_rows], >= 0
     top_p: Tensor,  # float32 [num_rows], in (0, 1]
     top_k: Tensor,  # int64 [num_rows], >= 1; vocab_size or more keeps all
-    min_p: Tensor,  # float32 [num_rows], in [0, 1]
+    min_p: Tensor | None,  # float32 [num_rows], in [0, 1]; None where it is 0 in every row
     seeds: Tensor,  # int64 [num_rows], the 64 bits of the seed
     positions: Tensor,  # int64 [num_rows], of the token that is drawn
 ) -> tuple[Tensor, Tensor]:  # int64 [num_rows], bool [num_rows]
@@ -254,10 +254,8 @@ def sample(
     if drawn.numel():
         scaled = logits[drawn].double() / temperature[drawn].double().unsqueeze(1)
         scaled = _mask_unlikely(scaled, top_p[drawn], top_k[drawn])
-        if (min_p > 0).any():
-            # The likeliest token is never cut, so min_p asks the same before and after top_k and top_p.
-            floor = scaled.amax(-1, keepdim=True) + min_p[drawn].double().log().unsqueeze(1)
-            scaled = scaled.masked_fill(scaled < floor, float("-inf"))
+        if min_p is not None:
+            _mask_below(scaled, min_p[drawn])
         tokens[drawn] = (scaled + _gumbel(seeds[drawn], positions[drawn], logits.shape[1])).argmax(-1)
     return tokens, valid
 
@@ -276,6 +274,15 @@ def _mask_unlikely(scaled: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     masked = scaled.clone()
     masked[cut] = torch.empty_like(ordered).scatter_(-1, ids, ordered)
     return masked
+
+
+def _mask_below(scaled: Tensor, min_p: Tensor) -> None:
+    """-inf, in place, for the tokens that min_p leaves out. The likeliest token always stays, so it does not matter
+    what top_k and top_p have left out before."""
+    cut = (min_p > 0).nonzero().squeeze(1)
+    kept = scaled[cut]
+    floor = kept.amax(-1, keepdim=True) + min_p[cut].double().log().unsqueeze(1)
+    scaled[cut] = kept.masked_fill(kept < floor, float("-inf"))
 
 
 def _gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

@@ -110,7 +110,7 @@ def engine_request(
         presence_penalty=sampling.presence_penalty,
         frequency_penalty=sampling.frequency_penalty,
         logit_bias=tuple(sorted(sampling.logit_bias.items())),
-        bad_words=sampling.bad_words,
+        bad_words=tuple(tuple(word) for word in sampling.bad_words),
     )
     return EngineRequest(
         request_id=request_id,
@@ -123,7 +123,7 @@ def engine_request(
         top_k=None if sampling.top_k is None else min(sampling.top_k, limits.vocab_size),
         min_p=sampling.min_p,
         rules=None if rules == LogitRules() else rules,
-        stop_token_ids=sampling.stop_token_ids,
+        stop_token_ids=tuple(sampling.stop_token_ids),
         min_tokens=sampling.min_tokens,
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,

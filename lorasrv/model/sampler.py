@@ -78,12 +78,13 @@ def sample_tokens(
     edits = [(index, row.edits) for index, row in enumerate(rows) if row.edits is not None]
     if edits:
         _edit(logits, edits)
+    min_p = [row.min_p for row in rows]
     tokens, valid = reference.sample(
         logits,
         temperature=torch.tensor([row.temperature for row in rows], dtype=torch.float32, device=device),
         top_p=torch.tensor([row.top_p for row in rows], dtype=torch.float32, device=device),
         top_k=torch.tensor([row.top_k or vocab_size for row in rows], dtype=torch.int64, device=device),
-        min_p=torch.tensor([row.min_p for row in rows], dtype=torch.float32, device=device),
+        min_p=torch.tensor(min_p, dtype=torch.float32, device=device) if any(min_p) else None,
         seeds=torch.tensor([_signed(row.seed) for row in rows], dtype=torch.int64, device=device),
         positions=torch.tensor([row.position for row in rows], dtype=torch.int64, device=device),
     )
