@@ -12,8 +12,7 @@ The order of operations on a row of logits, stated here once:
 those of the model's own logits, before all of it.
 """
 
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -110,20 +109,27 @@ def position_logprobs(
 
 
 def _edit(logits: Tensor, edits: Sequence[tuple[int, LogitEdits]]) -> None:
-    def pairs(found: Iterable[tuple[int, int]]) -> Tensor:
-        flat = torch.tensor(list(chain.from_iterable(found)), dtype=torch.int64, device=logits.device)
-        return flat.view(-1, 2).T
+    device = logits.device
+    rows = torch.tensor([row for row, _ in edits], device=device)
 
-    def floats(found: Iterable[float]) -> Tensor:
-        return torch.tensor(list(found), dtype=torch.float32, device=logits.device)
+    def each_of(values: Tensor, lists: Sequence[Sequence[object]]) -> Tensor:
+        """Each row's value, once for each thing in the row's list."""
+        return values.repeat_interleave(torch.tensor([len(found) for found in lists], device=device))
 
+    def pairs(lists: Sequence[Sequence[int]]) -> Tensor:
+        flat = torch.tensor([token_id for found in lists for token_id in found], dtype=torch.int64, device=device)
+        return torch.stack((each_of(rows, lists), flat))
+
+    repeated = [each.repeated for _, each in edits]
+    penalties = torch.tensor([each.repetition_penalty for _, each in edits], dtype=torch.float32, device=device)
+    amounts = [amount for _, each in edits for _, amount in each.added]
     reference.edit_logits(
         logits,
-        repeated=pairs((row, token) for row, each in edits for token in each.repeated),
-        penalties=floats(each.repetition_penalty for _, each in edits for _ in each.repeated),
-        added=pairs((row, token) for row, each in edits for token, _ in each.added),
-        amounts=floats(amount for _, each in edits for _, amount in each.added),
-        masked=pairs((row, token) for row, each in edits for token in each.masked),
+        repeated=pairs(repeated),
+        penalties=each_of(penalties, repeated),
+        added=pairs([[token_id for token_id, _ in each.added] for _, each in edits]),
+        amounts=torch.tensor(amounts, dtype=torch.float32, device=device),
+        masked=pairs([each.masked for _, each in edits]),
     )
 
 
