@@ -37,7 +37,7 @@ def write(folder: Path, generation: dict[str, object] | None = None, **changes: 
 def test_fields_and_defaults(tmp_path: Path) -> None:
     found = read_architecture(write(tmp_path))
     assert (found.num_layers, found.hidden, found.num_heads, found.num_kv_heads, found.head_dim) == (3, 64, 8, 2, 8)
-    assert (found.rope_theta, found.rms_norm_eps, found.context_tokens) == (1e4, 1e-6, 2048)
+    assert (found.rope.theta, found.rms_norm_eps, found.context_tokens) == (1e4, 1e-6, 2048)
     assert (found.tie_word_embeddings, found.bos_token_id, found.name) == (False, 1, tmp_path.name)
     assert dict.fromkeys(MODULE_PATHS) == dict.fromkeys(path for path, _, _ in found.module_shapes())
     shapes = {path.split(".")[1]: tuple(rest) for path, *rest in found.module_shapes()}
@@ -51,7 +51,7 @@ def test_fields_and_defaults(tmp_path: Path) -> None:
 def test_what_transformers_writes_is_read_back(tmp_path: Path) -> None:
     model = random_llama(tmp_path, head_dim=12, rope_parameters={"rope_type": "default", "rope_theta": 777.0})
     found = read_architecture(tmp_path)
-    assert (found.head_dim, found.rope_theta, found.vocab_size) == (12, 777.0, model.config.vocab_size)
+    assert (found.head_dim, found.rope.theta, found.vocab_size) == (12, 777.0, model.config.vocab_size)
     assert found.eos_token_ids == ()
 
 
@@ -71,10 +71,10 @@ def test_eos_ids(tmp_path: Path, generation: dict[str, object] | None, want: tup
 
 @pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
 def test_rope_theta_in_either_place(tmp_path: Path, where: str) -> None:
-    assert read_architecture(write(tmp_path, rope_theta=5e5)).rope_theta == 5e5
+    assert read_architecture(write(tmp_path, rope_theta=5e5)).rope.theta == 5e5
     inside: dict[str, Any] = {where: {"rope_type": "default", "rope_theta": 3e5}}
-    assert read_architecture(write(tmp_path, **inside)).rope_theta == 3e5
-    assert read_architecture(write(tmp_path, **{where: None})).rope_theta == 1e4
+    assert read_architecture(write(tmp_path, **inside)).rope.theta == 3e5
+    assert read_architecture(write(tmp_path, **{where: None})).rope.theta == 1e4
 
 
 @pytest.mark.parametrize(
