@@ -1,4 +1,4 @@
-"""Typed reading of a JSON object in a model's folder. A refusal names the field and its value. Standard library only."""
+"""Typed reading of the JSON objects in a model's folder. A refusal names the field and its value. Loads no torch."""
 
 import json
 import reprlib
@@ -25,10 +25,10 @@ class Fields:
     def get(self, key: str) -> object:
         return self.values.get(key)
 
-    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, *, least: int = 1, most: int = MAX_INTEGER) -> int:
         """An integer; null is as good as absent."""
         value = self.values.get(key)
-        return self._integer(key, default if value is None else value, least)
+        return self._integer(key, default if value is None else value, least, most)
 
     def optional_integer(self, key: str, default: int | None) -> int | None:
         """An integer >= 1, `default` where absent, None where null."""
@@ -92,9 +92,9 @@ class Fields:
     def refusal(self, key: str, why: str) -> UnsupportedModel:
         return UnsupportedModel(f"{self.where}: {key} is {reprlib.repr(self.values.get(key))}; {why}")
 
-    def _integer(self, key: str, value: object, least: int) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_INTEGER:
-            raise self.refusal(key, f"it must be an integer >= {least} and <= {MAX_INTEGER}")
+    def _integer(self, key: str, value: object, least: int, most: int = MAX_INTEGER) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise self.refusal(key, f"it must be an integer >= {least} and <= {most}")
         return value
 
     def _number(self, key: str, value: object, least: float | None) -> float:

@@ -1,6 +1,6 @@
 """The keys of config.json, of any family: read, of one value only, or without a say in the forward pass.
 
-A key in none of these is refused by name. Only null is as good as absent, so that `"use_something": false` is, too.
+A key in none of these is refused by name, whatever its value but null: an unknown key's default need not be false.
 """
 
 from collections.abc import Mapping

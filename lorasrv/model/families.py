@@ -27,6 +27,8 @@ MODULE_PATHS = (
     "mlp.down_proj",
 )
 
+MAX_LAYERS = 65536
+
 TOKENIZER_FILES = (
     "added_tokens.json",
     "merges.txt",
@@ -168,7 +170,7 @@ def read_architecture(folder: str | Path) -> Architecture:
     architecture, family = _family_of(config)
     _refuse_what_is_not_served(config, family)
     hidden, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    num_layers = config.integer("num_hidden_layers")
+    num_layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
     rope, context_tokens = read_rope(config, config.integer("max_position_embeddings", family.default_context_tokens))
     has_bias = family.bias == "config" and config.flag("attention_bias", False)
     bos_token_ids, eos_token_ids = _special_tokens(folder, config, family)
@@ -217,7 +219,7 @@ def _family_of(config: Fields) -> tuple[str, Family]:
 
 
 def _refuse_what_is_not_served(config: Fields, family: Family) -> None:
-    config.refuse_unless({"model_type": family.model_type} | FIXED)
+    config.refuse_unless({**FIXED, "model_type": family.model_type})
     known = READ | ROPE_KEYS | FIXED.keys() | IGNORED | _WINDOW_KEYS[family.window]
     config.refuse_unknown(known | {"attention_bias"} if family.bias == "config" else known)
 
