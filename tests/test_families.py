@@ -120,6 +120,8 @@ def test_rope_theta_in_either_place(tmp_path: Path, where: str) -> None:
         ("vocab_size", None),
         ("rms_norm_eps", -1.0),
         ("rope_theta", float("inf")),
+        ("rope_theta", 10**400),
+        ("rms_norm_eps", float("nan")),
         ("tie_word_embeddings", 1),
         ("eos_token_id", [-1]),
         ("eos_token_id", 2.5),

@@ -20,7 +20,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True, "rope_parameters": LLAMA3 | {"original_max_position_embeddings": 16}},
     "mistral": {"sliding_window": 6, "rope_parameters": YARN},
-    # Prompts end before position 36 and answers after it, so that some are scaled from within.
+    # The longest prompt just fits max_position_embeddings; its answers are scaled.
     "qwen2": {
         "use_sliding_window": True,
         "sliding_window": 8,

@@ -2,6 +2,7 @@
 
 import json
 import reprlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,6 @@ class Fields:
 
     where: str
     values: Mapping[str, object]
-
-    def get(self, key: str) -> object:
-        return self.values.get(key)
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1, most: int = MAX_INTEGER) -> int:
         """An integer; null is as good as absent."""
@@ -99,9 +97,9 @@ class Fields:
 
     def _number(self, key: str, value: object, least: float | None) -> float:
         wanted = "> 0" if least is None else f">= {least:g}"
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < float("inf"):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value <= sys.float_info.max:
             raise self.refusal(key, f"it must be a finite number {wanted}")
-        if value < least if least is not None else value == 0:
+        if value <= 0 if least is None else value < least:
             raise self.refusal(key, f"it must be a finite number {wanted}")
         return float(value)
 

@@ -5,9 +5,9 @@ In fp32 and in the order of operations of transformers, so that long contexts ge
 A row's rotation depends on its own position and on nothing else: not on the chunk, the batch, or the length that the
 sequence will have. That is what lets keys stay in the pool, and be shared and recomputed. The kind `dynamic` is defined
 by a sequence's length, so it needs a choice: **a token at position p is rotated as in a sequence of p + 1 tokens**.
-This equals transformers in every forward of up to `max_position_embeddings` tokens, and beyond that in a decode with
-its cache, token by token, whose old keys keep the rotation they were written with. It differs from transformers' single
-forward over a longer prompt, which rotates all keys as the last one, and so in a way no cached decode could go on from.
+This equals transformers in a forward of up to `max_position_embeddings` tokens and in the decode with its cache that
+goes on from there, past that length, whose old keys keep the rotation they were written with. It differs where a prompt
+alone is longer: transformers rotates all its keys as the last one, which no later token's keys will agree with.
 """
 
 import math
