@@ -272,6 +272,7 @@ def test_fingerprint_follows_config_and_tokenizer_alone(tmp_path: Path) -> None:
     first = fingerprint(write(tmp_path))
     assert len(first) == 64
     assert fingerprint(write(tmp_path, transformers_version="9", use_cache=False)) == first
+    assert fingerprint(write(tmp_path, eos_token_id=[5, 6], bos_token_id=4)) == first
     assert fingerprint(write(tmp_path, vocab_size=301)) != first
     scaled = [
         fingerprint(write(tmp_path, max_position_embeddings=n, rope_scaling={"type": kind, "factor": 2.0}))

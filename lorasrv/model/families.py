@@ -199,10 +199,14 @@ def read_architecture(folder: str | Path) -> Architecture:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """sha256, in hex, over what must agree for an adapter to fit: the architecture and the tokenizer's files."""
+    """sha256, in hex, over what must agree for an adapter to fit: the architecture and the tokenizer's files.
+
+    What ends or begins a generation may be edited later without making published adapters another base's.
+    """
     folder = Path(folder)
     fields = asdict(read_architecture(folder))
-    del fields["name"]
+    for name in ("name", "eos_token_ids", "bos_token_id"):
+        del fields[name]
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
