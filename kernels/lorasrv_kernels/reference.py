@@ -110,10 +110,10 @@ def _tiles(
 
 
 def rms_norm(
-    x: Tensor,  # [num_tokens, hidden]
+    x: Tensor,  # [..., hidden]
     weight: Tensor,  # [hidden]
     eps: float,
-) -> Tensor:  # [num_tokens, hidden]
+) -> Tensor:  # [..., hidden]
     """x / sqrt(mean(x^2) + eps) in fp32, rounded to x's dtype, times weight."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -159,24 +159,32 @@ def paged_attention(
     block_tables: Tensor,  # int32 [num_sequences, max_blocks], pages in token order; what lies behind is not read
     query_starts: Tensor,  # int32 [num_sequences + 1], rows of `query` by sequence
     context_lengths: Tensor,  # int32 [num_sequences], tokens in the pages, those of this step included
+    window: int | None,  # >= 1, the last positions that a row sees; None for all
     out: Tensor,  # [num_tokens, num_heads, head_dim]
 ) -> None:
     """Causal attention of each sequence's last query rows over all its tokens, in fp32, rounded once.
 
-    A sequence with n rows and a context of c tokens has its row i at position c - n + i, which sees positions up to
-    its own: a prefill chunk, a whole prompt and a decode row (n = 1) are the same thing. Query head h reads kv head
-    h // (num_heads / kv_heads). Scores are scaled by 1 / sqrt(head_dim).
+    A sequence with n rows and a context of c tokens has its row i at position p = c - n + i, which sees the positions
+    j <= p, with a window those of p - window < j <= p: a prefill chunk, a whole prompt and a decode row (n = 1) are the
+    same thing. Pages that no row sees are not read. Query head h reads kv head h // (num_heads / kv_heads). Scores are
+    scaled by 1 / sqrt(head_dim).
     """
-    group = query.shape[1] // kv.shape[4]
+    group, block_tokens = query.shape[1] // kv.shape[4], kv.shape[3]
     starts, contexts = query_starts.tolist(), context_lengths.tolist()
     for sequence, context in enumerate(contexts):
         start, end = starts[sequence], starts[sequence + 1]
-        pages = block_tables[sequence, : -(-context // kv.shape[3])].long()
-        key, value = (kv[pages, layer, which].flatten(0, 1)[:context].float() for which in (0, 1))
+        first_row = context - (end - start)
+        first_block = 0 if window is None else max(0, first_row - window + 1) // block_tokens
+        first = first_block * block_tokens
+        pages = block_tables[sequence, first_block : -(-context // block_tokens)].long()
+        key, value = (kv[pages, layer, which].flatten(0, 1)[: context - first].float() for which in (0, 1))
         q = query[start:end].float().unflatten(1, (-1, group))  # [n, kv_heads, group, head_dim]
         scores = torch.einsum("nkgd,ckd->kgnc", q, key) * query.shape[2] ** -0.5
-        position = torch.arange(context - (end - start), context, device=query.device)
-        hidden = torch.arange(context, device=query.device) > position.unsqueeze(1)  # [n, context]
+        row = torch.arange(first_row, context, device=query.device).unsqueeze(1)  # [n, 1]
+        position = torch.arange(first, context, device=query.device)  # [c - first]
+        hidden = position > row
+        if window is not None:
+            hidden |= position <= row - window
         weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
         out[start:end] = torch.einsum("kgnc,ckd->nkgd", weights, value).flatten(1, 2).to(out.dtype)
 
