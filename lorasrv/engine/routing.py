@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Literal
@@ -63,7 +64,7 @@ class Mailbox:
         return taken
 
 
-class RoutingEngine:
+class RoutingEngine(ABC):
     """Deltas to their streams, replies to their queries, and the state. Owned by one event loop."""
 
     def __init__(self) -> None:
@@ -121,8 +122,8 @@ class RoutingEngine:
                 "a stream waits for an engine that is gone"
             )
 
-    def _send(self, message: ToEngine) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _send(self, message: ToEngine) -> None: ...
 
     def _receive(self, message: Message) -> None:
         match message:
