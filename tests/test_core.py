@@ -272,14 +272,14 @@ def test_what_could_mask_every_token_is_refused() -> None:
     ("request_", "field"),
     [
         (make_request("r", ()), "prompt"),
-        (make_request("r", (VOCAB,)), "prompt"),
-        (make_request("r", (-1,)), "prompt"),
+        (make_request("r", (VOCAB,)), "prompt.tokens"),
+        (make_request("r", (-1,)), "prompt.tokens"),
         (replace(make_request("r"), stop_token_ids=(VOCAB,)), "stop_token_ids"),
         (replace(make_request("r"), rules=LogitRules(logit_bias=((VOCAB, 1.0),))), "logit_bias"),
         (replace(make_request("r"), rules=LogitRules(bad_words=((1, -1),))), "bad_words"),
-        (make_request("r", max_tokens=0), "max_tokens"),
-        (make_request("r", max_tokens=198), "max_tokens"),
-        (make_request("r", max_tokens=NUM_PAGES * BLOCK_TOKENS - 2), "max_tokens"),
+        (make_request("r", max_tokens=0), "sampling.max_tokens"),
+        (make_request("r", max_tokens=198), "sampling.max_tokens"),
+        (make_request("r", max_tokens=NUM_PAGES * BLOCK_TOKENS - 2), "sampling.max_tokens"),
     ],
 )
 def test_bad_requests_change_nothing(request_: EngineRequest, field: str) -> None:

@@ -76,6 +76,7 @@ def check_tokens(token_ids: tuple[int, ...], max_tokens: int | None, limits: Tok
     """How many tokens the generation may produce, its default included; raises InvalidRequest."""
     if not token_ids:
         raise InvalidRequest("prompt", "has no tokens; at least one is needed")
+    _check_max_tokens(max_tokens)
     _check_vocabulary("prompt.tokens", token_ids, limits)
     room = limits.sequence_tokens - len(token_ids)
     wanted = 1 if max_tokens is None else max_tokens
@@ -148,6 +149,11 @@ def _check_adapters(adapters: tuple[AdapterRef, ...]) -> AdapterRef:
     return adapter
 
 
+def _check_max_tokens(max_tokens: int | None) -> None:
+    if max_tokens is not None and max_tokens < 1:
+        raise InvalidRequest("sampling.max_tokens", f"{max_tokens} is below 1")
+
+
 def _check_sampling(sampling: SamplingParams) -> None:
     _check_range("temperature", sampling.temperature, 0.0, MAX_TEMPERATURE)
     # Comparisons are written so that NaN fails them.
@@ -155,8 +161,7 @@ def _check_sampling(sampling: SamplingParams) -> None:
         raise InvalidRequest("sampling.top_p", f"{sampling.top_p} is not within (0, 1]")
     if sampling.top_k is not None and sampling.top_k < 1:
         raise InvalidRequest("sampling.top_k", f"{sampling.top_k} is below 1; leave it unset to keep all tokens")
-    if sampling.max_tokens is not None and sampling.max_tokens < 1:
-        raise InvalidRequest("sampling.max_tokens", f"{sampling.max_tokens} is below 1")
+    _check_max_tokens(sampling.max_tokens)
     if sampling.min_tokens < 0:
         raise InvalidRequest("sampling.min_tokens", f"{sampling.min_tokens} is below 0")
     if sampling.seed is not None and not 0 <= sampling.seed <= MAX_SEED:

@@ -14,10 +14,11 @@ from heapq import merge
 from operator import itemgetter
 
 from lorasrv.config import SchedulerConfig
+from lorasrv.engine.admission import TokenLimits, check_tokens
 from lorasrv.engine.batch import AdapterInput, ChunkInput, Runner, StepOutput
 from lorasrv.engine.sampling import check_named_tokens, finish_reason, first_needed_row, sample_input, score_input
 from lorasrv.engine.tiers import AdapterTiers
-from lorasrv.errors import GenerationExists, InternalError, InvalidRequest, LorasrvError, QueueFull
+from lorasrv.errors import GenerationExists, InternalError, LorasrvError, QueueFull
 from lorasrv.memory.eviction import Candidate, IdleAdapter, IdleBlock
 from lorasrv.memory.pages import Owner, OwnerKind, PagePool
 from lorasrv.memory.prefix import BlockKeys, PrefixCache
@@ -171,22 +172,14 @@ class EngineCore:
         self._tiers.close()
 
     def _validate(self, request: EngineRequest) -> None:
+        """Front ends have asked the same; here it keeps what cannot run from the scheduler, whoever sends it."""
         limits = self._limits
-        if not request.token_ids:
-            raise InvalidRequest("prompt", "is empty")
-        for token_id in request.token_ids:
-            if not 0 <= token_id < limits.vocab_size:
-                raise InvalidRequest("prompt", f"token {token_id} is outside the vocabulary of {limits.vocab_size}")
+        pool_tokens = limits.num_pages * limits.block_tokens
+        tokens = TokenLimits(
+            vocab_size=limits.vocab_size, context_tokens=limits.context_tokens, pool_tokens=pool_tokens
+        )
+        check_tokens(request.token_ids, request.max_tokens, tokens)
         check_named_tokens(request, limits.vocab_size, limits.eos_token_ids)
-        if request.max_tokens < 1:
-            raise InvalidRequest("max_tokens", f"{request.max_tokens} is below 1")
-        total = len(request.token_ids) + request.max_tokens
-        asked = f"{len(request.token_ids)} prompt tokens + max_tokens {request.max_tokens}"
-        if total > limits.context_tokens:
-            raise InvalidRequest("max_tokens", f"{asked} exceed the context of {limits.context_tokens}")
-        capacity = limits.num_pages * limits.block_tokens
-        if total > capacity:
-            raise InvalidRequest("max_tokens", f"{asked} exceed the {capacity} tokens that the pool holds")
 
     def _view(self) -> View:
         return View(
