@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from lorasrv.engine.admission import TokenLimits, check_request, check_tokens
 from lorasrv.engine.build import assemble
+from lorasrv.engine.fitting import page_check
 from lorasrv.engine.output import OutputStream
 from lorasrv.errors import InvalidRequest, error_from_reason
 from lorasrv.memory.packing import PackedAdapter
@@ -74,6 +75,7 @@ class LLM:
         self._tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
         self._base = base_shapes(model, dtype)
         self._max_rank = config.max_rank
+        self._check = page_check(config)
         self._images: dict[str, PackedAdapter] = {}
         assembly = assemble(config, lambda digest, _: self._images[digest])
         self._core, self._packer = assembly.core, assembly.packer
@@ -89,7 +91,7 @@ class LLM:
         """
         if name == BASE_ID:
             raise InvalidRequest("name", f"{BASE_ID!r} is the base model's")
-        files = open_folder(Path(folder), self._base, self._max_rank)
+        files = open_folder(Path(folder), self._base, self._max_rank, self._check)
         self._images[files.digest] = self._packer.pack(files)
         self._digests[name] = files.digest
         return files.digest
