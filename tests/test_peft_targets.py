@@ -173,7 +173,7 @@ def test_many_configurations_select_what_peft_selects() -> None:
     rng = random.Random(8)
     sizes: set[int] = set()
     for _ in range(300):
-        peft = random_config(rng)
+        peft: Any = random_config(rng)
         fields = {key: sorted(value) if isinstance(value, set) else value for key, value in peft.to_dict().items()}
         config, errors = parse_peft_config(json.dumps(fields).encode(), 256)
         assert config is not None, errors

@@ -40,8 +40,8 @@ def page_check(config: EngineConfig) -> SpecCheck:
             return []
         return [
             AdapterTooLarge(
-                f"the adapter needs pages of {needed} bytes for its tile directory, and this server's pages have "
-                f"{layout.page_bytes} bytes"
+                f"the adapter needs pages of {needed} bytes for its tile directory and tiles, and this server's pages "
+                f"have {layout.page_bytes} bytes"
             )
         ]
 
