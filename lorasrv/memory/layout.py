@@ -109,7 +109,7 @@ def adapter_image(
     directory or a tile exceeds a page.
     """
     cuts, directory_bytes, sizes = _measure(matrices, num_headers, page_bytes, itemsize)
-    if max(directory_bytes, *sizes) > page_bytes:
+    if max([directory_bytes, *sizes]) > page_bytes:
         return None
     places, num_pages = _first_fit_decreasing(sizes, page_bytes, directory_bytes)
     tiles = tuple(
@@ -132,7 +132,7 @@ def adapter_image(
 def min_page_bytes(matrices: Sequence[MatrixShape], num_headers: int, page_bytes: int, itemsize: int) -> int:
     """What cut for pages of `page_bytes` must lie in one of them: the whole directory, and each tile."""
     _, directory_bytes, sizes = _measure(matrices, num_headers, page_bytes, itemsize)
-    return max(directory_bytes, *sizes)
+    return max([directory_bytes, *sizes])
 
 
 def _measure(
