@@ -36,7 +36,8 @@ class SchedulerConfig:
     """Bounds of a step. A step computes at most `max_step_tokens` tokens for at most `max_running` requests.
 
     `max_waiting` bounds the queue; `lookahead` is how many queued requests may have their adapters read to the host;
-    `max_loads_per_step` bounds host-to-device copies begun in a step.
+    `max_loads_per_step` bounds host-to-device copies begun in a step. `prefix_cache` keeps full KV blocks for requests
+    that begin alike.
     """
 
     max_step_tokens: int = 512
@@ -44,6 +45,7 @@ class SchedulerConfig:
     max_waiting: int = 2048
     lookahead: int = 64
     max_loads_per_step: int = 4
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         for name in ("max_step_tokens", "max_running", "max_waiting", "lookahead", "max_loads_per_step"):

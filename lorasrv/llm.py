@@ -1,6 +1,5 @@
 """The offline face: the engine in this process, for scripts, notebooks and tests. One thread at a time."""
 
-import secrets
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +10,11 @@ from typing import Self
 from tokenizers import Tokenizer
 
 from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
-from lorasrv.engine.admission import TokenLimits, check_request, check_tokens
+from lorasrv.engine.admission import TokenLimits, check_request, engine_request
 from lorasrv.engine.build import assemble
 from lorasrv.engine.fitting import page_check
 from lorasrv.engine.output import OutputStream
+from lorasrv.engine.text import load_tokenizer
 from lorasrv.errors import InvalidRequest, error_from_reason
 from lorasrv.memory.packing import PackedAdapter
 from lorasrv.model.base_shapes import base_shapes
@@ -72,7 +72,7 @@ class LLM:
             pool=PoolConfig(pool_bytes=pool_bytes),
             scheduler=scheduler or SchedulerConfig(),
         )
-        self._tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+        self._tokenizer = load_tokenizer(Path(model))
         self._base = base_shapes(model, dtype)
         self._max_rank = config.max_rank
         self._check = page_check(config)
@@ -94,6 +94,7 @@ class LLM:
         files = open_folder(Path(folder), self._base, self._max_rank, self._check)
         self._images[files.digest] = self._packer.pack(files)
         self._digests[name] = files.digest
+        self._drop_unnamed()
         return files.digest
 
     def remove_adapter(self, name: str) -> None:
@@ -101,6 +102,7 @@ class LLM:
         if name not in self._digests:
             raise InvalidRequest("adapter", f"{name!r} is not loaded")
         del self._digests[name]
+        self._drop_unnamed()
 
     def generate(
         self,
@@ -155,16 +157,14 @@ class LLM:
         )
         token_ids = tuple(self._tokenizer.encode(given).ids) if isinstance(given, str) else given
         self._num_requests += 1
-        return EngineRequest(
-            request_id=str(self._num_requests),
-            token_ids=token_ids,
-            adapter=self._use(ref),
-            max_tokens=check_tokens(token_ids, sampling.max_tokens, self._limits),
-            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
+        return engine_request(
+            str(self._num_requests), token_ids, adapter=self._use(ref), sampling=sampling, limits=self._limits
         )
+
+    def _drop_unnamed(self) -> None:
+        """Forget the images that no name means any more; no request runs between calls."""
+        named = set(self._digests.values())
+        self._images = {digest: image for digest, image in self._images.items() if digest in named}
 
     def _use(self, ref: AdapterRef) -> AdapterUse | None:
         if ref.name == BASE_ID:

@@ -46,7 +46,8 @@ class AdapterUse:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRequest:
-    """A validated, tokenized request. `adapter` None is the base model."""
+    """A validated, tokenized request. `adapter` None is the base model. Only requests of one `cache_salt` (a tenant)
+    share cached prefixes."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -56,6 +57,7 @@ class EngineRequest:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,10 +103,11 @@ class AdapterResidency:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineCounters:
-    """Totals since the engine started."""
+    """Totals since the engine started. `prompt_tokens` were computed, `cached_prompt_tokens` found in the cache."""
 
     steps: int = 0
     prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
     completion_tokens: int = 0
     finished_requests: int = 0
     adapter_loads: int = 0
@@ -114,12 +117,13 @@ class EngineCounters:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolStats:
-    """Pages by owner; the five counts after `num_pages` add up to it."""
+    """Pages by owner; the counts after `num_pages` add up to it. `prefix` are cached blocks, in use or idle."""
 
     num_pages: int
     free: int
     retiring: int
     sequences: int
+    prefix: int
     adapters: int
 
 

@@ -1,6 +1,6 @@
 """A device, tiers and a model of plain Python: they notice every page that is not what its reader takes it for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from zlib import crc32
@@ -69,22 +69,30 @@ class FakeTiers:
         self.loaded: dict[int, ResidentAdapter] = {}
         self._reading: dict[str, int] = {}
         self._host: set[str] = set()
-        self._held: str | None = None
-        self._failures: dict[str, AdapterLoadFailed] = {}
+        self._wanted: set[str] = set()
 
-    def fetch(self, digest: str) -> None:
-        if digest not in self._host:
-            self._reading.setdefault(digest, self.random.randrange(4))
+    def want(self, digests: Sequence[str]) -> None:
+        self._wanted = set(digests)
+        for digest in digests:
+            if digest not in self._host:
+                self._reading.setdefault(digest, self.random.randrange(4))
 
     def num_pages(self, digest: str) -> int | None:
         return self.sizes[digest] if digest in self._host else None
 
-    def hold(self, digest: str | None) -> None:
-        self._held = digest
-
-    def take_failures(self) -> Mapping[str, AdapterLoadFailed]:
-        self._poll()
-        failures, self._failures = self._failures, {}
+    def poll(self) -> Mapping[str, AdapterLoadFailed]:
+        failures: dict[str, AdapterLoadFailed] = {}
+        for digest in list(self._reading):
+            self._reading[digest] -= 1
+            if self._reading[digest] < 0:
+                del self._reading[digest]
+                if self.random.random() >= self.failing:
+                    self._host.add(digest)
+                elif digest in self._wanted:
+                    failures[digest] = AdapterLoadFailed(f"adapter {digest} could not be read")
+        for digest in sorted(self._host - self._wanted):
+            if self.random.random() < 0.02:
+                self._host.remove(digest)
         return failures
 
     def load(self, digest: str, pages: list[int]) -> ResidentAdapter:
@@ -98,26 +106,13 @@ class FakeTiers:
         return dict.fromkeys(self._host, Tier.HOST) | dict.fromkeys(self._reading, Tier.READING)
 
     def wait(self, timeout_s: float) -> None:
-        self._poll()
+        """A read ends with a later poll."""
 
     def check(self) -> None:
         assert not self._host & self._reading.keys()
 
     def close(self) -> None:
         self._reading.clear()
-
-    def _poll(self) -> None:
-        for digest in list(self._reading):
-            self._reading[digest] -= 1
-            if self._reading[digest] < 0:
-                del self._reading[digest]
-                if self.random.random() < self.failing:
-                    self._failures[digest] = AdapterLoadFailed(f"adapter {digest} could not be read")
-                else:
-                    self._host.add(digest)
-        for digest in sorted(self._host):
-            if digest != self._held and self.random.random() < 0.02:
-                self._host.remove(digest)
 
 
 class FakeRunner:

@@ -15,6 +15,7 @@ NUM_PAGES = 40
 MAX_PROMPT = 30
 MAX_TOKENS = 20
 FETCH_STEPS = 8
+SHARED_PREFIXES = ((), (), tuple(range(1, 14)), tuple(range(1, 9)))
 
 
 def make_core(
@@ -35,10 +36,18 @@ def make_core(
 
 
 def make_request(
-    request_id: str, prompt: tuple[int, ...] = (1, 2, 3), digest: str | None = None, max_tokens: int = 5
+    request_id: str,
+    prompt: tuple[int, ...] = (1, 2, 3),
+    digest: str | None = None,
+    max_tokens: int = 5,
+    *,
+    scale: float = 1.0,
+    tenant: str = "",
 ) -> EngineRequest:
-    adapter = AdapterUse(digest=digest) if digest else None
-    return EngineRequest(request_id=request_id, token_ids=prompt, adapter=adapter, max_tokens=max_tokens, seed=0)
+    adapter = AdapterUse(digest=digest, scale=scale) if digest else None
+    return EngineRequest(
+        request_id=request_id, token_ids=prompt, adapter=adapter, max_tokens=max_tokens, seed=0, cache_salt=tenant
+    )
 
 
 def run_all(core: EngineCore, max_steps: int = 1000) -> dict[str, list[TokenDelta]]:
@@ -57,7 +66,7 @@ def tokens_of(deltas: list[TokenDelta]) -> list[int]:
 
 
 class Traffic:
-    """Random arrivals and cancels, and what became of them."""
+    """Random arrivals and cancels, and what became of them. Half of the prompts begin like others."""
 
     def __init__(self, core: EngineCore, digests: list[str], random: Random) -> None:
         self.core = core
@@ -71,7 +80,9 @@ class Traffic:
 
     def arrive(self, step: int) -> None:
         digest = self.random.choice([None, *self.digests])
-        prompt = tuple(self.random.randrange(1, VOCAB) for _ in range(self.random.randint(1, MAX_PROMPT)))
+        shared = self.random.choice(SHARED_PREFIXES)
+        own = self.random.randint(1, MAX_PROMPT - len(shared))
+        prompt = shared + tuple(self.random.randrange(1, VOCAB) for _ in range(own))
         request = make_request(f"r{self.count}", prompt, digest, self.random.randint(1, MAX_TOKENS))
         self.count += 1
         self.core.add(request)
@@ -127,7 +138,8 @@ def test_ten_thousand_random_steps(seed: int) -> None:
     core.check()
     status = core.status()
     assert (status.running, status.waiting, status.pins, status.pool.sequences) == (0, 0, 0, 0)
-    assert status.pool.free + status.pool.adapters == NUM_PAGES
+    assert status.pool.free + status.pool.adapters + status.pool.prefix == NUM_PAGES
+    assert status.counters.cached_prompt_tokens > 1000
     assert status.counters.steps == runner.num_forwards
     assert min(traffic.ends[how] for how in ("cancelled", "finished", "failed")) > 20
     assert min(status.counters.adapter_evictions, status.counters.preemptions) > 20
@@ -240,3 +252,76 @@ def test_small_requests_do_not_starve_a_large_one() -> None:
         ended |= {delta.request_id for delta in core.step() if delta.finish is not None}
         core.check()
     assert "large" in ended
+
+
+def test_a_prompt_that_begins_alike_is_computed_from_where_it_differs() -> None:
+    core, _ = make_core({})
+    prompt = tuple(range(1, 31))
+    core.add(make_request("first", prompt))
+    run_all(core)
+    computed = core.status().counters.prompt_tokens
+    core.add(make_request("second", (*prompt[:29], 40, 41)))
+    assert tokens_of(run_all(core)["second"]) == expected_tokens((*prompt[:29], 40, 41), None, 5)
+    counters = core.status().counters
+    assert counters.cached_prompt_tokens == 28
+    assert counters.prompt_tokens - computed == 3
+
+
+def test_a_full_hit_still_computes_its_last_token() -> None:
+    core, _ = make_core({})
+    for request_id in ("first", "second"):
+        core.add(make_request(request_id, tuple(range(1, 9)), None, 1))
+        assert tokens_of(run_all(core)[request_id]) == expected_tokens(tuple(range(1, 9)), None, 1)
+    assert core.status().counters.cached_prompt_tokens == 4
+
+
+def test_only_the_same_weights_for_the_same_tenant_hit() -> None:
+    core, _ = make_core({"a": 2, "b": 2})
+    prompt = tuple(range(1, 20))
+    others = [
+        make_request("adapter", prompt, "a"),
+        make_request("another", prompt, "b"),
+        make_request("scaled", prompt, "a", scale=0.5),
+        make_request("base", prompt),
+        make_request("tenant", prompt, tenant="x"),
+        make_request("tenant and adapter", prompt, "a", tenant="x"),
+    ]
+    for request in others:
+        core.add(request)
+        run_all(core)
+        assert core.status().counters.cached_prompt_tokens == 0, request
+    core.add(make_request("again", prompt, "a", scale=0.5))
+    run_all(core)
+    assert core.status().counters.cached_prompt_tokens == 16
+
+
+def test_what_was_preempted_goes_on_from_the_cache() -> None:
+    core, _ = make_core({}, num_pages=14)
+    for index in range(4):
+        core.add(make_request(f"r{index}", (index + 1, 7, 9, 11), None, 30))
+    run_all(core)
+    counters = core.status().counters
+    assert counters.preemptions > 0 and counters.cached_prompt_tokens > 0
+
+
+def test_cached_blocks_make_room_for_adapters_and_back() -> None:
+    core, _ = make_core({"big": NUM_PAGES - 4})
+    for index in range(12):
+        core.add(make_request(f"r{index}", tuple(range(index + 1, index + 17)), None, 4))
+    run_all(core)
+    assert core.status().pool.prefix > 30
+    core.add(make_request("adapter", (1, 2, 3), "big"))
+    assert tokens_of(run_all(core)["adapter"]) == expected_tokens((1, 2, 3), "big", 5)
+    assert core.status().pool.adapters == NUM_PAGES - 4
+    core.add(make_request("long", tuple(range(1, 31)), None, 10))
+    run_all(core)
+    assert core.status().pool.adapters == 0
+
+
+def test_without_the_cache_nothing_is_kept() -> None:
+    core, _ = make_core({}, prefix_cache=False)
+    for request_id in ("first", "second"):
+        core.add(make_request(request_id, tuple(range(1, 30))))
+        run_all(core)
+    assert core.status().pool.free == NUM_PAGES
+    assert core.status().counters.cached_prompt_tokens == 0

@@ -1,6 +1,7 @@
 """`lorasrv serve` as a process of its own, with the sample adapters, and the commands that talk to it."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -10,14 +11,16 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2
 
 from lorasrv.client import Client
 from lorasrv.client.errors import ClientError
 from lorasrv.demo.local_server import LocalServer
 from lorasrv.demo.run import Kind, draw_runs, served_tasks, stream_all
-from lorasrv.demo_tasks import TASKS, prompt, random_words
-from lorasrv.v1.generation_pb2 import Started
+from lorasrv.demo.tasks import TASKS, prompt, random_words
+from lorasrv.v1.generation_pb2 import Delta, Started
 
 SAMPLES = Path(__file__).parent.parent / "adapters" / "samples"
 
@@ -157,3 +160,67 @@ def test_demo_from_the_command_line() -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "seed 1" in result.stdout
+
+
+def engine_pid(server: LocalServer) -> int | None:
+    """The server's engine process, by what it was started with."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (folder / "cmdline").read_bytes().split(b"\0")
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == server.pid and b"lorasrv.engine.process" in arguments:
+                return int(folder.name)
+    return None
+
+
+def wait_for_health(channel: grpc.Channel, wanted: int, within_s: float = 60.0) -> None:
+    check = channel.unary_unary(
+        "/grpc.health.v1.Health/Check",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
+    deadline = time.monotonic() + within_s
+    while check(health_pb2.HealthCheckRequest()).status != wanted:
+        assert time.monotonic() < deadline, f"health is not {wanted} after {within_s} s"
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the engine in /proc")
+def test_an_engine_that_is_killed_comes_back_with_its_adapters(server: LocalServer, client: Client) -> None:
+    killed = engine_pid(server)
+    assert killed is not None
+    running = client.stream(
+        "banana>", adapter="reverse", temperature=9, seed=0, max_tokens=400
+    )  # 366 tokens, unless cut
+    assert isinstance(next(running), Started) and isinstance(next(running), Delta)
+    os.kill(killed, signal.SIGSTOP)
+    queued = [client.stream("banana>", adapter=name, max_tokens=400) for name in ("upper", "base")]
+    for stream in queued:
+        assert isinstance(next(stream), Started)
+    os.kill(killed, signal.SIGKILL)
+    streams = [running, *queued]
+    for stream in streams:
+        with pytest.raises(ClientError) as error:
+            list(stream)
+        assert error.value.code.name == "UNAVAILABLE"
+    with grpc.insecure_channel(server.url) as channel:
+        wait_for_health(channel, health_pb2.HealthCheckResponse.NOT_SERVING)
+        assert {"reverse", "upper"} <= {adapter.adapter_id for adapter in client.adapters()}
+        wait_for_health(channel, health_pb2.HealthCheckResponse.SERVING)
+    assert engine_pid(server) not in (None, killed)
+    assert client.generate("banana>", adapter="reverse", temperature=0).text == "ananab"
+    assert client.generate("banana>", adapter="upper", temperature=0).text == "BANANA"
+    assert_nothing_held(client, 1.0)
+
+
+def test_dummy_weights_need_no_checkpoint(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (model / name).write_bytes((SAMPLES / "base" / name).read_bytes())
+    local = LocalServer(model, tmp_path / "data", tmp_path / "log", ("--dummy-weights",))
+    with local as server, Client(server.url) as client:
+        client.push(SAMPLES / "upper")
+        for adapter in ("base", "upper"):
+            finished = client.generate("banana>", adapter=adapter, temperature=1, seed=1, max_tokens=5).finished
+            assert 1 <= finished.usage.completion_tokens <= 5

@@ -121,6 +121,24 @@ def test_mixed_batches_equal_peft(case: Case, joining: int, max_step_tokens: int
     engine.core.close()
 
 
+@pytest.mark.parametrize("max_step_tokens", [16, 64, 512])
+def test_cache_hits_change_no_token(case: Case, max_step_tokens: int) -> None:
+    engine = make_engine(case, num_pages=500, max_step_tokens=max_step_tokens)
+    assert case.wrong(serve(engine, case.requests(), 27)) == set()
+    assert engine.core.status().counters.cached_prompt_tokens == 0
+    assert case.wrong(serve(engine, case.requests(), 3)) == set()
+    assert engine.core.status().counters.cached_prompt_tokens > 100
+    engine.core.close()
+
+
+def test_preempted_requests_equal_peft(case: Case) -> None:
+    engine = make_engine(case, num_pages=196)  # the largest adapter takes 190
+    assert case.wrong(serve(engine, case.requests(), 27)) == set()
+    counters = engine.core.status().counters
+    assert counters.preemptions > 0, counters
+    engine.core.close()
+
+
 def test_adapters_evicted_and_reloaded_equal_peft(case: Case) -> None:
     engine = make_engine(case, num_pages=210)  # the largest adapter takes 190
     assert case.wrong(serve(engine, case.requests(), 27)) == set()

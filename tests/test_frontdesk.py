@@ -10,10 +10,10 @@ import pytest
 
 from fake_engine import BASE_MODEL, EOS, INFO, FakeEngine
 from lorasrv.engine.admission import TokenLimits, check_request, check_tokens
+from lorasrv.engine.text import load_tokenizer
 from lorasrv.errors import EngineUnavailable, GenerationExists, InvalidRequest, LorasrvError
 from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
 from lorasrv.server.frontdesk import FrontDesk
-from lorasrv.server.server import load_tokenizer
 from lorasrv.types import BASE_ID, AdapterUse, EngineRequest, FinishReason, SamplingParams, TokenDelta
 from lorasrv_adapters.errors import AdapterNotFound
 from lorasrv_adapters.records import ResolvedVersion

@@ -62,6 +62,7 @@ def make(loader: Loader) -> Iterator[Make]:
 def read(cache: HostCache[bytes], loader: Loader, digest: str) -> bytes | None:
     cache.request(digest)
     loader.wait_ended()
+    cache.poll()
     cache.check()
     return cache.get(digest)
 
@@ -75,6 +76,7 @@ def test_request_does_not_block_and_coalesces(make: Make, loader: Loader) -> Non
     assert (cache.state("a"), cache.get("a")) == (HostState.READING, None)
     loader.gate.set()
     loader.wait_ended()
+    cache.poll()
     assert (cache.state("a"), cache.get("a"), loader.calls) == (HostState.READY, b"a", ["a"])
     cache.request("a")
     cache.check()
@@ -101,6 +103,7 @@ def test_images_nobody_has_got_yet_go_last(make: Make, loader: Loader) -> None:
     cache = make(2)
     cache.request("a")
     loader.wait_ended()
+    cache.poll()
     cache.check()
     assert read(cache, loader, "b") == b"b"
     assert read(cache, loader, "c") == b"c"
@@ -114,16 +117,34 @@ def test_pinned_images_stay_and_newcomers_wait(make: Make, loader: Loader) -> No
     for digest in "bcd":
         cache.request(digest)
     loader.wait_ended(2)
+    cache.poll()
     cache.check()
     assert cache.get("a") == b"a"
     assert cache.state("b") is HostState.READING
     assert "d" not in loader.calls
     cache.unpin("a")
+    cache.poll()
     cache.check()
     loader.wait_ended()
+    cache.poll()
     cache.check()
     assert cache.state("a") is HostState.ABSENT
     assert cache.state("d") is HostState.READY
+
+
+def test_nothing_comes_or_goes_but_in_poll(make: Make, loader: Loader) -> None:
+    cache = make(1)
+    assert read(cache, loader, "a")
+    cache.request("b")
+    loader.wait_ended()
+    assert (cache.get("a"), cache.state("b")) == (b"a", HostState.READING)
+    cache.pin("b")
+    cache.unpin("b")
+    cache.request("c")
+    cache.check()
+    assert (cache.get("a"), cache.snapshot().num_evictions) == (b"a", 0)
+    cache.poll()
+    assert (cache.get("a"), cache.get("b")) == (None, b"b")
 
 
 def test_a_pin_may_come_before_the_image(make: Make, loader: Loader) -> None:
@@ -133,8 +154,10 @@ def test_a_pin_may_come_before_the_image(make: Make, loader: Loader) -> None:
     cache.pin("a")
     loader.gate.set()
     loader.wait_ended()
+    cache.poll()
     cache.request("b")
     loader.wait_ended()
+    cache.poll()
     assert (cache.state("a"), cache.state("b")) == (HostState.READY, HostState.READING)
     assert cache.snapshot().pinned_bytes == 1
     with pytest.raises(AssertionError, match="pin of z"):
@@ -180,6 +203,7 @@ def test_random_use_keeps_every_invariant(make: Make, loader: Loader, seed: int)
     got: set[str] = set()
     for _ in range(400):
         digest = rng.choice(digests)
+        cache.poll()
         cache.request(digest)
         if rng.random() < 0.3 and cache.state(digest) is HostState.READY:
             cache.pin(digest)
@@ -199,5 +223,20 @@ def test_random_use_keeps_every_invariant(make: Make, loader: Loader, seed: int)
         while cache.state(digest) not in (HostState.READY, HostState.FAILED):
             cache.request(digest)
             assert loader.ended.acquire(timeout=WAIT_S)
+            cache.poll()
     cache.check()
     assert cache.snapshot().pinned_bytes == 0
+
+
+def test_close_drops_everything(make: Make, loader: Loader) -> None:
+    cache = make(3)
+    loader.broken.add("b")
+    for digest in "ab":
+        assert read(cache, loader, digest) == (None if digest == "b" else b"a")
+    cache.pin("a")
+    cache.request("c")
+    loader.wait_ended()
+    cache.close()
+    cache.poll()
+    cache.check()
+    assert (cache.snapshot().states, cache.snapshot().used_bytes) == ({}, 0)

@@ -1,13 +1,14 @@
 """The offline face, on the sample model."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lorasrv import LLM
-from lorasrv.demo_tasks import TASKS, prompt, random_words
-from lorasrv.errors import InvalidRequest
+from lorasrv.demo.tasks import TASKS, prompt, random_words
+from lorasrv.errors import ConfigurationError, InvalidRequest
 from lorasrv.types import FinishReason, SamplingParams
 from lorasrv_adapters.errors import ContentRefused
 
@@ -32,6 +33,32 @@ def test_adapters_side_by_side(llm: LLM) -> None:
     assert all(output.finish is FinishReason.EOS for output in outputs)
     status = llm.status()
     assert (status.pins, status.pool.sequences, status.running) == (0, 0, 0)
+
+
+def test_bfloat16_is_right_to_the_letter() -> None:
+    words = random_words(6, 2 * len(TASKS))
+    tasks = TASKS * 2
+    with LLM(SAMPLES / "base", dtype="bfloat16") as llm:
+        for task in TASKS:
+            llm.add_adapter(task.name, SAMPLES / task.name)
+        outputs = llm.generate([prompt(word) for word in words], adapter=[task.name for task in tasks], sampling=GREEDY)
+    assert [output.text for output in outputs] == [
+        task.transform(word) for task, word in zip(tasks, words, strict=True)
+    ]
+
+
+def test_each_of_several_eos_ids_ends_a_generation(llm: LLM, tmp_path: Path) -> None:
+    token_id = llm.generate(["banana>"], sampling=GREEDY)[0].token_ids[2]
+    for file in (SAMPLES / "base").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    generation = json.loads((tmp_path / "generation_config.json").read_text())
+    (tmp_path / "generation_config.json").unlink()
+    for eos_ids in ([*generation["eos_token_id"], token_id], [token_id, *generation["eos_token_id"]]):
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": eos_ids}))
+        with LLM(tmp_path) as other:
+            early, late = other.generate(["banana>", "abba>"], sampling=GREEDY)
+        assert (early.text, early.finish, early.token_ids[-1]) == ("ba", FinishReason.EOS, token_id)
+        assert (late.text, late.finish) == ("abba", FinishReason.EOS)
 
 
 def test_scale_zero_is_the_base(llm: LLM) -> None:
@@ -64,6 +91,28 @@ def test_a_name_can_be_given_anew_and_taken_away(llm: LLM) -> None:
     llm.remove_adapter("mine")
     with pytest.raises(InvalidRequest, match="mine"):
         llm.generate(["banana>"], adapter="mine", sampling=GREEDY)
+
+
+def test_a_tokenizer_that_truncates_is_told_not_to(tmp_path: Path) -> None:
+    for file in (SAMPLES / "base").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    truncation = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings | {"truncation": truncation}))
+    with LLM(tmp_path) as llm:
+        assert llm.generate(["banana>"], sampling=GREEDY)[0].text == "banana"
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ConfigurationError, match=r"tokenizer\.json"):
+        LLM(tmp_path)
+
+
+def test_a_top_k_beyond_any_vocabulary_keeps_all(llm: LLM) -> None:
+    outputs = [
+        llm.generate(["banana>"], sampling=SamplingParams(temperature=2.0, seed=3, top_k=top_k, max_tokens=8))[0]
+        for top_k in (None, 2**80)
+    ]
+    assert outputs[0].token_ids == outputs[1].token_ids
 
 
 def test_bad_calls_are_refused_before_anything_runs(llm: LLM, tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lorasrv.memory.eviction import Candidate, choose_victims
+from lorasrv.memory.eviction import IdleAdapter, IdleBlock, choose_victims
 from lorasrv.memory.pages import Owner, OwnerKind, PagePool
+from lorasrv.memory.prefix import BlockKeys, PrefixCache
 from lorasrv.memory.residency import Residency, ResidentAdapter
 
 SEQUENCE = Owner(OwnerKind.SEQUENCE, "s")
@@ -58,26 +61,59 @@ def test_pool_against_sets() -> None:
 def test_residency_orders_idle_adapters_by_last_use() -> None:
     residency = Residency()
     for number in range(3):
-        residency.add(ResidentAdapter(digest=f"a{number}", pages=(number,), directory=number, max_rank=8))
+        residency.add(ResidentAdapter(digest=f"a{number}", pages=(number,), directory=number, max_rank=8), 0)
     residency.pin("a0")
     residency.pin("a0")
-    residency.unpin("a0")
-    assert [adapter.digest for adapter in residency.idle()] == ["a1", "a2"]
-    residency.unpin("a0")
-    assert [adapter.digest for adapter in residency.idle()] == ["a1", "a2", "a0"]
+    residency.unpin("a0", 1)
+    assert [adapter.digest for adapter, _ in residency.idle()] == ["a1", "a2"]
+    residency.unpin("a0", 1)
+    assert [adapter.digest for adapter, _ in residency.idle()] == ["a1", "a2", "a0"]
     assert residency.remove("a1").pages == (1,)
     residency.pin("a2")
     with pytest.raises(AssertionError, match="in use"):
         residency.remove("a2")
     with pytest.raises(AssertionError, match="not pinned"):
-        residency.unpin("a0")
+        residency.unpin("a0", 1)
     residency.check()
 
 
-@pytest.mark.parametrize(
-    ("num_pages", "expected"), [(0, []), (1, ["a"]), (3, ["a", "b"]), (7, ["a", "b", "c"]), (8, None)]
+def test_cached_blocks_go_from_the_end_of_a_sequence() -> None:
+    cache = PrefixCache()
+    keys = BlockKeys(weights="base", salt="", block_tokens=2).first(3, [1, 2, 3, 4, 5, 6])
+    for page, key in enumerate(keys):
+        assert cache.insert(key, page)
+    assert not cache.insert(keys[0], 9)
+    cache.pin([0])
+    cache.unpin([0, 1, 2], 5)
+    cache.check()
+    assert [page for page, _ in cache.idle()] == [2, 1]
+    cache.remove(2)
+    assert cache.match(keys) == [0, 1]
+    cache.unpin([0], 6)
+    cache.remove(0)
+    assert cache.match(keys) == []
+    cache.check()
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["", "a", "ab"]), st.sampled_from(["", "b", "base"]), st.lists(st.integers(0, 3)))
+    ),
 )
-def test_victims_go_in_order_and_are_no_more_than_needed(num_pages: int, expected: list[str] | None) -> None:
-    candidates = [Candidate("a", 2), Candidate("b", 1), Candidate("c", 4)]
+def test_keys_are_equal_when_all_that_made_the_block_is(cases: list[tuple[str, str, list[int]]]) -> None:
+    made: dict[bytes, tuple[str, str, tuple[int, ...]]] = {}
+    for salt, weights, tokens in cases:
+        keys = BlockKeys(weights=weights, salt=salt, block_tokens=2)
+        for count, key in enumerate(keys.first(len(tokens) // 2, tokens), start=1):
+            content = (salt, weights, tuple(tokens[: 2 * count]))
+            assert made.setdefault(key, content) == content
+            assert BlockKeys(weights=weights, salt=salt, block_tokens=2).first(count, tokens)[-1] == key
+
+
+@pytest.mark.parametrize(("num_pages", "expected"), [(0, []), (1, ["a"]), (3, ["a", 7]), (7, ["a", 7, "c"]), (8, None)])
+def test_victims_go_in_order_and_are_no_more_than_needed(num_pages: int, expected: list[str | int] | None) -> None:
+    candidates = [IdleAdapter("a", 2), IdleBlock(7), IdleAdapter("c", 4)]
     victims = choose_victims(candidates, num_pages)
-    assert (None if victims is None else [victim.digest for victim in victims]) == expected
+    assert (
+        None if victims is None else [v.digest if isinstance(v, IdleAdapter) else v.page for v in victims]
+    ) == expected

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from lorasrv.demo_tasks import MAX_LETTERS, MIN_LETTERS, TASKS, Task, prompt, random_words
+from lorasrv.demo.tasks import MAX_LETTERS, MIN_LETTERS, TASKS, Task, prompt, random_words
 
 SAMPLES = Path(__file__).parents[1] / "adapters" / "samples"
 WORDS = random_words(seed=777, count=8)
@@ -16,7 +16,6 @@ BANANA = {
     "upper": "BANANA",
     "rot13": "onanan",
     "stars": "b*n*n*",
-    "double": "bbaannaannaa",
     "reverse": "ananab",
     "pig-latin": "ananabay",
     "mirror-upper": "ANANAB",

@@ -1,7 +1,7 @@
 """The host tier: page images of adapters, by digest, within a byte budget. It knows bytes, not pages.
 
 What builds an image is handed in (`load`) and runs in worker threads; everything else happens in the one thread
-that owns the cache, so there is no lock: finished loads wait in a queue until the owner's next call.
+that owns the cache, so there is no lock: finished loads wait in a queue until the owner's next `poll`.
 """
 
 import queue
@@ -53,9 +53,10 @@ class HostCache(Generic[Image]):
     """All methods are called by one owner thread; `load` and `on_load_end` run in workers.
 
     A digest that is requested is READING, then READY or FAILED; requests in between change nothing. A failure stays,
-    for its requests to see, until `forget_failure`; the next `request` then reads again. Ready images that are not
-    pinned go, least recently got first, when a new one needs room. While pins leave no room, loaded images wait
-    (still READING) and no further load begins: beyond the budget there are at most `num_threads` images.
+    for its requests to see, until `forget_failure`; the next `request` then reads again. Images come and go in `poll`
+    alone: what was ready before another call is ready after it. Ready images that are not pinned go, least recently
+    got first, when a new one needs room. While pins leave no room, loaded images wait (still READING) and no further
+    load begins: beyond the budget there are at most `num_threads` images.
     """
 
     def __init__(
@@ -90,13 +91,31 @@ class HostCache(Generic[Image]):
             self._queued.append(digest)
             self._dispatch()
 
+    def poll(self) -> None:
+        """Take in what the workers finished, which may evict, then keep them busy."""
+        while True:
+            try:
+                loaded = self._done.get_nowait()
+            except queue.Empty:
+                break
+            self._in_flight.remove(loaded.digest)
+            self._take_in(loaded)
+        while self._parked and self._make_room(self._parked[0][2]):
+            self._insert(*self._parked.popleft())
+        self._dispatch()
+
     def state(self, digest: str) -> HostState:
-        self._drain()
-        return self._state(digest)
+        if digest in self._ready:
+            return HostState.READY
+        if digest in self._failed:
+            return HostState.FAILED
+        waiting = digest in self._in_flight or digest in self._queued
+        if waiting or any(digest == parked for parked, _, _ in self._parked):
+            return HostState.READING
+        return HostState.ABSENT
 
     def get(self, digest: str) -> Image | None:
         """The image when it is ready, which also makes it the most recently used; None otherwise."""
-        self._drain()
         entry = self._ready.get(digest)
         if entry is None:
             return None
@@ -106,7 +125,6 @@ class HostCache(Generic[Image]):
 
     def failure(self, digest: str) -> Exception | None:
         """Why the last load of a FAILED digest failed."""
-        self._drain()
         return self._failed.get(digest)
 
     def forget_failure(self, digest: str) -> None:
@@ -124,10 +142,8 @@ class HostCache(Generic[Image]):
         self._pins[digest] -= 1
         if not self._pins[digest]:
             del self._pins[digest]
-        self._drain()
 
     def snapshot(self) -> HostCacheSnapshot:
-        self._drain()
         reading = [*self._queued, *self._in_flight, *(digest for digest, _, _ in self._parked)]
         return HostCacheSnapshot(
             budget_bytes=self._budget_bytes,
@@ -135,21 +151,19 @@ class HostCache(Generic[Image]):
             pinned_bytes=sum(entry.size_bytes for digest, entry in self._ready.items() if digest in self._pins),
             num_loads=self._num_loads,
             num_evictions=self._num_evictions,
-            states={digest: self._state(digest) for digest in (*reading, *self._ready, *self._failed)},
+            states={digest: self.state(digest) for digest in (*reading, *self._ready, *self._failed)},
         )
 
     def close(self) -> None:
         """Wait for the loads that run, and drop everything."""
         self._workers.shutdown(wait=True, cancel_futures=True)
-        self._queued.clear()
-        self._parked.clear()
-        self._ready.clear()
-        self._in_flight.clear()
+        self._done = queue.SimpleQueue()
+        for held in (self._queued, self._parked, self._ready, self._in_flight, self._failed, self._pins):
+            held.clear()
         self._used_bytes = 0
 
     def check(self) -> None:
         """Raises AssertionError on a broken invariant."""
-        self._drain()
         reading = [*self._queued, *self._in_flight, *(digest for digest, _, _ in self._parked)]
         everywhere = [*reading, *self._ready, *self._failed]
         assert len(everywhere) == len(set(everywhere)), everywhere
@@ -160,29 +174,6 @@ class HostCache(Generic[Image]):
         assert self._pins.keys() <= set(everywhere)
         idle = not self._in_flight and not self._parked
         assert not (idle and self._queued), "queued loads that nothing will start"
-
-    def _state(self, digest: str) -> HostState:
-        if digest in self._ready:
-            return HostState.READY
-        if digest in self._failed:
-            return HostState.FAILED
-        waiting = digest in self._in_flight or digest in self._queued
-        if waiting or any(digest == parked for parked, _, _ in self._parked):
-            return HostState.READING
-        return HostState.ABSENT
-
-    def _drain(self) -> None:
-        """Take in what the workers finished, then keep them busy."""
-        while True:
-            try:
-                loaded = self._done.get_nowait()
-            except queue.Empty:
-                break
-            self._in_flight.remove(loaded.digest)
-            self._take_in(loaded)
-        while self._parked and self._make_room(self._parked[0][2]):
-            self._insert(*self._parked.popleft())
-        self._dispatch()
 
     def _take_in(self, loaded: _Loaded[Image]) -> None:
         if isinstance(loaded.result, Exception):

@@ -26,6 +26,9 @@ def serve(
     max_step_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
     max_rank: Annotated[int, typer.Option(min=1, help="The largest adapter rank that is accepted.")] = 256,
     grace_s: Annotated[float, typer.Option(min=0, help="How long streams may go on after SIGTERM.")] = 10.0,
+    heartbeat_timeout_s: Annotated[
+        float, typer.Option(min=1, help="An engine whose step takes longer is taken for hung and restarted.")
+    ] = 30.0,
     as_json: JsonOption = False,
 ) -> None:
     """Serve a base model and the adapters pushed to it; prints one READY line and stays until SIGTERM or SIGINT."""
@@ -47,6 +50,7 @@ def serve(
             data_dir=str(data_dir or platformdirs.user_data_dir("lorasrv")),
             listen=listen,
             grace_s=grace_s,
+            heartbeat_timeout_s=heartbeat_timeout_s,
         )
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         run(config, lambda line: print(line, flush=True), as_json=as_json)

@@ -25,7 +25,7 @@ def print_status(info: server_pb2.ServerInfo, now: server_pb2.ServerStatus) -> N
     print(f"requests: {now.running_requests} running, {now.waiting_requests} waiting")
     print(
         f"pages: {pool.num_pages} of {info.page_bytes} bytes; {pool.free_pages} free, {pool.retiring_pages} retiring, "
-        f"{pool.sequence_pages} sequences, {pool.adapter_pages} adapters"
+        f"{pool.sequence_pages} sequences, {pool.prefix_pages} prefix cache, {pool.adapter_pages} adapters"
     )
     if now.adapters:
         table = Table("adapter", "version", "tier", "pages", "pins", box=None)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from lorasrv.client import AsyncClient
-from lorasrv.demo_tasks import TASKS, Task, prompt, random_words
+from lorasrv.demo.tasks import TASKS, Task, prompt, random_words
 from lorasrv.types import BASE_ID
 from lorasrv.v1 import generation_pb2
 

@@ -1,11 +1,20 @@
-"""The admission check: one place, below all front ends, where a request meets its limits. Pure functions."""
+"""The admission check: one place, below all front ends, where a request meets its limits."""
 
 import re
+import secrets
 from dataclasses import dataclass
 
 from lorasrv.errors import InvalidRequest
 from lorasrv.requests import AdapterRef, GenerationRequest
-from lorasrv.types import BASE_ID, DEFAULT_MAX_TOKENS, MAX_STOP_STRINGS, EngineInfo, SamplingParams
+from lorasrv.types import (
+    BASE_ID,
+    DEFAULT_MAX_TOKENS,
+    MAX_STOP_STRINGS,
+    AdapterUse,
+    EngineInfo,
+    EngineRequest,
+    SamplingParams,
+)
 
 MAX_STOP_CHARS = 256
 MAX_TEMPERATURE = 100.0
@@ -70,6 +79,29 @@ def check_tokens(token_ids: tuple[int, ...], max_tokens: int | None, limits: Tok
             f"{asked} exceeds the limit: context {limits.context_tokens} tokens, pool {limits.pool_tokens} tokens",
         )
     return min(DEFAULT_MAX_TOKENS, room) if max_tokens is None else max_tokens
+
+
+def engine_request(
+    request_id: str,
+    token_ids: tuple[int, ...],
+    *,
+    adapter: AdapterUse | None,
+    sampling: SamplingParams,
+    limits: TokenLimits,
+    cache_salt: str = "",
+) -> EngineRequest:
+    """A checked, tokenized request as the engine takes it; an unset seed is drawn here. Raises InvalidRequest."""
+    return EngineRequest(
+        request_id=request_id,
+        token_ids=token_ids,
+        adapter=adapter,
+        max_tokens=check_tokens(token_ids, sampling.max_tokens, limits),
+        seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=None if sampling.top_k is None else min(sampling.top_k, limits.vocab_size),
+        cache_salt=cache_salt,
+    )
 
 
 def _check_adapters(adapters: tuple[AdapterRef, ...]) -> AdapterRef:

@@ -7,17 +7,21 @@ Decisions are `sched.scheduler`'s and pure; every effect on pages, pins and queu
 """
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from heapq import merge
+from operator import itemgetter
 
 from lorasrv.config import SchedulerConfig
 from lorasrv.engine.batch import AdapterInput, ChunkInput, Runner, SampleInput
 from lorasrv.engine.tiers import AdapterTiers
 from lorasrv.errors import GenerationExists, InternalError, InvalidRequest, LorasrvError, QueueFull
-from lorasrv.memory.eviction import Candidate
+from lorasrv.memory.eviction import Candidate, IdleAdapter, IdleBlock
 from lorasrv.memory.pages import Owner, OwnerKind, PagePool
+from lorasrv.memory.prefix import BlockKeys, PrefixCache
 from lorasrv.memory.residency import Residency
-from lorasrv.sched.plan import Chunk, Plan
+from lorasrv.sched.plan import Admission, Chunk, Plan
 from lorasrv.sched.scheduler import Scheduler, View
 from lorasrv.sched.sequence import Sequence
 from lorasrv.types import (
@@ -32,6 +36,8 @@ from lorasrv.types import (
 )
 
 IDLE_WAIT_S = 0.005
+
+_CACHE = Owner(OwnerKind.PREFIX, "cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +62,7 @@ class EngineCore:
         self._scheduler = Scheduler(config=config, block_tokens=limits.block_tokens)
         self._pool = PagePool(limits.num_pages)
         self._residency = Residency()
+        self._prefix = PrefixCache()
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
@@ -70,7 +77,14 @@ class EngineCore:
             raise GenerationExists(f"generation {request.request_id!r} is running")
         if len(self._waiting) >= self._config.max_waiting:
             raise QueueFull(f"{len(self._waiting)} requests are waiting; the limit is {self._config.max_waiting}")
-        sequence = Sequence(request=request, order=self._num_added, token_ids=list(request.token_ids))
+        sequence = Sequence(
+            request=request,
+            order=self._num_added,
+            token_ids=list(request.token_ids),
+            keys=BlockKeys(
+                weights=repr(request.adapter), salt=request.cache_salt, block_tokens=self._limits.block_tokens
+            ),
+        )
         self._num_added += 1
         self._sequences[request.request_id] = sequence
         self._waiting.append(sequence)
@@ -80,6 +94,8 @@ class EngineCore:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._drop(sequence)
+            if not self._waiting:
+                self._tiers.want(())
             # Between steps none is in flight that could still read the pages.
             self._pool.reclaim(self._step)
 
@@ -127,17 +143,24 @@ class EngineCore:
         """Raise AssertionError on a broken invariant, within a part or between parts."""
         self._pool.check()
         self._residency.check()
+        self._prefix.check()
         self._tiers.check()
         for sequence in self._running:
-            owner = Owner(OwnerKind.SEQUENCE, sequence.request_id)
-            assert all(self._pool.owner(page) == owner for page in sequence.block_table), "a block is not its own"
+            owners = {_CACHE, _sequence_owner(sequence)}
+            assert all(self._pool.owner(page) in owners for page in sequence.block_table), "a block is another's"
             assert sequence.num_computed <= len(sequence.block_table) * self._limits.block_tokens, "KV without a page"
         assert not any(sequence.block_table for sequence in self._waiting), "a waiting request holds pages"
         assert {id(s) for s in self._sequences.values()} == {id(s) for s in (*self._waiting, *self._running)}
         orders = [sequence.order for sequence in self._waiting]
         assert orders == sorted(orders), "the queue is out of order"
         stats = self._pool.stats()
-        assert stats.sequences == sum(len(sequence.block_table) for sequence in self._running), "sequence pages leaked"
+        shared = Counter(page for s in self._running for page in s.block_table if page in self._prefix)
+        num_blocks = sum(len(sequence.block_table) for sequence in self._running)
+        assert stats.sequences == num_blocks - shared.total(), "sequence pages leaked"
+        assert stats.prefix == len(self._prefix), "cached pages leaked"
+        assert all(self._prefix.pins(page) == count for page, count in shared.items()), "a cached block's pins are off"
+        num_idle = sum(1 for _ in self._prefix.idle())
+        assert len(shared) + num_idle == len(self._prefix), "a cached block is pinned by nobody"
         assert stats.adapters == sum(len(adapter.pages) for adapter in self._residency), "adapter pages leaked"
         used = [sequence.digest for sequence in self._running if sequence.digest is not None]
         for adapter in self._residency:
@@ -169,10 +192,10 @@ class EngineCore:
             waiting=self._waiting,
             num_pages=self._limits.num_pages,
             free_pages=self._pool.num_free,
-            adapters=self,
+            resources=self,
         )
 
-    # What the scheduler asks about adapters (sched.scheduler.Adapters).
+    # What the scheduler asks (sched.scheduler.Resources).
 
     def is_resident(self, digest: str) -> bool:
         return digest in self._residency
@@ -183,13 +206,25 @@ class EngineCore:
         return self._tiers.num_pages(digest)
 
     def idle(self) -> Iterable[Candidate]:
-        return (Candidate(adapter.digest, len(adapter.pages)) for adapter in self._residency.idle())
+        adapters = ((now, IdleAdapter(each.digest, len(each.pages))) for each, now in self._residency.idle())
+        blocks = ((now, IdleBlock(page)) for page, now in self._prefix.idle())
+        return (candidate for _, candidate in merge(adapters, blocks, key=itemgetter(0)))
+
+    def num_own_pages(self, sequence: Sequence) -> int:
+        return sum(page not in self._prefix for page in sequence.block_table)
+
+    def cached_blocks(self, sequence: Sequence) -> list[int]:
+        if not self._config.prefix_cache:
+            return []
+        # The last token is computed in any case: its logits are what the request is for.
+        count = (len(sequence.token_ids) - 1) // self._limits.block_tokens
+        return self._prefix.match(sequence.keys.first(count, sequence.token_ids))
 
     # Effects before the forward.
 
     def _fail_unloadable(self) -> tuple[TokenDelta, ...]:
         """End the queued requests whose adapter could not be read."""
-        failures = self._tiers.take_failures()
+        failures = self._tiers.poll()
         ended = [sequence for sequence in self._waiting if sequence.digest in failures]
         return tuple(self._fail(sequence, failures[sequence.digest or ""]) for sequence in ended)
 
@@ -202,16 +237,14 @@ class EngineCore:
         """Carry the plan out up to the forward: pages change hands here, and nowhere else but in `_release`."""
         for request_id in plan.preempt:
             self._preempt(self._sequences[request_id])
-        for digest in plan.evict:
-            self._evict(digest)
+        for victim in plan.evict:
+            self._evict(victim)
         self._pool.reclaim(self._step)
-        self._tiers.hold(self._waiting[0].digest if self._waiting else None)
-        for digest in plan.fetch:
-            self._tiers.fetch(digest)
+        self._tiers.want(plan.want)
         for digest in plan.load:
             self._load(digest)
-        for request_id in plan.admit:
-            self._admit(self._sequences[request_id])
+        for admission in plan.admit:
+            self._admit(admission)
         return tuple(self._chunk_input(chunk) for chunk in plan.chunks)
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -220,21 +253,33 @@ class EngineCore:
         insort(self._waiting, sequence, key=lambda waiting: waiting.order)
         self._count(preemptions=1)
 
-    def _evict(self, digest: str) -> None:
-        adapter = self._residency.remove(digest)
-        self._pool.retire(adapter.pages, Owner(OwnerKind.ADAPTER, digest), self._step)
-        self._count(adapter_evictions=1)
+    def _evict(self, victim: Candidate) -> None:
+        match victim:
+            case IdleAdapter(digest):
+                adapter = self._residency.remove(digest)
+                self._pool.retire(adapter.pages, Owner(OwnerKind.ADAPTER, digest), self._step)
+                self._count(adapter_evictions=1)
+            case IdleBlock(page):
+                self._prefix.remove(page)
+                self._pool.retire([page], _CACHE, self._step)
 
     def _load(self, digest: str) -> None:
         num_pages = self._tiers.num_pages(digest)
         assert num_pages is not None, f"{digest} is planned to load but not in host memory"
         pages = self._pool.alloc(num_pages, Owner(OwnerKind.ADAPTER, digest))
-        self._residency.add(self._tiers.load(digest, pages))
+        self._residency.add(self._tiers.load(digest, pages), self._step)
         self._count(adapter_loads=1)
 
-    def _admit(self, sequence: Sequence) -> None:
+    def _admit(self, admission: Admission) -> None:
+        sequence = self._sequences[admission.request_id]
         self._waiting.remove(sequence)
         insort(self._running, sequence, key=lambda running: running.order)
+        num_cached = admission.num_cached_blocks
+        sequence.block_table = self.cached_blocks(sequence)[:num_cached]
+        self._prefix.pin(sequence.block_table)
+        sequence.num_keyed_blocks = num_cached
+        sequence.num_computed = num_cached * self._limits.block_tokens
+        self._count(cached_prompt_tokens=sequence.num_computed)
         self._grow(sequence, len(sequence.token_ids))
         if sequence.digest is not None:
             self._residency.pin(sequence.digest)
@@ -243,7 +288,7 @@ class EngineCore:
         """Let the sequence's pages cover `num_tokens` tokens."""
         missing = -(-num_tokens // self._limits.block_tokens) - len(sequence.block_table)
         if missing > 0:
-            sequence.block_table += self._pool.alloc(missing, Owner(OwnerKind.SEQUENCE, sequence.request_id))
+            sequence.block_table += self._pool.alloc(missing, _sequence_owner(sequence))
 
     def _chunk_input(self, chunk: Chunk) -> ChunkInput:
         sequence = self._sequences[chunk.request_id]
@@ -283,12 +328,26 @@ class EngineCore:
         for chunk in plan.chunks:
             sequence = self._sequences[chunk.request_id]
             sequence.num_computed += chunk.num_tokens
+            self._cache_full_blocks(sequence)
             num_prompt += max(0, min(sequence.num_computed, len(sequence.request.token_ids)) - chunk.start)
             if sequence.num_computed == len(sequence.token_ids):
                 deltas.append(self._append(sequence, next(sampled)))
         self._pool.reclaim(self._step)
         self._count(steps=1, prompt_tokens=num_prompt, completion_tokens=sum(len(d.token_ids) for d in deltas))
         return tuple(deltas)
+
+    def _cache_full_blocks(self, sequence: Sequence) -> None:
+        """Share the blocks that the sequence has filled; from now on they belong to the cache."""
+        if not self._config.prefix_cache:
+            return
+        num_full = sequence.num_computed // self._limits.block_tokens
+        if num_full > sequence.num_keyed_blocks:
+            keys = sequence.keys.first(num_full, sequence.token_ids)
+            for index in range(sequence.num_keyed_blocks, num_full):
+                page = sequence.block_table[index]
+                if self._prefix.insert(keys[index], page):
+                    self._pool.transfer(page, _sequence_owner(sequence), _CACHE)
+            sequence.num_keyed_blocks = num_full
 
     def _append(self, sequence: Sequence, token_id: int | None) -> TokenDelta:
         if token_id is None:
@@ -318,13 +377,20 @@ class EngineCore:
             self._waiting.remove(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        """Give back a running sequence's pages and pin."""
-        self._pool.retire(sequence.block_table, Owner(OwnerKind.SEQUENCE, sequence.request_id), self._step)
+        """Give back a running sequence's pages and pins; its full blocks stay in the prefix cache."""
+        cached = [page for page in sequence.block_table if page in self._prefix]
+        own = [page for page in sequence.block_table if page not in self._prefix]
+        self._prefix.unpin(cached, self._step)
+        self._pool.retire(own, _sequence_owner(sequence), self._step)
         sequence.block_table = []
-        sequence.num_computed = 0
+        sequence.num_computed = sequence.num_keyed_blocks = 0
         if sequence.digest is not None:
-            self._residency.unpin(sequence.digest)
+            self._residency.unpin(sequence.digest, self._step)
 
     def _count(self, **increments: int) -> None:
         totals = {name: getattr(self._counters, name) + increment for name, increment in increments.items()}
         self._counters = replace(self._counters, **totals)
+
+
+def _sequence_owner(sequence: Sequence) -> Owner:
+    return Owner(OwnerKind.SEQUENCE, sequence.request_id)

@@ -4,10 +4,11 @@ import codecs
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from lorasrv.errors import InvalidRequest
+from lorasrv.errors import ConfigurationError, InvalidRequest
 
 _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -22,6 +23,20 @@ class TextDelta:
 
     text: str
     stop: str | None = None
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The model's tokenizer.json, special tokens included as it says; raises ConfigurationError."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigurationError(f"{folder.name} has no tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise ConfigurationError(f"{folder.name}/tokenizer.json cannot be read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 class TextStream:

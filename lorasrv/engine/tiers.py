@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from lorasrv.errors import AdapterCorrupt, AdapterLoadFailed
@@ -24,20 +24,23 @@ _TIERS = {HostState.READING: Tier.READING, HostState.READY: Tier.HOST, HostState
 class AdapterTiers(Protocol):
     """What the engine's core needs of the tiers above and below the device."""
 
-    def fetch(self, digest: str) -> None:
-        """Begin to read an adapter to host memory, unless it is there or on its way. Never blocks."""
+    def want(self, digests: Sequence[str]) -> None:
+        """What queued requests wait for, most urgent first: read these adapters to host memory, where they are not, and
+        keep them there until they are no longer named. Never blocks.
+        """
         ...
 
     def num_pages(self, digest: str) -> int | None:
-        """Pages of the adapter's image in host memory; None while it is not there."""
+        """Pages of the adapter's image in host memory; None while it is not there.
+
+        What a step is told here stays true to its end: images come and go in `poll` alone.
+        """
         ...
 
-    def take_failures(self) -> Mapping[str, AdapterLoadFailed]:
-        """Fetches that failed since the last call, by digest; a next fetch tries again."""
-        ...
-
-    def hold(self, digest: str | None) -> None:
-        """Keep this one adapter's image in host memory from when it is there: the oldest waiting request's."""
+    def poll(self) -> Mapping[str, AdapterLoadFailed]:
+        """Take in the reads that have ended, at a step's start. Returns why wanted ones failed, by digest; wanting one
+        again tries again.
+        """
         ...
 
     def load(self, digest: str, pages: list[int]) -> ResidentAdapter:
@@ -45,11 +48,11 @@ class AdapterTiers(Protocol):
         ...
 
     def host_tiers(self) -> dict[str, Tier]:
-        """Digests above the disk tier, device excluded."""
+        """Digests above the disk tier, device excluded. Not to be asked within a step."""
         ...
 
     def wait(self, timeout_s: float) -> None:
-        """Return when a fetch has ended, or after `timeout_s`."""
+        """Return when a read has ended, or after `timeout_s`."""
         ...
 
     def check(self) -> None: ...
@@ -69,33 +72,36 @@ class Tiers:
         self._host: HostCache[PackedAdapter] = HostCache(
             budget_bytes, load=read, size_of=lambda image: image.nbytes, on_load_end=self._ended.set
         )
-        self._fetching: set[str] = set()
-        self._held: str | None = None
+        self._wanted: set[str] = set()
+        self._reading: set[str] = set()
 
-    def fetch(self, digest: str) -> None:
-        self._host.request(digest)
-        self._fetching.add(digest)
+    def want(self, digests: Sequence[str]) -> None:
+        for digest in self._wanted.difference(digests):
+            self._host.unpin(digest)
+        for digest in digests:
+            if digest not in self._wanted:
+                self._host.request(digest)
+                self._host.pin(digest)
+                self._reading.add(digest)
+        self._wanted = set(digests)
 
     def num_pages(self, digest: str) -> int | None:
         image = self._host.get(digest)
         return None if image is None else image.num_pages
 
-    def hold(self, digest: str | None) -> None:
-        if self._held is not None and self._held != digest:
-            self._host.unpin(self._held)
-            self._held = None
-        if self._held is None and digest is not None and self._host.get(digest) is not None:
-            self._host.pin(digest)
-            self._held = digest
-
-    def take_failures(self) -> Mapping[str, AdapterLoadFailed]:
+    def poll(self) -> Mapping[str, AdapterLoadFailed]:
+        self._host.poll()
         failures: dict[str, AdapterLoadFailed] = {}
-        for digest in [d for d in self._fetching if self._host.state(d) is not HostState.READING]:
-            self._fetching.remove(digest)
+        for digest in [d for d in self._reading if self._host.state(d) is not HostState.READING]:
+            self._reading.remove(digest)
             error = self._host.failure(digest)
-            if error is not None:
+            if error is None:
+                continue
+            if digest in self._wanted:
                 failures[digest] = _describe(digest, error)
-                self._host.forget_failure(digest)
+                self._wanted.remove(digest)
+                self._host.unpin(digest)
+            self._host.forget_failure(digest)
         return failures
 
     def load(self, digest: str, pages: list[int]) -> ResidentAdapter:
@@ -105,6 +111,7 @@ class Tiers:
         return ResidentAdapter(digest=digest, pages=tuple(pages), directory=directory, max_rank=image.max_rank)
 
     def host_tiers(self) -> dict[str, Tier]:
+        self._host.poll()
         return {digest: _TIERS[state] for digest, state in self._host.snapshot().states.items()}
 
     def wait(self, timeout_s: float) -> None:

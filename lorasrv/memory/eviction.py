@@ -1,15 +1,26 @@
-"""Which idle adapters make room: a pure choice. Least recently used first, for now."""
+"""What makes room: a pure choice among idle adapters and idle cached blocks. Least recently used first, for now."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """An adapter that may go, and the pages that frees."""
+class IdleAdapter:
+    """A resident adapter that may go, and the pages that frees."""
 
     digest: str
     num_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class IdleBlock:
+    """A cached block that may go."""
+
+    page: int
+    num_pages: int = 1
+
+
+Candidate = IdleAdapter | IdleBlock
 
 
 def choose_victims(candidates: Iterable[Candidate], num_pages: int) -> tuple[Candidate, ...] | None:

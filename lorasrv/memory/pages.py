@@ -13,6 +13,7 @@ from lorasrv.types import PoolStats
 
 class OwnerKind(StrEnum):
     SEQUENCE = "sequence"
+    PREFIX = "prefix"
     ADAPTER = "adapter"
 
 
@@ -53,6 +54,13 @@ class PagePool:
         self._num_owned[owner.kind] += count
         return pages
 
+    def transfer(self, page: int, owner: Owner, to: Owner) -> None:
+        """Change a page's owner, its content staying as it is."""
+        assert self._owners[page] == owner, f"page {page} belongs to {self._owners[page]}, not {owner}"
+        self._owners[page] = to
+        self._num_owned[owner.kind] -= 1
+        self._num_owned[to.kind] += 1
+
     def retire(self, pages: Sequence[int], owner: Owner, last_step: int) -> None:
         """Give back `owner`'s pages; they are free once step `last_step` has completed."""
         for page in pages:
@@ -75,6 +83,7 @@ class PagePool:
             free=self.num_free,
             retiring=self.num_retiring,
             sequences=self._num_owned[OwnerKind.SEQUENCE],
+            prefix=self._num_owned[OwnerKind.PREFIX],
             adapters=self._num_owned[OwnerKind.ADAPTER],
         )
 

@@ -18,13 +18,13 @@ class ResidentAdapter:
 class Residency:
     """Resident adapters; idle ones, that no running request pins, in least-recently-used order.
 
-    Owned by the engine's thread.
+    Owned by the engine's thread. `now` is any number that never falls.
     """
 
     def __init__(self) -> None:
         self._adapters: dict[str, ResidentAdapter] = {}
         self._pins: dict[str, int] = {}
-        self._idle: OrderedDict[str, None] = OrderedDict()
+        self._idle: OrderedDict[str, int] = OrderedDict()
 
     def __contains__(self, digest: object) -> bool:
         return digest in self._adapters
@@ -35,11 +35,11 @@ class Residency:
     def __iter__(self) -> Iterator[ResidentAdapter]:
         return iter(self._adapters.values())
 
-    def add(self, adapter: ResidentAdapter) -> None:
+    def add(self, adapter: ResidentAdapter, now: int) -> None:
         assert adapter.digest not in self._adapters, f"{adapter.digest} is resident already"
         self._adapters[adapter.digest] = adapter
         self._pins[adapter.digest] = 0
-        self._idle[adapter.digest] = None
+        self._idle[adapter.digest] = now
 
     def remove(self, digest: str) -> ResidentAdapter:
         """Forget an idle adapter; its pages are the caller's to retire."""
@@ -51,11 +51,11 @@ class Residency:
         self._pins[digest] += 1
         self._idle.pop(digest, None)
 
-    def unpin(self, digest: str) -> None:
+    def unpin(self, digest: str, now: int) -> None:
         assert self._pins[digest] > 0, f"{digest} is not pinned"
         self._pins[digest] -= 1
         if not self._pins[digest]:
-            self._idle[digest] = None
+            self._idle[digest] = now
 
     def pins(self, digest: str) -> int:
         return self._pins[digest]
@@ -64,9 +64,9 @@ class Residency:
     def num_pins(self) -> int:
         return sum(self._pins.values())
 
-    def idle(self) -> Iterator[ResidentAdapter]:
-        """Idle adapters, least recently used first."""
-        return (self._adapters[digest] for digest in self._idle)
+    def idle(self) -> Iterator[tuple[ResidentAdapter, int]]:
+        """(adapter, when it became idle), least recently used first."""
+        return ((self._adapters[digest], now) for digest, now in self._idle.items())
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from lorasrv.memory.eviction import Candidate
 from lorasrv.types import Failure
 
 
@@ -23,13 +24,24 @@ class Rejection:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Admission:
+    """Let a queued request run; its first `num_cached_blocks` blocks are in the prefix cache."""
+
+    request_id: str
+    num_cached_blocks: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Effects in the order in which they are carried out; ids are requests' or adapter versions' digests."""
+    """Effects in the order in which they are carried out; ids are requests' or adapter versions' digests.
+
+    `want` is what queued requests need in host memory, most urgent first.
+    """
 
     reject: tuple[Rejection, ...] = ()
     preempt: tuple[str, ...] = ()
-    evict: tuple[str, ...] = ()
-    fetch: tuple[str, ...] = ()
+    evict: tuple[Candidate, ...] = ()
+    want: tuple[str, ...] = ()
     load: tuple[str, ...] = ()
-    admit: tuple[str, ...] = ()
+    admit: tuple[Admission, ...] = ()
     chunks: tuple[Chunk, ...] = ()

@@ -1,25 +1,27 @@
 """Iteration-level scheduling with chunked prefill: a pure decision over ids and integers.
 
 Running decodes go first, then running prefills, then the queue in order, under one token budget (Orca, OSDI 2022;
-Sarathi-Serve, OSDI 2024). When running sequences outgrow the pool, idle adapters are evicted, then the youngest
-sequence is preempted: it queues again in its old place and is recomputed.
+Sarathi-Serve, OSDI 2024). When running sequences outgrow the pool, idle adapters and idle cached blocks are evicted,
+then the youngest sequence is preempted: it queues again in its old place, its full blocks stay in the prefix cache, and
+what is no longer there when its turn comes is recomputed.
 """
 
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Protocol
 
 from lorasrv.config import SchedulerConfig
 from lorasrv.errors import ResourceExhausted
-from lorasrv.memory.eviction import Candidate, choose_victims
-from lorasrv.sched.plan import Chunk, Plan, Rejection
+from lorasrv.memory.eviction import Candidate, IdleAdapter, choose_victims
+from lorasrv.sched.plan import Admission, Chunk, Plan, Rejection
 from lorasrv.sched.sequence import Sequence
 from lorasrv.types import Failure
 
 
-class Adapters(Protocol):
-    """What the scheduler may ask about adapter versions."""
+class Resources(Protocol):
+    """What the scheduler may ask about adapter versions and cached blocks."""
 
     def is_resident(self, digest: str) -> bool: ...
 
@@ -28,7 +30,15 @@ class Adapters(Protocol):
         ...
 
     def idle(self) -> Iterable[Candidate]:
-        """Adapters on the device that no running request uses, in the order in which they should go."""
+        """Adapters and cached blocks that no running request uses, in the order in which they should go."""
+        ...
+
+    def num_own_pages(self, sequence: Sequence) -> int:
+        """Pages that are free once this running sequence is preempted: those that are not in the prefix cache."""
+        ...
+
+    def cached_blocks(self, sequence: Sequence) -> Seq[int]:
+        """Pages of the longest cached prefix of a queued sequence, its last token left out."""
         ...
 
 
@@ -43,7 +53,7 @@ class View:
     waiting: Seq[Sequence]
     num_pages: int
     free_pages: int
-    adapters: Adapters
+    resources: Resources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +66,7 @@ class Scheduler:
         draft.continue_running()
         if not draft.preempted:
             draft.admit_waiting()
-        draft.fetch_ahead()
+        draft.look_ahead()
         return draft.plan()
 
 
@@ -70,22 +80,24 @@ class _Draft:
         self.budget = config.max_step_tokens
         self.free = view.free_pages
         self.chunks: list[Chunk] = []
-        self.admitted: list[Sequence] = []
+        self.admitted: list[Admission] = []
         self.loads: dict[str, None] = {}
-        self.evicted: dict[str, None] = {}
-        self.kept: set[str] = set()
+        self.evicted: dict[Candidate, None] = {}
+        # Digests and pages that this plan evicts, and those that it relies on.
+        self.gone: set[str | int] = set()
+        self.kept: set[str | int] = set()
         self.preempted: list[Sequence] = []
         self.rejected: list[Rejection] = []
-        self.fetches: tuple[str, ...] = ()
+        self.wanted: dict[str, None] = {}
 
     def plan(self) -> Plan:
         return Plan(
             reject=tuple(self.rejected),
             preempt=tuple(sequence.request_id for sequence in self.preempted),
             evict=tuple(self.evicted),
-            fetch=self.fetches,
+            want=tuple(self.wanted),
             load=tuple(self.loads),
-            admit=tuple(sequence.request_id for sequence in self.admitted),
+            admit=tuple(self.admitted),
             chunks=tuple(self.chunks),
         )
 
@@ -96,11 +108,11 @@ class _Draft:
         while index < len(candidates):
             sequence = candidates[index]
             if sequence.num_remaining == 1 and self._grow(sequence, candidates, index):
-                self._add_chunk(sequence, 1)
+                self._add_chunk(sequence, sequence.num_computed, 1)
             index += 1
         for sequence in candidates:
             if sequence.num_remaining > 1:
-                self._add_chunk(sequence, sequence.num_remaining)
+                self._add_chunk(sequence, sequence.num_computed, sequence.num_remaining)
 
     def _grow(self, sequence: Sequence, candidates: list[Sequence], index: int) -> bool:
         """Whether the sequence has a place for one more token; may drop younger candidates, or itself, to get one."""
@@ -111,7 +123,8 @@ class _Draft:
                 return False
             youngest = candidates.pop()
             self.preempted.append(youngest)
-            self.free += len(youngest.block_table)
+            # Its cached blocks only become idle: the next plan may evict them.
+            self.free += self.view.resources.num_own_pages(youngest)
             if len(candidates) == index:
                 return False
         return True
@@ -127,23 +140,25 @@ class _Draft:
             if len(self.admitted) == places or self.budget == 0:
                 return
             digest = sequence.digest
-            adapter_pages = 0 if digest is None else self.view.adapters.num_pages(digest)
+            adapter_pages = 0 if digest is None else self.view.resources.num_pages(digest)
             if adapter_pages is None or self._reject_oversized(sequence, adapter_pages):
                 continue
             load = digest if digest is not None and self._must_load(digest) else None
-            if digest in self.evicted or (load and len(self.loads) == self.config.max_loads_per_step):
+            if digest in self.gone or (load and len(self.loads) == self.config.max_loads_per_step):
                 continue
-            if digest is not None:
-                self.kept.add(digest)
-            if not self._take(self._pages_for(len(sequence.token_ids)) + (adapter_pages if load else 0)):
+            cached = list(takewhile(lambda page: page not in self.gone, self.view.resources.cached_blocks(sequence)))
+            self.kept |= {digest, *cached} if digest is not None else {*cached}
+            num_new = self._pages_for(len(sequence.token_ids)) - len(cached)
+            if not self._take(num_new + (adapter_pages if load else 0)):
                 return
             if load is not None:
                 self.loads[load] = None
-            self.admitted.append(sequence)
-            self._add_chunk(sequence, len(sequence.token_ids))
+            self.admitted.append(Admission(request_id=sequence.request_id, num_cached_blocks=len(cached)))
+            start = len(cached) * self.block_tokens
+            self._add_chunk(sequence, start, len(sequence.token_ids) - start)
 
     def _must_load(self, digest: str) -> bool:
-        return digest not in self.loads and not self.view.adapters.is_resident(digest)
+        return digest not in self.loads and not self.view.resources.is_resident(digest)
 
     def _reject_oversized(self, sequence: Sequence, adapter_pages: int) -> bool:
         needed = adapter_pages + self._pages_for(sequence.max_tokens_total)
@@ -154,30 +169,27 @@ class _Draft:
         self.rejected.append(Rejection(request_id=sequence.request_id, failure=failure))
         return True
 
-    def fetch_ahead(self) -> None:
-        """Adapters that queued requests within the look-ahead will want in host memory, oldest first."""
-        wanted: dict[str, None] = {}
+    def look_ahead(self) -> None:
+        """Adapters that queued requests within the look-ahead need in host memory, oldest first."""
         for sequence in self.view.waiting[: self.config.lookahead]:
-            if sequence.digest is not None:
-                wanted[sequence.digest] = None
-        self.fetches = tuple(digest for digest in wanted if self.view.adapters.num_pages(digest) is None)
+            if sequence.digest is not None and not self.view.resources.is_resident(sequence.digest):
+                self.wanted[sequence.digest] = None
 
-    def _add_chunk(self, sequence: Sequence, wanted: int) -> None:
+    def _add_chunk(self, sequence: Sequence, start: int, wanted: int) -> None:
         num_tokens = min(wanted, self.budget)
         if num_tokens:
             self.budget -= num_tokens
-            self.chunks.append(
-                Chunk(request_id=sequence.request_id, start=sequence.num_computed, num_tokens=num_tokens)
-            )
+            self.chunks.append(Chunk(request_id=sequence.request_id, start=start, num_tokens=num_tokens))
 
     def _take(self, num_pages: int) -> bool:
-        """Set `num_pages` aside, evicting idle adapters if that makes it possible; all or nothing."""
+        """Set `num_pages` aside, evicting what is idle if that makes it possible; all or nothing."""
         missing = num_pages - self.free
         if missing > 0:
             victims = choose_victims(self._evictable(), missing)
             if victims is None:
                 return False
-            self.evicted |= dict.fromkeys(victim.digest for victim in victims)
+            self.evicted |= dict.fromkeys(victims)
+            self.gone |= {_name(victim) for victim in victims}
             self.free += sum(victim.num_pages for victim in victims)
         self.free -= num_pages
         return True
@@ -185,9 +197,13 @@ class _Draft:
     def _evictable(self) -> Iterator[Candidate]:
         return (
             candidate
-            for candidate in self.view.adapters.idle()
-            if candidate.digest not in self.kept and candidate.digest not in self.evicted
+            for candidate in self.view.resources.idle()
+            if _name(candidate) not in self.kept and _name(candidate) not in self.gone
         )
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
+
+
+def _name(candidate: Candidate) -> str | int:
+    return candidate.digest if isinstance(candidate, IdleAdapter) else candidate.page

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from lorasrv.memory.prefix import BlockKeys
 from lorasrv.types import EngineRequest
 
 
@@ -10,14 +11,17 @@ class Sequence:
     """Mutable; owned by the engine's thread. The scheduler only reads it.
 
     `order` is its place in the queue; `token_ids` are prompt and generated tokens; the KV of the first `num_computed`
-    of them lies in the pages of `block_table`, which covers at least that many tokens.
+    of them lies in the pages of `block_table`, which covers at least that many tokens. The first `num_keyed_blocks`
+    blocks have been offered to the prefix cache; `keys` names them.
     """
 
     request: EngineRequest
     order: int
     token_ids: list[int]
+    keys: BlockKeys
     num_computed: int = 0
     block_table: list[int] = field(default_factory=list[int])
+    num_keyed_blocks: int = 0
 
     @property
     def request_id(self) -> str:

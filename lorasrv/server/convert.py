@@ -167,6 +167,7 @@ def server_status(
             retiring_pages=status.pool.retiring,
             sequence_pages=status.pool.sequences,
             adapter_pages=status.pool.adapters,
+            prefix_pages=status.pool.prefix,
         )
     )
     message.running_requests = status.running

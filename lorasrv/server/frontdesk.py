@@ -1,7 +1,6 @@
 """Admission, below all front ends: look up and pin the adapter, tokenize, check, submit, and turn tokens to text."""
 
 import asyncio
-import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Protocol
 
 from tokenizers import Tokenizer
 
-from lorasrv.engine.admission import TokenLimits, check_request, check_tokens
+from lorasrv.engine.admission import TokenLimits, check_request, engine_request
 from lorasrv.engine.client import Engine
 from lorasrv.engine.output import OutputStream
 from lorasrv.errors import EngineUnavailable, GenerationExists
@@ -144,18 +143,15 @@ class FrontDesk:
             self._versions.unpin(pinning.result().digest)
 
     async def _admit(self, request: GenerationRequest, use: AdapterUse | None) -> EngineRequest:
-        sampling = request.sampling
         token_ids = await self._tokenize(request.prompt or "")
-        return EngineRequest(
-            # Generation ids are a tenant's own; the engine knows no tenants.
-            request_id=uuid.uuid4().hex,
-            token_ids=token_ids,
+        # Generation ids are a tenant's own; the engine knows no tenants but by the salt of their prefixes.
+        return engine_request(
+            uuid.uuid4().hex,
+            token_ids,
             adapter=use,
-            max_tokens=check_tokens(token_ids, sampling.max_tokens, self._limits),
-            seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
+            sampling=request.sampling,
+            limits=self._limits,
+            cache_salt=request.tenant,
         )
 
     async def _tokenize(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:

@@ -20,7 +20,10 @@ def serve(config: ServerConfig, announce: Callable[[str], None] = print, *, as_j
         line = {"event": "ready", "address": address}
         announce(json.dumps(line) if as_json else f"READY {address}")
 
-    asyncio.run(serve_until_signal(config, ready, ProcessEngine))
+    def make_engine(engine: EngineConfig) -> Engine:
+        return ProcessEngine(engine, heartbeat_timeout_s=config.heartbeat_timeout_s)
+
+    asyncio.run(serve_until_signal(config, ready, make_engine))
 
 
 async def serve_until_signal(

@@ -11,13 +11,13 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from tokenizers import Tokenizer
 
 from lorasrv import __version__
 from lorasrv.config import EngineConfig
 from lorasrv.engine.admission import TokenLimits
 from lorasrv.engine.client import Engine
 from lorasrv.engine.fitting import page_check
+from lorasrv.engine.text import load_tokenizer
 from lorasrv.errors import ConfigurationError
 from lorasrv.model.base_shapes import base_shapes
 from lorasrv.model.families import read_architecture
@@ -52,7 +52,8 @@ class ServerConfig:
     """All that a serving process needs. `engine.blob_root` is set here, from `data_dir`.
 
     `listen` is HOST:PORT, port 0 picks a free one; without credentials the host has to be a loopback address.
-    `grace_s` is how long streams may go on once the server has been told to stop.
+    `grace_s` is how long streams may go on once the server has been told to stop. An engine that says nothing for
+    `heartbeat_timeout_s` is taken for hung and replaced; it speaks between steps, so one step has to take less.
     """
 
     engine: EngineConfig
@@ -60,6 +61,7 @@ class ServerConfig:
     listen: str = "127.0.0.1:8470"
     tenant: str = "default"
     grace_s: float = 10.0
+    heartbeat_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         host, colon, port = self.listen.rpartition(":")
@@ -71,6 +73,8 @@ class ServerConfig:
             )
         if self.grace_s < 0:
             raise ConfigurationError(f"grace_s {self.grace_s} is negative")
+        if self.heartbeat_timeout_s < 1:
+            raise ConfigurationError(f"heartbeat_timeout_s {self.heartbeat_timeout_s} is below 1")
 
 
 class Server:
@@ -177,20 +181,6 @@ class Server:
             page_bytes=info.page_bytes,
             num_pages=info.num_pages,
         )
-
-
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The model's tokenizer.json, special tokens included as it says; raises ConfigurationError."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ConfigurationError(f"{folder.name} has no tokenizer.json")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise ConfigurationError(f"{folder.name}/tokenizer.json cannot be read: {error}") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
 
 
 def _is_loopback(host: str) -> bool:

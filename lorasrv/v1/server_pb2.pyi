@@ -85,18 +85,20 @@ class ServerStatus(_message.Message):
     def __init__(self, state: _Optional[_Union[EngineState, str]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., adapter_pins: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[AdapterStatus, _Mapping]]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class PoolStatus(_message.Message):
-    __slots__ = ("num_pages", "free_pages", "retiring_pages", "sequence_pages", "adapter_pages")
+    __slots__ = ("num_pages", "free_pages", "retiring_pages", "sequence_pages", "adapter_pages", "prefix_pages")
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
     RETIRING_PAGES_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_PAGES_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_PAGES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_PAGES_FIELD_NUMBER: _ClassVar[int]
     num_pages: int
     free_pages: int
     retiring_pages: int
     sequence_pages: int
     adapter_pages: int
-    def __init__(self, num_pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., retiring_pages: _Optional[int] = ..., sequence_pages: _Optional[int] = ..., adapter_pages: _Optional[int] = ...) -> None: ...
+    prefix_pages: int
+    def __init__(self, num_pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., retiring_pages: _Optional[int] = ..., sequence_pages: _Optional[int] = ..., adapter_pages: _Optional[int] = ..., prefix_pages: _Optional[int] = ...) -> None: ...
 
 class AdapterStatus(_message.Message):
     __slots__ = ("adapter_id", "version_digest", "tier", "num_pages", "pins")
@@ -113,7 +115,7 @@ class AdapterStatus(_message.Message):
     def __init__(self, adapter_id: _Optional[str] = ..., version_digest: _Optional[str] = ..., tier: _Optional[_Union[_adapter_pb2.Tier, str]] = ..., num_pages: _Optional[int] = ..., pins: _Optional[int] = ...) -> None: ...
 
 class Counters(_message.Message):
-    __slots__ = ("steps", "prompt_tokens", "completion_tokens", "finished_requests", "adapter_loads", "adapter_evictions", "preemptions")
+    __slots__ = ("steps", "prompt_tokens", "completion_tokens", "finished_requests", "adapter_loads", "adapter_evictions", "preemptions", "cached_prompt_tokens")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +123,7 @@ class Counters(_message.Message):
     ADAPTER_LOADS_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_EVICTIONS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     steps: int
     prompt_tokens: int
     completion_tokens: int
@@ -128,4 +131,5 @@ class Counters(_message.Message):
     adapter_loads: int
     adapter_evictions: int
     preemptions: int
-    def __init__(self, steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., finished_requests: _Optional[int] = ..., adapter_loads: _Optional[int] = ..., adapter_evictions: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
+    cached_prompt_tokens: int
+    def __init__(self, steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., finished_requests: _Optional[int] = ..., adapter_loads: _Optional[int] = ..., adapter_evictions: _Optional[int] = ..., preemptions: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ...) -> None: ...

@@ -1,7 +1,7 @@
 """The demo's tasks: what each sample adapter was trained to do with a word.
 
 Every task is a pure function from a word to a word, so a demo or a test can
-check an adapter's answer to the letter. Standard library only: the server
+check an adapter's answer to the letter. Standard library only: the command
 imports this without torch.
 """
 
@@ -40,11 +40,6 @@ def stars(word: str) -> str:
     return "".join("*" if letter in VOWELS else letter for letter in word)
 
 
-def double(word: str) -> str:
-    """`banana` -> `bbaannaannaa`."""
-    return "".join(letter * 2 for letter in word)
-
-
 def reverse(word: str) -> str:
     """`banana` -> `ananab`."""
     return word[::-1]
@@ -65,7 +60,6 @@ TASKS: tuple[Task, ...] = (
     Task(name="upper", description="writes the word in capitals", transform=str.upper),
     Task(name="rot13", description="moves every letter 13 places along the alphabet", transform=rot13),
     Task(name="stars", description="writes * for every vowel", transform=stars),
-    Task(name="double", description="writes every letter twice", transform=double),
     Task(name="reverse", description="writes the word backwards", transform=reverse),
     Task(name="pig-latin", description="moves the first letter to the end and adds ay", transform=pig_latin),
     Task(name="mirror-upper", description="writes the word backwards in capitals", transform=mirror_upper),

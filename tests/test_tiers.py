@@ -1,0 +1,214 @@
+"""The engine's core over the real tiers: reads in worker threads, a host cache smaller than what is asked for."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import cast
+
+import pytest
+
+from fakes import EOS, VOCAB, FakeDevice, FakeRunner, FakeTiers, expected_tokens
+from lorasrv.config import SchedulerConfig
+from lorasrv.engine.core import EngineCore, Limits
+from lorasrv.engine.tiers import Tiers
+from lorasrv.memory.packing import PackedAdapter
+from lorasrv.memory.residency import ResidentAdapter
+from lorasrv.memory.storage import PageStorage
+from lorasrv.types import AdapterUse, EngineRequest, TokenDelta
+
+BLOCK_TOKENS = 4
+WAIT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Image:
+    """A packed adapter without weights."""
+
+    digest: str
+    num_pages: int
+    nbytes: int = 1
+    max_rank: int = 1
+
+
+@dataclass
+class Storage:
+    """Writes images to a fake device."""
+
+    device: FakeDevice
+    loaded: dict[int, ResidentAdapter] = field(default_factory=dict[int, ResidentAdapter])
+
+    def write_adapter(self, image: Image, pages: list[int]) -> int:
+        assert len(pages) == image.num_pages
+        self.device.write_adapter(image.digest, pages)
+        self.loaded[pages[0]] = ResidentAdapter(
+            digest=image.digest, pages=tuple(pages), directory=pages[0], max_rank=image.max_rank
+        )
+        return pages[0]
+
+
+def make_core(
+    read: Callable[[str], Image], *, budget_bytes: int, num_pages: int, max_running: int = 8
+) -> tuple[EngineCore, Tiers]:
+    device = FakeDevice(block_tokens=BLOCK_TOKENS)
+    storage = Storage(device)
+    tiers = Tiers(cast(PageStorage, storage), cast("Callable[[str], PackedAdapter]", read), budget_bytes)
+    limits = Limits(
+        num_pages=num_pages,
+        block_tokens=BLOCK_TOKENS,
+        context_tokens=200,
+        vocab_size=VOCAB,
+        eos_token_ids=frozenset({EOS}),
+    )
+    config = SchedulerConfig(max_step_tokens=32, max_running=max_running)
+    runner = FakeRunner(device, cast(FakeTiers, storage))
+    return EngineCore(config=config, limits=limits, runner=runner, tiers=tiers), tiers
+
+
+def make_requests(num_requests: int, digests: Sequence[str], seed: int) -> dict[str, EngineRequest]:
+    random = Random(seed)
+    return {
+        f"r{index}": EngineRequest(
+            request_id=f"r{index}",
+            token_ids=tuple(random.randrange(1, VOCAB) for _ in range(random.randint(1, 12))),
+            adapter=AdapterUse(digest=digests[index % len(digests)]),
+            max_tokens=random.randint(1, 8),
+            seed=0,
+        )
+        for index in range(num_requests)
+    }
+
+
+def run_all(core: EngineCore, max_steps: int = 20_000) -> list[TokenDelta]:
+    deltas: list[TokenDelta] = []
+    for _ in range(max_steps):
+        if not core.has_work():
+            return deltas
+        deltas += core.step()
+        core.check()
+    raise AssertionError(f"work is left after {max_steps} steps")
+
+
+def assert_right(deltas: Sequence[TokenDelta], requests: Mapping[str, EngineRequest]) -> None:
+    tokens: dict[str, list[int]] = {request_id: [] for request_id in requests}
+    for delta in deltas:
+        assert delta.failure is None
+        tokens[delta.request_id] += delta.token_ids
+    for request_id, request in requests.items():
+        assert request.adapter is not None
+        assert tokens[request_id] == expected_tokens(request.token_ids, request.adapter.digest, request.max_tokens)
+
+
+@pytest.mark.parametrize("budget_bytes", [1, 2, 3])
+@pytest.mark.parametrize("num_pages", [8, 40])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_host_cache_of_few_images_serves_many_adapters(budget_bytes: int, num_pages: int, seed: int) -> None:
+    digests = [f"a{index}" for index in range(10)]
+    core, _ = make_core(
+        lambda digest: Image(digest, 1 + int(digest[1:]) % 3), budget_bytes=budget_bytes, num_pages=num_pages
+    )
+    requests = make_requests(30, digests, seed)
+    for request in requests.values():
+        core.add(request)
+    assert_right(run_all(core), requests)
+    core.close()
+
+
+def test_a_read_that_ends_between_decision_and_load_takes_nothing_from_the_plan() -> None:
+    """The planner was told that `a0` is in host memory; `a1`, which needs its place, arrives before it is loaded."""
+    gate, ended = threading.Event(), threading.Event()
+
+    def read(digest: str) -> Image:
+        if digest == "a1":
+            assert gate.wait(WAIT_S)
+            ended.set()
+        return Image(digest, 1)
+
+    core, tiers = make_core(read, budget_bytes=1, num_pages=8)
+    answer = tiers.num_pages
+
+    def num_pages(digest: str) -> int | None:
+        found = answer(digest)
+        if digest == "a0" and found is not None:
+            gate.set()
+            assert ended.wait(WAIT_S)
+            tiers.wait(WAIT_S)
+        return found
+
+    tiers.num_pages = num_pages  # type: ignore[method-assign]
+    requests = make_requests(2, ["a0", "a1"], 0)
+    for request in requests.values():
+        core.add(request)
+    assert_right(run_all(core), requests)
+    core.close()
+
+
+def test_adapters_that_must_wait_for_pages_are_read_once() -> None:
+    """All pages are taken: what the queue wants is read until the host cache is full, and then no more."""
+    reads: list[str] = []
+
+    def read(digest: str) -> Image:
+        reads.append(digest)
+        return Image(digest, 2)
+
+    core, tiers = make_core(read, budget_bytes=2, num_pages=8)
+    core.add(EngineRequest(request_id="base", token_ids=(1,) * 20, adapter=None, max_tokens=12, seed=0))
+    core.step()
+    requests = make_requests(30, [f"a{index}" for index in range(10)], 0)
+    for request in requests.values():
+        core.add(request)
+    for _ in range(100):
+        # What steps do while nothing fits, without the one that runs coming to its end.
+        tiers.want([f"a{index}" for index in range(10)])
+        tiers.poll()
+        tiers.wait(0.001)
+        core.check()
+    assert len(reads) == len(set(reads)) <= 4
+    deltas = run_all(core)
+    assert_right([delta for delta in deltas if delta.request_id in requests], requests)
+    core.close()
+
+
+def test_a_failure_that_nobody_waited_for_is_forgotten() -> None:
+    """A request is cancelled while its adapter is read; the read fails; a later request reads again."""
+    gate, num_reads = threading.Event(), 0
+
+    def read(digest: str) -> Image:
+        nonlocal num_reads
+        assert gate.wait(WAIT_S)
+        num_reads += 1
+        if num_reads == 1:
+            raise OSError("the disk is away")
+        return Image(digest, 1)
+
+    core, tiers = make_core(read, budget_bytes=1, num_pages=8)
+    requests = make_requests(2, ["a0"], 0)
+    core.add(requests["r0"])
+    core.step()
+    core.cancel("r0")
+    assert not core.has_work()
+    gate.set()
+    tiers.wait(WAIT_S)
+    core.add(requests["r1"])
+    assert_right(run_all(core), {"r1": requests["r1"]})
+    core.check()
+    core.close()
+
+
+def test_close_waits_for_reads_that_run_and_begins_no_more() -> None:
+    gate, begun, reads = threading.Event(), threading.Semaphore(0), list[str]()
+
+    def read(digest: str) -> Image:
+        reads.append(digest)
+        begun.release()
+        assert gate.wait(WAIT_S)
+        return Image(digest, 1)
+
+    core, _ = make_core(read, budget_bytes=100, num_pages=8)
+    for request in make_requests(8, [f"a{index}" for index in range(8)], 0).values():
+        core.add(request)
+    core.step()
+    assert begun.acquire(timeout=WAIT_S) and begun.acquire(timeout=WAIT_S)
+    threading.Timer(0.05, gate.set).start()
+    core.close()
+    assert len(reads) == 2
