@@ -20,12 +20,14 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from lorasrv_adapters.errors import ContentError, InvalidAdapter, RankTooLarge, UnsupportedFeature, listing, quote
-from lorasrv_adapters.patterns import PathMatcher, StepBudget, path_end
+from lorasrv_adapters.patterns import PathMatcher, is_name, path_end
 from lorasrv_adapters.peft_targets import TARGET_KEYS, Targets, parse_targets
 from lorasrv_adapters.strict_json import parse_object
 
 MAX_LORA_ALPHA = 65536
-MAX_PATTERN_KEYS = 4096
+# In all. A rank and an alpha for each of the seven modules of 126 layers are below it.
+MAX_PATTERNS = 2048
+MAX_REGEXES = 128  # of these, patterns that are no plain names
 MAX_PATTERN_ERRORS = 20
 
 Value = TypeVar("Value")
@@ -64,10 +66,7 @@ class PeftLoraConfig:
     targets: Targets
 
     def rank_and_scale(self, path: str) -> tuple[int, float]:
-        """Of one module; the scale is alpha/r, or alpha/sqrt(r) with rsLoRA.
-
-        Raises UnsupportedFeature when the step budget is spent.
-        """
+        """Of one module; the scale is alpha/r, or alpha/sqrt(r) with rsLoRA."""
         rank = next((value for matches, value in self.rank_pattern if matches(path)), self.rank)
         alpha = next((value for matches, value in self.alpha_pattern if matches(path)), self.alpha)
         return rank, alpha / math.sqrt(rank) if self.rslora else alpha / rank
@@ -77,14 +76,16 @@ def parse_peft_config(data: bytes, max_rank: int) -> tuple[PeftLoraConfig | None
     """The served part, or None with every reason for refusing it; raises MalformedFile when it is not strict JSON."""
     fields = parse_object(data, _WHAT)
     errors = _refused_features(fields) + _refused_paths(fields)
-    budget = StepBudget()
+    too_many = _too_many_patterns(fields)
+    if too_many:
+        return None, errors + too_many
     rank = _rank("r", fields.get("r"), max_rank, errors)
     alpha = _alpha("lora_alpha", fields.get("lora_alpha"), errors)
     rank_pattern = _pattern(
-        fields, "rank_pattern", lambda what, value, found: _rank(what, value, max_rank, found), budget, errors
+        fields, "rank_pattern", lambda what, value, found: _rank(what, value, max_rank, found), errors
     )
-    alpha_pattern = _pattern(fields, "alpha_pattern", _alpha, budget, errors)
-    targets = parse_targets(fields, budget, errors)
+    alpha_pattern = _pattern(fields, "alpha_pattern", _alpha, errors)
+    targets = parse_targets(fields, errors)
     rslora = fields.get("use_rslora", False)
     if not isinstance(rslora, bool):
         errors.append(InvalidAdapter(f"use_rslora {quote(rslora)} is not true or false"))
@@ -176,11 +177,24 @@ def _alpha(what: str, alpha: object, errors: list[ContentError]) -> float | None
     return float(alpha)
 
 
+def _too_many_patterns(fields: Mapping[str, Any]) -> list[ContentError]:
+    """All that is matched against every module's path, bounded together; values of other types are refused elsewhere."""
+    keys = ("rank_pattern", "alpha_pattern", "layers_pattern")
+    texts = [text for key in keys if isinstance(fields.get(key), dict | list) for text in fields[key]]
+    num_regexes = sum(isinstance(text, str) and not is_name(text) for text in texts)
+    errors: list[ContentError] = []
+    if len(texts) > MAX_PATTERNS:
+        errors.append(UnsupportedFeature(f"{len(texts)} patterns in {listing(keys)}; the limit is {MAX_PATTERNS}"))
+    if num_regexes > MAX_REGEXES:
+        what = f"{num_regexes} patterns in {listing(keys)} that are no plain names"
+        errors.append(UnsupportedFeature(f"{what}; the limit is {MAX_REGEXES}"))
+    return errors
+
+
 def _pattern(
     fields: Mapping[str, Any],
     key: str,
     parse_value: Callable[[str, object, list[ContentError]], Value | None],
-    budget: StepBudget,
     errors: list[ContentError],
 ) -> tuple[tuple[PathMatcher, Value], ...]:
     """What a rank or alpha pattern maps, in the file's order; after MAX_PATTERN_ERRORS errors the rest is not read."""
@@ -189,15 +203,12 @@ def _pattern(
         errors.append(InvalidAdapter(f"{key} {quote(pattern)} is not an object"))
         return ()
     pattern = pattern or {}
-    if len(pattern) > MAX_PATTERN_KEYS:
-        errors.append(UnsupportedFeature(f"{key} of {len(pattern)} keys; the limit is {MAX_PATTERN_KEYS} keys"))
-        return ()
     found: list[tuple[PathMatcher, Value]] = []
     refused: list[ContentError] = []
     for text, item in pattern.items():
         value = parse_value(f"{key} of {quote(text)}:", item, refused)
         try:
-            matches = path_end(text, budget)
+            matches = path_end(text)
         except ContentError as error:
             refused.append(error)
         else:

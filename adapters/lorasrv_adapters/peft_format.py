@@ -190,15 +190,11 @@ def _targeted(
     if too_deep:
         layers = listing(quote(layer) for layer in too_deep)
         errors.append(BaseMismatch(f"layers_to_transform {layers} of a base model of {base.num_layers} layers"))
-    try:
-        found = [
-            (layer, module, *config.rank_and_scale(base.module_key(layer, module)))
-            for layer, module in places
-            if config.targets.selects(base.module_key(layer, module), layer)
-        ]
-    except UnsupportedFeature as error:
-        errors.append(error)
-        return []
+    found = [
+        (layer, module, *config.rank_and_scale(base.module_key(layer, module)))
+        for layer, module in places
+        if config.targets.selects(base.module_key(layer, module), layer)
+    ]
     if not found and not unknown and not too_deep:
         errors.append(UnsupportedFeature("a configuration that targets no module of this base model"))
     return found

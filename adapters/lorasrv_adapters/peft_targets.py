@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorasrv_adapters.errors import ContentError, InvalidAdapter, quote
-from lorasrv_adapters.patterns import PathMatcher, StepBudget, layer_list, whole_path
+from lorasrv_adapters.patterns import PathMatcher, layer_list, whole_path
 
 TARGET_KEYS = frozenset({"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"})
 _ALL_LINEAR = "all-linear"
@@ -27,7 +27,7 @@ class Targets:
     layer_lists: tuple[PathMatcher, ...]
 
     def selects(self, path: str, layer: int) -> bool:
-        """Whether a module of this layer is targeted. Raises UnsupportedFeature when the step budget is spent."""
+        """Whether a module of this layer is targeted."""
         if self.excluded_pattern is not None and self.excluded_pattern(path):
             return False
         if not self.excluded_names.isdisjoint(dotted_ends(path)):
@@ -58,13 +58,13 @@ def dotted_ends(path: str) -> Iterator[str]:
         yield path
 
 
-def parse_targets(fields: Mapping[str, Any], budget: StepBudget, errors: list[ContentError]) -> Targets | None:
+def parse_targets(fields: Mapping[str, Any], errors: list[ContentError]) -> Targets | None:
     """The targets, or None after adding to `errors`."""
     num_errors = len(errors)
-    names, pattern = _target_modules(fields.get("target_modules"), budget, errors)
-    excluded_names, excluded_pattern = _exclude_modules(fields.get("exclude_modules"), budget, errors)
+    names, pattern = _target_modules(fields.get("target_modules"), errors)
+    excluded_names, excluded_pattern = _exclude_modules(fields.get("exclude_modules"), errors)
     layers = _layers(fields.get("layers_to_transform"), errors)
-    layer_lists = _layer_lists(fields.get("layers_pattern"), budget, errors)
+    layer_lists = _layer_lists(fields.get("layers_pattern"), errors)
     if isinstance(fields.get("target_modules"), str):
         clashes = [key for key in ("layers_to_transform", "layers_pattern") if fields.get(key) is not None]
         errors += [InvalidAdapter(f"{key} together with target_modules given as a pattern") for key in clashes]
@@ -82,12 +82,10 @@ def parse_targets(fields: Mapping[str, Any], budget: StepBudget, errors: list[Co
     )
 
 
-def _target_modules(
-    value: object, budget: StepBudget, errors: list[ContentError]
-) -> tuple[frozenset[str], PathMatcher | None]:
+def _target_modules(value: object, errors: list[ContentError]) -> tuple[frozenset[str], PathMatcher | None]:
     if isinstance(value, str) and value:
         # All that the base model's shapes list is linear, and its head, which PEFT leaves out, is not listed.
-        pattern = _every_path if value.lower() == _ALL_LINEAR else _pattern(whole_path, value, budget, errors)
+        pattern = _every_path if value.lower() == _ALL_LINEAR else _pattern(whole_path, value, errors)
         return frozenset(), pattern
     names = _names(value)
     if not names:
@@ -96,13 +94,11 @@ def _target_modules(
     return names, None
 
 
-def _exclude_modules(
-    value: object, budget: StepBudget, errors: list[ContentError]
-) -> tuple[frozenset[str], PathMatcher | None]:
+def _exclude_modules(value: object, errors: list[ContentError]) -> tuple[frozenset[str], PathMatcher | None]:
     if value is None or value == "":
         return frozenset(), None
     if isinstance(value, str):
-        return frozenset(), _pattern(whole_path, value, budget, errors)
+        return frozenset(), _pattern(whole_path, value, errors)
     names = _names(value)
     if names is None:
         errors.append(InvalidAdapter(f"exclude_modules {quote(value)} is not a pattern or a list of names"))
@@ -119,12 +115,12 @@ def _layers(value: object, errors: list[ContentError]) -> frozenset[int] | None:
     return frozenset(layers)
 
 
-def _layer_lists(value: object, budget: StepBudget, errors: list[ContentError]) -> tuple[PathMatcher, ...]:
+def _layer_lists(value: object, errors: list[ContentError]) -> tuple[PathMatcher, ...]:
     texts = _names([value] if isinstance(value, str) and value else value or [])
     if texts is None:
         errors.append(InvalidAdapter(f"layers_pattern {quote(value)} is not a name or a list of names"))
         return ()
-    found = (_pattern(layer_list, text, budget, errors) for text in sorted(texts))
+    found = (_pattern(layer_list, text, errors) for text in sorted(texts))
     return tuple(matcher for matcher in found if matcher is not None)
 
 
@@ -138,11 +134,9 @@ def _every_path(path: str) -> bool:
     return True
 
 
-def _pattern(
-    kind: Callable[[str, StepBudget], PathMatcher], text: str, budget: StepBudget, errors: list[ContentError]
-) -> PathMatcher | None:
+def _pattern(kind: Callable[[str], PathMatcher], text: str, errors: list[ContentError]) -> PathMatcher | None:
     try:
-        return kind(text, budget)
+        return kind(text)
     except ContentError as error:
         errors.append(error)
         return None
