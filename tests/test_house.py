@@ -154,7 +154,7 @@ def test_a_bare_gpu_box_can_run_the_engine() -> None:
 
 def test_the_client_needs_no_server_package() -> None:
     extra = PROJECT["optional-dependencies"]["server"]
-    blocked = {package_of(requirement).replace("-", "_") for requirement in extra} | {"zmq"}
+    blocked = {package_of(requirement).replace("-", "_") for requirement in extra} | {"zmq", "re2"}
     assert {"torch", "numpy", "tokenizers", "msgspec"} <= blocked
     loaded = run_without(blocked, ["lorasrv", "lorasrv.client", "lorasrv.cli.main"]).split()
     assert "lorasrv.client" in loaded

@@ -28,7 +28,7 @@ from lorasrv_adapters.errors import (
     UnsupportedFeature,
 )
 from lorasrv_adapters.manifest import CONFIG_FILE
-from lorasrv_adapters.peft_config import parse_peft_config
+from lorasrv_adapters.peft_config import MAX_REGEXES, parse_peft_config
 from lorasrv_adapters.peft_format import AdapterSpec, validate_folder
 
 NUM_LAYERS = 12
@@ -148,7 +148,7 @@ def test_random_configurations_are_read_as_peft_reads_them(tmp_path: Path) -> No
     rng = random.Random(7)
     torch.manual_seed(7)
     num_read = num_patterned = num_unloadable = 0
-    for index in range(24):
+    for index in range(14):
         folder = tmp_path / str(index)
         expected = save_and_load(random_config(rng), folder)
         if isinstance(expected, str):
@@ -165,7 +165,7 @@ def test_random_configurations_are_read_as_peft_reads_them(tmp_path: Path) -> No
         assert (spec.rank_min, spec.rank_max) == (min(ranks), max(ranks))
         num_read += 1
         num_patterned += len(set(expected.values())) > 1
-    assert num_read > 12 and num_patterned > 8 and num_unloadable > 0, (num_read, num_patterned, num_unloadable)
+    assert num_read > 8 and num_patterned > 3 and num_unloadable > 0, (num_read, num_patterned, num_unloadable)
 
 
 def test_many_configurations_select_what_peft_selects() -> None:
@@ -221,16 +221,16 @@ def test_a_rank_pattern_over_the_maximum_names_the_limit(tmp_path: Path) -> None
         ({"rank_pattern": {"q_proj": True}}, InvalidAdapter, "True"),
         ({"rank_pattern": {"q_proj": "2"}}, InvalidAdapter, "'2'"),
         ({"rank_pattern": [["q_proj", 2]]}, InvalidAdapter, "rank_pattern"),
-        ({"rank_pattern": {"(q_proj": 2}}, InvalidAdapter, "missing )"),
-        ({"rank_pattern": {"(?=q)q_proj": 2}}, UnsupportedFeature, "look-around"),
-        ({"rank_pattern": {str(i): 2 for i in range(5000)}}, UnsupportedFeature, "4096"),
+        ({"rank_pattern": {"(q_proj": 2}}, UnsupportedFeature, "missing )"),
+        ({"rank_pattern": {"(?=q)q_proj": 2}}, UnsupportedFeature, "(?=q)q_proj"),
+        ({"rank_pattern": {str(i): 2 for i in range(5000)}}, UnsupportedFeature, "2048"),
         ({"alpha_pattern": {"q_proj": 0}}, InvalidAdapter, "alpha_pattern of 'q_proj': 0"),
         ({"alpha_pattern": {"q_proj": 65537}}, InvalidAdapter, "65536"),
         ({"alpha_pattern": {"q_proj": None}}, InvalidAdapter, "None"),
         ({"alpha_pattern": {"../../q_proj": 2}}, InvalidAdapter, "path"),
         ({"target_modules": "/etc/passwd"}, InvalidAdapter, "path"),
-        ({"target_modules": ".*(q_proj"}, InvalidAdapter, "missing )"),
-        ({"target_modules": r".*(q)_proj\1"}, UnsupportedFeature, "escape"),
+        ({"target_modules": ".*(q_proj"}, UnsupportedFeature, "missing )"),
+        ({"target_modules": r".*(q)_proj\1"}, UnsupportedFeature, r"holds '\\1'"),
         ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, InvalidAdapter, "layers_to_transform"),
         ({"target_modules": ".*q_proj", "layers_to_transform": []}, InvalidAdapter, "layers_to_transform"),
         ({"target_modules": "all-linear", "layers_pattern": ""}, InvalidAdapter, "layers_pattern"),
@@ -243,8 +243,8 @@ def test_a_rank_pattern_over_the_maximum_names_the_limit(tmp_path: Path) -> None
         ({"layers_to_transform": True}, InvalidAdapter, "layers_to_transform"),
         ({"exclude_modules": {"v_proj": 1}}, InvalidAdapter, "exclude_modules"),
         ({"exclude_modules": ["v_proj", 3]}, InvalidAdapter, "exclude_modules"),
-        ({"exclude_modules": "(v_proj"}, InvalidAdapter, "missing )"),
-        ({"target_modules": "(.{0,900}){900}"}, UnsupportedFeature, "steps"),
+        ({"exclude_modules": "(v_proj"}, UnsupportedFeature, "missing )"),
+        ({"target_modules": "(.{0,900}){900}"}, UnsupportedFeature, "repetition size"),
     ],
 )
 def test_refused_by_name(tmp_path: Path, changes: dict[str, Any], kind: type[AdapterError], part: str) -> None:
@@ -254,7 +254,7 @@ def test_refused_by_name(tmp_path: Path, changes: dict[str, Any], kind: type[Ada
 
 
 def test_a_flood_of_bad_pattern_keys_is_cut(tmp_path: Path) -> None:
-    assert len(refusals(adapter(tmp_path, rank_pattern={f"({index}": 0 for index in range(4000)}))) < 25
+    assert len(refusals(adapter(tmp_path, rank_pattern={f"({index}": 0 for index in range(MAX_REGEXES)}))) < 25
 
 
 def test_layers_beyond_the_base_are_another_base(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_the_first_key_that_matches_wins(tmp_path: Path) -> None:
     assert scales == {layer: 3.0 if layer == 1 else 4.0 for layer in range(NUM_LAYERS)}
 
 
-def test_an_evil_pattern_is_read_in_bounded_steps(tmp_path: Path) -> None:
+def test_an_evil_pattern_is_read_at_once(tmp_path: Path) -> None:
     folder = adapter(tmp_path, rank_pattern={"(.*)*(.*)*!": 3, r"((\w+\.?)+)+!": 4}, exclude_modules="(.*.*)*x")
     assert len(validate_folder(folder, BASE).modules) == NUM_LAYERS
 
