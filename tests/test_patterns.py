@@ -104,8 +104,7 @@ def test_what_is_accepted_selects_what_it_selects_in_peft(text: str, paths: list
             return  # PEFT saves no such adapter
     try:
         matchers = whole_path(text), path_end(text)
-    except UnsupportedFeature as refused:
-        assert ascii(text) in str(refused)
+    except UnsupportedFeature:
         return
     for path in paths:
         assert matchers[0](path) == bool(whole.fullmatch(path)), path

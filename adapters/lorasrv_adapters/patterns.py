@@ -12,15 +12,15 @@ from lorasrv_adapters.errors import UnsupportedFeature, quote
 PathMatcher = Callable[[str], bool]
 
 MAX_PATTERN_CHARS = 4096
-# Within this many instructions RE2 rarely needs more memory than it is given, and stays quick.
-MAX_INSTRUCTIONS = 1024
+MAX_INSTRUCTIONS = 1024  # RE2 stays quick as long as its memory suffices, as it does for so many
 _MAX_MEMORY_BYTES = 1 << 20
 
 # Names and paths, where `.` may stand for itself or for any character: Python's own matcher never goes back far.
 _NAME = re.compile(r"\^?[A-Za-z0-9_.]{1,256}\$?")
 # Flags, look-around and odd groups; escapes but the classes, \b, \B, \A and punctuation; POSIX classes; and numbers of
-# repetitions that only Python takes for such: without the lower one, with a leading zero, or very large.
-_NOT_COMMON = re.compile(r"\(\?(?!:|P<)|\\(?![dDwWsSbBA])[A-Za-z0-9]|\[:|\{(?:,|(?:\d+,)?(?:0\d|\d{4}))")
+# repetitions that only Python takes for such: without the lower one, with a leading zero, or very large. No model's
+# modules are other than ASCII.
+_NOT_COMMON = re.compile(r"\(\?(?!:|P<)|\\(?![dDwWsSbBA])[A-Za-z0-9]|\[:|\{(?:,|(?:\d+,)?(?:0\d|\d{4}))|[^\0-\x7f]")
 
 
 def is_name(text: str) -> bool:
@@ -52,10 +52,8 @@ def _matcher(text: str, form: str) -> PathMatcher:
         return lambda path: name.fullmatch(path) is not None
     if len(text) > MAX_PATTERN_CHARS:
         raise UnsupportedFeature(f"the pattern {quote(text)} is over the limit of {MAX_PATTERN_CHARS} characters")
-    uncommon = _NOT_COMMON.search(text)
-    if uncommon is not None or not text.isascii():
-        what = quote(uncommon[0]) if uncommon else "characters other than ASCII"
-        raise UnsupportedFeature(f"the pattern {quote(text)} holds {what}, which is not served")
+    if uncommon := _NOT_COMMON.search(text):
+        raise UnsupportedFeature(f"the pattern {quote(text)} holds {quote(uncommon[0])}, which is not served")
     _compile(text, text)  # alone, so that a parenthesis in the text cannot close one of the form
     return _compile(form.replace("{}", text), text)
 
@@ -76,7 +74,7 @@ def _compile(pattern: str, text: str) -> PathMatcher:
         compiled = re2.compile(pattern.encode("ascii"), options)
     except re2.error as error:
         reason = quote(error.args[0].decode("ascii"))
-        raise UnsupportedFeature(f"the pattern {quote(text)} is refused by RE2: {reason}") from error
+        raise UnsupportedFeature(f"the pattern {quote(text)} is not served: {reason}") from error
     if compiled.programsize > MAX_INSTRUCTIONS:
         raise UnsupportedFeature(f"the pattern {quote(text)} is over the limit of {MAX_INSTRUCTIONS} instructions")
     return lambda path: compiled.fullmatch(path.encode()) is not None

@@ -178,7 +178,7 @@ def _alpha(what: str, alpha: object, errors: list[ContentError]) -> float | None
 
 
 def _too_many_patterns(fields: Mapping[str, Any]) -> list[ContentError]:
-    """All that is matched against every module's path, bounded together; values of other types are refused elsewhere."""
+    """Bounds what is matched against every module's path, all together; other types are refused elsewhere."""
     keys = ("rank_pattern", "alpha_pattern", "layers_pattern")
     texts = [text for key in keys if isinstance(fields.get(key), dict | list) for text in fields[key]]
     num_regexes = sum(isinstance(text, str) and not is_name(text) for text in texts)
