@@ -25,6 +25,7 @@ from lorasrv.types import (
     EngineRequest,
     EngineStatus,
     FinishReason,
+    PositionLogprobs,
     SamplingParams,
     TokenDelta,
 )
@@ -35,15 +36,21 @@ DEFAULT_POOL_BYTES = 256 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One prompt's output. `version_digest` None is the base model; `seed` repeats it."""
+    """One prompt's output. `version_digest` None is the base model; `seed` repeats it.
+
+    `stop` is the stop string or stop token id that ended it. `logprobs` has one for each token, `prompt_logprobs` one
+    for each prompt token but the first; None where the sampling did not ask.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish: FinishReason
-    stop: str | None
+    stop: str | int | None
     prompt_tokens: int
     version_digest: str | None
     seed: int
+    logprobs: tuple[PositionLogprobs, ...] | None = None
+    prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
 
 
 class LLM:
@@ -195,7 +202,9 @@ class _Run:
         self._output = OutputStream(tokenizer, request, stop)
         self._pieces: list[str] = []
         self._token_ids: list[int] = []
-        self._stop: str | None = None
+        self._logprobs: list[PositionLogprobs] = []
+        self._prompt_logprobs: list[PositionLogprobs] = []
+        self._stop: str | int | None = None
 
     def take(self, delta: TokenDelta) -> None:
         if delta.failure is not None:
@@ -203,6 +212,8 @@ class _Run:
         piece = self._output.take(delta)
         self._pieces.append(piece.text)
         self._token_ids += piece.token_ids
+        self._logprobs += piece.logprobs
+        self._prompt_logprobs += delta.prompt_logprobs
         self.finish, self._stop = piece.finish, piece.stop
 
     def result(self) -> Generation:
@@ -216,4 +227,6 @@ class _Run:
             prompt_tokens=len(self.request.token_ids),
             version_digest=adapter.digest if adapter else None,
             seed=self.request.seed,
+            logprobs=None if self.request.logprobs is None else tuple(self._logprobs),
+            prompt_logprobs=None if self.request.prompt_logprobs is None else tuple(self._prompt_logprobs),
         )

@@ -1,5 +1,6 @@
 """Frozen values that cross threads and processes. Standard library only."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -26,7 +27,11 @@ class Tier(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How tokens are drawn. `temperature` 0 is greedy; `top_k` None keeps all tokens; `seed` None draws one."""
+    """How tokens are drawn, and when drawing ends. The wire's SamplingParams says what each field means.
+
+    `temperature` 0 is greedy; `top_k` None keeps all tokens; `seed` None draws one; `logprobs` None gives none, and 0
+    those of the drawn tokens alone.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -34,6 +39,28 @@ class SamplingParams:
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitRules:
+    """What a request does to its logits before tokens are drawn; see `engine.sampling`."""
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +73,8 @@ class AdapterUse:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineRequest:
-    """A validated, tokenized request. `adapter` None is the base model. Only requests of one `cache_salt` (a tenant)
-    share cached prefixes."""
+    """A validated, tokenized request. `adapter` None is the base model; `rules` None leaves the logits as they are.
+    Only requests of one `cache_salt` (a tenant) share cached prefixes."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -57,7 +84,23 @@ class EngineRequest:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int | None = None
+    min_p: float = 0.0
+    rules: LogitRules | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     cache_salt: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionLogprobs:
+    """The model's own log-probabilities at one position: of the token there, and of the likeliest, best first."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +113,16 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDelta:
-    """What one step added to one request. After `finish` or `failure` nothing follows for that request."""
+    """What one step added to one request. After `finish` or `failure` nothing follows for that request.
+
+    `finish` STOP means that the last token is a stop token id. `logprobs`, when asked for, has one for each token;
+    `prompt_logprobs` those of the prompt tokens, from the second on, that were computed in this step.
+    """
 
     request_id: str
     token_ids: tuple[int, ...] = ()
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
     finish: FinishReason | None = None
     failure: Failure | None = None
 

@@ -14,6 +14,7 @@ from lorasrv.types import (
     Failure,
     FinishReason,
     PoolStats,
+    PositionLogprobs,
     TokenDelta,
 )
 
@@ -78,7 +79,14 @@ class FakeCore:
         if kind == COUNT and sent + 1 == request.max_tokens:
             finish = FinishReason.LENGTH
             del self.requests[request.request_id]
-        return TokenDelta(request_id=request.request_id, token_ids=(sent,), finish=finish)
+        score = (PositionLogprobs(token_id=sent, logprob=-1.0),)
+        return TokenDelta(
+            request_id=request.request_id,
+            token_ids=(sent,),
+            logprobs=() if request.logprobs is None else score,
+            prompt_logprobs=() if request.prompt_logprobs is None else score,
+            finish=finish,
+        )
 
 
 def build(config: EngineConfig) -> tuple[FakeCore, EngineInfo]:

@@ -1,38 +1,55 @@
 """A device, tiers and a model of plain Python: they notice every page that is not what its reader takes it for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from random import Random
 from zlib import crc32
 
-from lorasrv.engine.batch import ChunkInput
+from lorasrv.engine.batch import ChunkInput, StepOutput
 from lorasrv.errors import AdapterLoadFailed
 from lorasrv.memory.residency import ResidentAdapter
-from lorasrv.types import Tier
+from lorasrv.types import PositionLogprobs, Tier
 
 VOCAB = 50
 EOS = 0
 
 
-def next_token(state: int) -> int:
+def next_token(state: int, masked: Collection[int] = ()) -> int:
     """The fake model's only layer."""
-    return state % VOCAB
+    return next(token for token in (*range(state % VOCAB, VOCAB), *range(VOCAB)) if token not in masked)
 
 
 def fold(state: int, adapter: str | None, token_id: int) -> int:
     return crc32(f"{adapter}/{token_id}".encode(), state)
 
 
-def expected_tokens(prompt: tuple[int, ...], adapter: str | None, max_tokens: int) -> list[int]:
+def expected_tokens(
+    prompt: tuple[int, ...],
+    adapter: str | None,
+    max_tokens: int,
+    *,
+    ends: Collection[int] = (EOS,),
+    min_tokens: int = 0,
+) -> list[int]:
     """What the fake model generates for a request served alone: the brute-force reference."""
     state = 0
     for token_id in prompt:
         state = fold(state, adapter, token_id)
     tokens: list[int] = []
-    while len(tokens) < max_tokens and EOS not in tokens:
-        tokens.append(next_token(state))
+    while len(tokens) < max_tokens and not set(tokens) & set(ends):
+        tokens.append(next_token(state, ends if len(tokens) < min_tokens else ()))
         state = fold(state, adapter, tokens[-1])
     return tokens
+
+
+def expected_scores(prompt: tuple[int, ...], adapter: str | None) -> list[tuple[int, float]]:
+    """The fake model's log-probability of a token is what went before it, negated."""
+    state, scores = 0, []
+    for before, token_id in pairwise(prompt):
+        state = fold(state, adapter, before)
+        scores.append((token_id, -float(state)))
+    return scores
 
 
 @dataclass
@@ -123,12 +140,27 @@ class FakeRunner:
         self.tiers = tiers
         self.num_forwards = 0
 
-    def run(self, chunks: tuple[ChunkInput, ...]) -> tuple[int | None, ...]:
+    def run(self, chunks: tuple[ChunkInput, ...]) -> StepOutput:
         self.num_forwards += 1
         states = [(chunk, self._run_chunk(chunk)) for chunk in chunks]
-        return tuple(next_token(state) for chunk, state in states if chunk.sample is not None)
+        return StepOutput(
+            tokens=tuple(
+                next_token(rows[-1], chunk.sample.edits.masked if chunk.sample.edits else ())
+                for chunk, rows in states
+                if chunk.sample is not None
+            ),
+            prompt_logprobs={
+                index: tuple(
+                    PositionLogprobs(token_id=token_id, logprob=-float(rows[position - 1 - chunk.start]))
+                    for position, token_id in enumerate(chunk.score.token_ids, chunk.score.start)
+                )
+                for index, (chunk, rows) in enumerate(states)
+                if chunk.score is not None
+            },
+        )
 
-    def _run_chunk(self, chunk: ChunkInput) -> int:
+    def _run_chunk(self, chunk: ChunkInput) -> list[int]:
+        """The state behind every row."""
         digest = None
         if chunk.adapter is not None:
             adapter = self.tiers.loaded[chunk.adapter.directory]
@@ -139,11 +171,13 @@ class FakeRunner:
             previous, after = self.device.blocks[self._slot(chunk, position)]
             assert previous == state, f"position {position} of a chunk was overwritten"
             state = after
+        rows: list[int] = []
         for position, token_id in enumerate(chunk.token_ids, chunk.start):
             after = fold(state, digest, token_id)
             self.device.write_kv(*self._slot(chunk, position), state, after)
             state = after
-        return state
+            rows.append(state)
+        return rows
 
     def _slot(self, chunk: ChunkInput, position: int) -> tuple[int, int]:
         page, slot = divmod(position, self.device.block_tokens)

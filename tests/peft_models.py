@@ -1,4 +1,4 @@
-"""Random Llama models and PEFT adapters on disk, PEFT's own greedy tokens, and PEFT folders read for the pool."""
+"""Random models and PEFT adapters on disk, PEFT's own greedy tokens, and PEFT folders read for the pool."""
 
 import json
 import re
@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from lorasrv.memory.packing import PackedModule
 from lorasrv.model.families import MODULE_PATHS
@@ -21,7 +21,13 @@ ALL_TARGETS = tuple(path.split(".")[1] for path in MODULE_PATHS)
 
 
 def random_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
-    """Save a small random Llama into `folder` and return it (fp32, eval, with no end-of-sequence token)."""
+    model = random_model(folder, "llama", seed=seed, **overrides)
+    assert isinstance(model, LlamaForCausalLM)
+    return model
+
+
+def random_model(folder: Path, model_type: str, *, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Save a small random model into `folder` and return it (fp32, eval, with no end-of-sequence token)."""
     settings: dict[str, Any] = {
         "vocab_size": 101,
         "hidden_size": 48,
@@ -36,16 +42,18 @@ def random_llama(folder: Path, *, seed: int = 0, **overrides: Any) -> LlamaForCa
         "pad_token_id": 0,
     }
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(settings | overrides))).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:  # ones would hide a norm that is left out
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith("bias"):  # and zeros a bias
+            torch.nn.init.uniform_(parameter, -1.0, 1.0)
     model.save_pretrained(folder)
     return model
 
 
 def random_adapter(
-    model: LlamaForCausalLM,
+    model: PreTrainedModel,
     folder: Path,
     *,
     rank: int,
@@ -98,7 +106,7 @@ def peft_logits(model: LlamaForCausalLM, adapter: Path | None, prompts: list[lis
 
 
 def peft_greedy(
-    model: LlamaForCausalLM, adapter: Path | None, prompts: list[list[int]], num_tokens: int
+    model: PreTrainedModel, adapter: Path | None, prompts: list[list[int]], num_tokens: int
 ) -> list[list[int]]:
     """Greedy continuations by transformers, or by PEFT with one adapter, each prompt on its own."""
     runner: Any = model

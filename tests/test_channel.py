@@ -33,7 +33,9 @@ from lorasrv.types import (
     EngineStatus,
     Failure,
     FinishReason,
+    LogitRules,
     PoolStats,
+    PositionLogprobs,
     Tier,
     TokenDelta,
 )
@@ -44,6 +46,15 @@ FLOAT = st.floats(allow_nan=False)
 FAILURE = st.builds(Failure, reason=TEXT, message=TEXT)
 USE = st.builds(AdapterUse, digest=TEXT, scale=FLOAT)
 TOKENS = st.lists(COUNT, max_size=30).map(tuple)
+PAIR = st.tuples(COUNT, FLOAT)
+RULES = st.builds(
+    LogitRules,
+    repetition_penalty=FLOAT,
+    presence_penalty=FLOAT,
+    frequency_penalty=FLOAT,
+    logit_bias=st.lists(PAIR, max_size=3).map(tuple),
+    bad_words=st.lists(TOKENS, max_size=3).map(tuple),
+)
 REQUEST = st.builds(
     EngineRequest,
     request_id=TEXT,
@@ -54,11 +65,23 @@ REQUEST = st.builds(
     temperature=FLOAT,
     top_p=FLOAT,
     top_k=st.none() | COUNT,
+    min_p=FLOAT,
+    rules=st.none() | RULES,
+    stop_token_ids=TOKENS,
+    min_tokens=COUNT,
+    ignore_eos=st.booleans(),
+    logprobs=st.none() | COUNT,
+    prompt_logprobs=st.none() | COUNT,
 )
+LOGPROBS = st.lists(
+    st.builds(PositionLogprobs, token_id=COUNT, logprob=FLOAT, top=st.lists(PAIR, max_size=3).map(tuple)), max_size=3
+).map(tuple)
 DELTA = st.builds(
     TokenDelta,
     request_id=TEXT,
     token_ids=TOKENS,
+    logprobs=LOGPROBS,
+    prompt_logprobs=LOGPROBS,
     finish=st.none() | st.sampled_from(FinishReason),
     failure=st.none() | FAILURE,
 )

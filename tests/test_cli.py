@@ -20,6 +20,7 @@ from lorasrv.cli.connection import resolve_url
 from lorasrv.cli.generate import read_jobs
 from lorasrv.cli.main import app
 from lorasrv.errors import ConfigurationError
+from lorasrv.types import FinishReason, LogitRules, PositionLogprobs, TokenDelta
 from running_server import Running, running_server, subprocess_env
 from test_client import free_address
 
@@ -85,6 +86,57 @@ async def test_generate_streams_one_prompt(running: Running) -> None:
     assert (record["adapter"], record["version_digest"]) == ("base", None)
 
 
+async def test_generate_passes_every_knob_on(running: Running) -> None:
+    knobs = "--min-p 0.5 --repetition-penalty 2 --presence-penalty 1 --frequency-penalty 0.5 --logit-bias 7=-2.5"
+    more = "--logit-bias 8=1 --bad-words 1,2 --bad-words 3 --stop-token 5 --min-tokens 2 --ignore-eos"
+    result = await in_thread("generate", "hi", *knobs.split(), *more.split(), "--echo")
+    assert (result.exit_code, result.stdout) == (0, "hihi\n")
+    line = {
+        "prompt": "hi",
+        "min_p": 0.5,
+        "repetition_penalty": 2,
+        "presence_penalty": 1,
+        "frequency_penalty": 0.5,
+        "logit_bias": {"7": -2.5, "8": 1},
+        "bad_words": [[1, 2], [3]],
+        "stop_token_ids": [5],
+        "min_tokens": 2,
+        "ignore_eos": True,
+        "echo": True,
+    }
+    result = await in_thread("generate", "-f", "-", stdin=json.dumps(line))
+    assert (result.exit_code, result.stdout) == (0, "hihi\n"), result.output
+    for request in running.engine.requests:
+        assert request.rules == LogitRules(
+            repetition_penalty=2.0,
+            presence_penalty=1.0,
+            frequency_penalty=0.5,
+            logit_bias=((7, -2.5), (8, 1.0)),
+            bad_words=((1, 2), (3,)),
+        )
+        assert (request.min_p, request.stop_token_ids, request.min_tokens) == (0.5, (5,), 2)
+        assert request.ignore_eos
+    assert len(running.engine.requests) == 2
+
+
+async def test_generate_prints_logprobs_as_json(running: Running) -> None:
+    scores = (PositionLogprobs(token_id=71, logprob=-0.5, top=((9, -0.25),)),)
+    running.engine.script = lambda request: [
+        TokenDelta(
+            request_id=request.request_id,
+            token_ids=(71,),
+            logprobs=scores,
+            prompt_logprobs=scores * 2,
+            finish=FinishReason.LENGTH,
+        )
+    ]
+    result = await in_thread("generate", "hi", "--json", "--logprobs", 1, "--prompt-logprobs", 1)
+    record = json.loads(result.stdout)
+    assert record["logprobs"] == [{"token_id": 71, "logprob": -0.5, "top": {"9": -0.25}}]
+    assert record["prompt_logprobs"] == record["logprobs"] * 2
+    assert [request.logprobs for request in running.engine.requests] == [1]
+
+
 async def test_generate_a_file_in_input_order(running: Running, tmp_path: Path) -> None:
     prompts = [f"p{'x' * (30 - index)}" for index in range(30)]
     file = tmp_path / "prompts.txt"
@@ -135,6 +187,7 @@ async def test_status(running: Running) -> None:
         (("generate", "hi", "-a", "nope"), 3, "ADAPTER_NOT_FOUND"),
         (("generate", "hi", "-a", "UP"), 5, "INVALID_REFERENCE"),
         (("generate", "hi", "--top-p", "7"), 5, "sampling.top_p: 7.0"),
+        (("generate", "hi", "--logprobs", "99", "--json"), 5, "sampling.logprobs: 99"),
         (("generate", "hi", "--url", "nonsense"), 2, "--url: 'nonsense'"),
         (("generate", "--file", "/nowhere/prompts"), 3, "/nowhere/prompts"),
         (("adapters", "rm", "nope"), 3, "ADAPTER_NOT_FOUND"),
@@ -150,7 +203,18 @@ def test_no_server_is_exit_code_6() -> None:
     assert_fails(run("status", "--url", free_address()), 6, "onnect")
 
 
-@pytest.mark.parametrize("arguments", [("generate",), ("generate", "x", "-f", "y"), ("nope",), ("serve",)])
+USAGE = [
+    ("generate",),
+    ("generate", "x", "-f", "y"),
+    ("generate", "x", "--logit-bias", "7"),
+    ("generate", "x", "--bad-words", "a,b"),
+    ("generate", "x", "--logprobs", "3"),
+    ("nope",),
+    ("serve",),
+]
+
+
+@pytest.mark.parametrize("arguments", USAGE)
 def test_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
     assert run(*arguments).exit_code == 2
 
@@ -190,7 +254,20 @@ def test_a_bad_config_says_so(no_user_config: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["{", '{"prompt": 3}', '{"prompt": "x", "max_token": 3}', '{"prompt": "x", "seed": true}']
+    "line",
+    [
+        "{",
+        '{"prompt": 3}',
+        '{"prompt": "x", "max_token": 3}',
+        '{"prompt": "x", "seed": true}',
+        '{"prompt": "x", "max_tokens": -1}',
+        '{"prompt": "x", "stop": [3]}',
+        '{"prompt": "x", "ignore_eos": 1}',
+        '{"prompt": "x", "logit_bias": [1]}',
+        '{"prompt": "x", "logit_bias": {"a": 1}}',
+        '{"prompt": "x", "bad_words": [1]}',
+        '{"prompt": "x", "min_p": "0.1"}',
+    ],
 )
 def test_a_bad_line_is_named(line: str) -> None:
     with pytest.raises(ConfigurationError, match="line 2: "):

@@ -1,14 +1,15 @@
 """The engine on a fake model: 10,000 seeded steps, and the rules of a step one by one."""
 
+from dataclasses import replace
 from random import Random
 
 import pytest
 
-from fakes import EOS, VOCAB, FakeDevice, FakeRunner, FakeTiers, expected_tokens
+from fakes import EOS, VOCAB, FakeDevice, FakeRunner, FakeTiers, expected_scores, expected_tokens
 from lorasrv.config import SchedulerConfig
 from lorasrv.engine.core import EngineCore, Limits
 from lorasrv.errors import GenerationExists, InvalidRequest, QueueFull
-from lorasrv.types import AdapterUse, EngineRequest, Failure, FinishReason, TokenDelta
+from lorasrv.types import AdapterUse, EngineRequest, Failure, FinishReason, LogitRules, TokenDelta
 
 BLOCK_TOKENS = 4
 NUM_PAGES = 40
@@ -75,6 +76,7 @@ class Traffic:
         self.live: dict[str, EngineRequest] = {}
         self.deadline: dict[str, int] = {}
         self.tokens: dict[str, list[int]] = {}
+        self.scores: dict[str, list[tuple[int, float]]] = {}
         self.ends: dict[str, int] = {}
         self.count = 0
 
@@ -83,7 +85,14 @@ class Traffic:
         shared = self.random.choice(SHARED_PREFIXES)
         own = self.random.randint(1, MAX_PROMPT - len(shared))
         prompt = shared + tuple(self.random.randrange(1, VOCAB) for _ in range(own))
-        request = make_request(f"r{self.count}", prompt, digest, self.random.randint(1, MAX_TOKENS))
+        max_tokens = self.random.randint(1, MAX_TOKENS)
+        request = replace(
+            make_request(f"r{self.count}", prompt, digest, max_tokens),
+            stop_token_ids=self.random.choice(((), (7, 8, 9))),
+            min_tokens=self.random.choice((0, self.random.randint(0, max_tokens))),
+            ignore_eos=self.random.random() < 0.3,
+            prompt_logprobs=self.random.choice((None, 0)),
+        )
         self.count += 1
         self.core.add(request)
         # The oldest request is admitted once the ones that run have ended, and is never preempted: with T tokens at
@@ -92,6 +101,7 @@ class Traffic:
         self.live[request.request_id] = request
         self.deadline[request.request_id] = step + bound
         self.tokens[request.request_id] = []
+        self.scores[request.request_id] = []
 
     def cancel(self) -> None:
         if self.live:
@@ -102,15 +112,27 @@ class Traffic:
     def take(self, delta: TokenDelta) -> None:
         request = self.live[delta.request_id]
         self.tokens[delta.request_id] += delta.token_ids
+        self.scores[delta.request_id] += [(each.token_id, each.logprob) for each in delta.prompt_logprobs]
         if delta.failure is not None:
             assert delta.failure.reason == "ADAPTER_LOAD_FAILED"
             self.end(delta.request_id, "failed")
         elif delta.finish is not None:
-            digest = request.adapter.digest if request.adapter else None
-            expected = expected_tokens(request.token_ids, digest, request.max_tokens)
-            assert self.tokens[delta.request_id] == expected
-            assert delta.finish == (FinishReason.EOS if expected[-1] == EOS else FinishReason.LENGTH)
+            self.check_result(request, delta.finish)
             self.end(delta.request_id, "finished")
+
+    def check_result(self, request: EngineRequest, finish: FinishReason) -> None:
+        digest = request.adapter.digest if request.adapter else None
+        ends = {*request.stop_token_ids, *(() if request.ignore_eos else (EOS,))}
+        expected = expected_tokens(
+            request.token_ids, digest, request.max_tokens, ends=ends, min_tokens=request.min_tokens
+        )
+        assert self.tokens[request.request_id] == expected
+        reason = FinishReason.LENGTH
+        if expected[-1] in ends:
+            reason = FinishReason.EOS if expected[-1] == EOS else FinishReason.STOP
+        assert finish == reason
+        wanted = [] if request.prompt_logprobs is None else expected_scores(request.token_ids, digest)
+        assert self.scores[request.request_id] == wanted
 
     def end(self, request_id: str, how: str) -> None:
         del self.live[request_id]
@@ -211,12 +233,50 @@ def test_adapter_that_can_never_fit_is_rejected() -> None:
     assert tokens_of(deltas["neighbour"]) == expected_tokens((1, 2, 3), "small", 5)
 
 
+def test_prompt_logprobs_are_told_once_whatever_is_preempted() -> None:
+    core, _ = make_core({}, num_pages=12, max_step_tokens=9)
+    requests = [replace(make_request(f"r{i}", tuple(range(1, 12 + i)), None, 20), prompt_logprobs=0) for i in range(4)]
+    for request in requests:
+        core.add(request)
+    deltas = run_all(core)
+    assert core.status().counters.preemptions > 0
+    for request in requests:
+        scores = [(each.token_id, each.logprob) for d in deltas[request.request_id] for each in d.prompt_logprobs]
+        assert scores == expected_scores(request.token_ids, None)
+
+
+def test_a_cached_prompt_is_computed_again_for_its_logprobs_only() -> None:
+    core, _ = make_core({})
+    prompt = tuple(range(1, 31))
+    for name, num_top, num_cached in (("first", None, 0), ("scored", 0, 0), ("again", None, 28)):
+        before = core.status().counters.cached_prompt_tokens
+        core.add(replace(make_request(name, prompt), prompt_logprobs=num_top))
+        deltas = run_all(core)[name]
+        assert core.status().counters.cached_prompt_tokens - before == num_cached
+        assert tokens_of(deltas) == expected_tokens(prompt, None, 5)
+        scores = [(each.token_id, each.logprob) for delta in deltas for each in delta.prompt_logprobs]
+        assert scores == ([] if num_top is None else expected_scores(prompt, None))
+
+
+def test_what_could_mask_every_token_is_refused() -> None:
+    core, _ = make_core({})
+    words = tuple((token,) for token in range(1, VOCAB))
+    rules = LogitRules(bad_words=words)
+    core.add(replace(make_request("fine", max_tokens=3), rules=rules))
+    assert tokens_of(run_all(core)["fine"]) == [EOS]
+    with pytest.raises(InvalidRequest, match="mask all 50"):
+        core.add(replace(make_request("r", max_tokens=3), rules=rules, min_tokens=1))
+
+
 @pytest.mark.parametrize(
     ("request_", "field"),
     [
         (make_request("r", ()), "prompt"),
         (make_request("r", (VOCAB,)), "prompt"),
         (make_request("r", (-1,)), "prompt"),
+        (replace(make_request("r"), stop_token_ids=(VOCAB,)), "stop_token_ids"),
+        (replace(make_request("r"), rules=LogitRules(logit_bias=((VOCAB, 1.0),))), "logit_bias"),
+        (replace(make_request("r"), rules=LogitRules(bad_words=((1, -1),))), "bad_words"),
         (make_request("r", max_tokens=0), "max_tokens"),
         (make_request("r", max_tokens=198), "max_tokens"),
         (make_request("r", max_tokens=NUM_PAGES * BLOCK_TOKENS - 2), "max_tokens"),

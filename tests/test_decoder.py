@@ -51,7 +51,8 @@ class Rig:
         return tuple(self._free.pop() for _ in range(self.storage.layout.pages_for_tokens(num_tokens)))
 
     def logits(self, batch: ForwardBatch) -> torch.Tensor:
-        return self.decoder.forward(batch, self.storage.bytes, self.storage.kv)
+        hidden = self.decoder.forward(batch, self.storage.bytes, self.storage.kv)
+        return self.decoder.logits(hidden[batch.sample_rows])
 
 
 def chunk(tokens: list[int], start: int, end: int, table: tuple[int, ...]) -> ChunkInput:
@@ -105,8 +106,8 @@ def test_only_sampling_rows_have_logits(tmp_path: Path) -> None:
     table = rig.table(12)
     silent = ChunkInput(token_ids=tuple(tokens[:6]), start=0, block_table=table, adapter=None, sample=None)
     assert rig.logits(rig.runner.build_batch([silent])).shape == (0, 101)
-    assert rig.runner.run((silent,)) == ()
-    assert rig.runner.run(()) == ()
+    assert rig.runner.run((silent,)).tokens == ()
+    assert rig.runner.run(()).tokens == ()
     assert rig.runner.num_forwards == 1
 
 

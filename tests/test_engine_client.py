@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -150,13 +151,16 @@ async def test_an_id_can_be_used_again_at_once(engine: Engine) -> None:
 
 
 async def test_a_lagging_readers_deltas_merge(engine: Engine) -> None:
-    stream = engine.stream(request("slow", max_tokens=50))
+    stream = engine.stream(replace(request("slow", max_tokens=50), logprobs=0, prompt_logprobs=0))
     first = await anext(stream)
     await collect(engine, request("fast", max_tokens=200))
     rest = [delta async for delta in stream]
     assert len(rest) == 1
     assert (*first.token_ids, *rest[0].token_ids) == tuple(range(50))
     assert rest[0].finish == FinishReason.LENGTH
+    for merged in (first, rest[0]):
+        assert tuple(each.token_id for each in merged.logprobs) == merged.token_ids
+        assert merged.prompt_logprobs == merged.logprobs
 
 
 async def test_a_refused_request_raises_its_error(engine: Engine) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
-from lorasrv.engine.batch import ChunkInput
+from lorasrv.engine.batch import ChunkInput, StepOutput
 from lorasrv.engine.build import Assembly, assemble
 from lorasrv.engine.packer import Packer
 from lorasrv.engine.runner import ModelRunner
@@ -154,12 +154,12 @@ def test_one_forward_per_step_with_eight_adapters(case: Case) -> None:
     distinct: set[int] = set()
 
     class Watching:
-        def run(self, chunks: tuple[ChunkInput, ...]) -> tuple[int | None, ...]:
+        def run(self, chunks: tuple[ChunkInput, ...]) -> StepOutput:
             before = runner.num_forwards
-            tokens = runner.run(chunks)
+            output = runner.run(chunks)
             assert runner.num_forwards == before + 1
             distinct.add(len({chunk.adapter for chunk in chunks if chunk.adapter}))
-            return tokens
+            return output
 
     engine.core._runner = Watching()
     serve(engine, case.requests(), 27)

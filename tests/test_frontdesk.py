@@ -9,12 +9,21 @@ from dataclasses import replace
 import pytest
 
 from fake_engine import BASE_MODEL, EOS, INFO, FakeEngine
-from lorasrv.engine.admission import TokenLimits, check_request, check_tokens
+from lorasrv.engine.admission import TokenLimits, check_request, check_tokens, engine_request
 from lorasrv.engine.text import load_tokenizer
 from lorasrv.errors import EngineUnavailable, GenerationExists, InvalidRequest, LorasrvError
-from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
+from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Prompt, Started
 from lorasrv.server.frontdesk import FrontDesk
-from lorasrv.types import BASE_ID, AdapterUse, EngineRequest, FinishReason, SamplingParams, TokenDelta
+from lorasrv.types import (
+    BASE_ID,
+    AdapterUse,
+    EngineRequest,
+    FinishReason,
+    LogitRules,
+    PositionLogprobs,
+    SamplingParams,
+    TokenDelta,
+)
 from lorasrv_adapters.errors import AdapterNotFound
 from lorasrv_adapters.records import ResolvedVersion
 
@@ -171,6 +180,66 @@ async def test_tokens_behind_a_stop_string_in_one_delta_are_dropped(desk: Desk) 
     assert (finished.reason, finished.completion_tokens) == (FinishReason.STOP, 2)
 
 
+async def test_the_engine_is_asked_for_every_knob(desk: Desk) -> None:
+    knobs = {"stop_token_ids": (5,), "min_tokens": 2, "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 3}
+    rules = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": -0.5, "bad_words": ((1, 2),)}
+    await desk.events(asked(**knobs, **rules, logit_bias={7: -3.0}, min_p=0.25))
+    await desk.events(asked())
+    request, plain = desk.engine.requests
+    assert {name: getattr(request, name) for name in knobs} == knobs
+    assert request.min_p == 0.25
+    assert request.rules == LogitRules(**rules, logit_bias=((7, -3.0),))
+    assert plain.rules is None
+
+
+async def test_echo_gives_text_as_it_was_and_tokens_as_their_text(desk: Desk) -> None:
+    started = [(await desk.events(replace(asked(given), echo=True)))[0] for given in ("hé", (256, 71, 72))]
+    echoed = [event.prompt for event in started if isinstance(event, Started)]
+    assert echoed == [
+        Prompt(text="hé", token_ids=desk.engine.requests[0].token_ids),
+        Prompt(text="hi", token_ids=(256, 71, 72)),
+    ]
+    (silent, *_) = await desk.events(asked())
+    assert isinstance(silent, Started) and silent.prompt is None
+
+
+async def test_a_stop_token_counts_and_is_not_text(desk: Desk) -> None:
+    desk.engine.script = (
+        lambda request: [  # pyright: ignore[reportAttributeAccessIssue]
+            TokenDelta(request_id=request.request_id, token_ids=request.token_ids[1:3], finish=FinishReason.STOP)
+        ]
+    )
+    _, delta, finished = await desk.events(asked("ab"))
+    assert isinstance(delta, Delta) and isinstance(finished, Finished)
+    assert (delta.text, len(delta.token_ids)) == ("a", 2)
+    assert (finished.reason, finished.stop, finished.completion_tokens) == (FinishReason.STOP, delta.token_ids[1], 2)
+
+
+async def test_logprobs_follow_their_tokens_up_to_a_stop_string(desk: Desk) -> None:
+    def script(request: EngineRequest) -> Iterator[TokenDelta]:
+        tokens = request.token_ids[1:]
+        scores = tuple(PositionLogprobs(token_id=token, logprob=-float(token)) for token in tokens)
+        yield TokenDelta(request_id=request.request_id, prompt_logprobs=scores[:2])
+        yield TokenDelta(
+            request_id=request.request_id, token_ids=tokens, logprobs=scores, prompt_logprobs=scores[2:], finish=None
+        )
+
+    desk.engine.script = script  # pyright: ignore[reportAttributeAccessIssue]
+    _, first, second, finished = await desk.events(asked("abcd", stop=("c",)))
+    assert isinstance(first, Delta) and isinstance(second, Delta) and isinstance(finished, Finished)
+    assert (first.text, first.token_ids, len(first.prompt_logprobs)) == ("", (), 2)
+    assert second.text == "ab"
+    assert tuple(each.token_id for each in second.logprobs) == second.token_ids
+    assert (len(second.token_ids), len(second.prompt_logprobs), finished.completion_tokens) == (3, 2, 3)
+    assert finished.time_to_first_token_s is not None
+
+
+@pytest.mark.parametrize(("min_tokens", "text"), [(0, ""), (1, "a"), (2, "ab"), (3, "aba"), (4, "ababc")])
+async def test_stop_strings_begin_behind_min_tokens(desk: Desk, min_tokens: int, text: str) -> None:
+    events = await desk.events(asked("ababc", stop=("ab", "ba", "b"), min_tokens=min_tokens))
+    assert text_of(events) == text
+
+
 async def test_held_back_text_comes_with_the_end(desk: Desk) -> None:
     events = await desk.events(asked("ab st", stop=("stop",)))
     assert text_of(events) == "ab st"
@@ -249,6 +318,19 @@ async def test_draining_waits_and_admits_nothing(desk: Desk) -> None:
     assert isinstance((await running)[-1], Finished)
 
 
+NAN = float("nan")
+BAD_KNOBS: dict[str, tuple[object, ...]] = {
+    "min_p": (-0.1, 1.1, NAN),
+    "repetition_penalty": (0.0, 0.01, -1.0, 65.0, NAN),
+    "presence_penalty": (-2.1, 2.1, NAN),
+    "frequency_penalty": (-2.1, 2.1, NAN),
+    "logit_bias": ({1: 101.0}, {1: NAN}, dict.fromkeys(range(301), 1.0)),
+    "bad_words": (((),), ((1,) * 17,), ((1,),) * 65),
+    "stop_token_ids": ((1,) * 65,),
+    "min_tokens": (-1,),
+    "logprobs": (-1, 21),
+    "prompt_logprobs": (-1, 21),
+}
 REFUSED: list[tuple[GenerationRequest, str]] = [
     (asked(None), "prompt"),
     (asked(""), "prompt"),
@@ -271,6 +353,7 @@ REFUSED: list[tuple[GenerationRequest, str]] = [
     (asked(max_tokens=0), "sampling.max_tokens"),
     (asked(seed=-1), "sampling.seed"),
     (asked(seed=2**64), "sampling.seed"),
+    *((asked(**{field: value}), f"sampling.{field}") for field, values in BAD_KNOBS.items() for value in values),
     (asked(stop=("x",) * 17), "sampling.stop"),
     (asked(stop=("",)), "sampling.stop"),
     (asked(stop=("x" * 257,)), "sampling.stop"),
@@ -282,6 +365,43 @@ def test_bad_requests_name_their_field(request_: GenerationRequest, field: str) 
     with pytest.raises(InvalidRequest) as refused:
         check_request(request_)
     assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field"),
+    [
+        ({"logit_bias": {260: 1.0}}, "logit_bias"),
+        ({"bad_words": ((1, 260),)}, "bad_words"),
+        ({"stop_token_ids": (260,)}, "stop_token_ids"),
+        ({"stop_token_ids": (-1,)}, "stop_token_ids"),
+        ({"min_tokens": 4, "max_tokens": 3}, "min_tokens"),
+        ({"min_tokens": 62}, "min_tokens"),
+    ],
+)
+def test_what_the_model_bounds_is_checked_with_its_numbers(sampling: dict[str, object], field: str) -> None:
+    request = asked(**sampling)
+    check_request(request)
+    with pytest.raises(InvalidRequest, match=r"260|-1|max_tokens 3|max_tokens 61") as refused:
+        engine_request("r", (1, 2, 3), adapter=None, sampling=request.sampling, limits=LIMITS)
+    assert refused.value.field == f"sampling.{field}"
+
+
+def test_the_edges_of_the_knobs_are_inside() -> None:
+    edges = asked(
+        min_p=1.0,
+        repetition_penalty=1 / 64,
+        presence_penalty=-2.0,
+        frequency_penalty=2.0,
+        logit_bias=dict.fromkeys(range(260), -100.0),
+        bad_words=((259,) * 16,) * 64,
+        stop_token_ids=(259,) * 64,
+        min_tokens=3,
+        max_tokens=3,
+        logprobs=20,
+        prompt_logprobs=0,
+    )
+    check_request(edges)
+    assert engine_request("r", (1,), adapter=None, sampling=edges.sampling, limits=LIMITS).min_tokens == 3
 
 
 def test_the_edges_of_the_limits_are_inside() -> None:

@@ -6,6 +6,7 @@ import pytest
 
 from lorasrv.memory.layout import ALIGN_BYTES, TILE_ROWS, AdapterImage, MatrixShape, PageLayout, Tile, adapter_image
 from lorasrv.model.families import MODULE_PATHS, Architecture
+from lorasrv.model.rope_config import DefaultRope
 
 RANKS = (1, 3, 8, 13, 16, 48, 63, 64, 100, 256)
 SUBSETS = {"all": tuple(range(7)), "attention": (0, 1, 2, 3), "query_value": (0, 2), "down": (6,)}
@@ -24,7 +25,10 @@ def shape(layers: int, hidden: int, intermediate: int, heads: int, kv_heads: int
         vocab_size=32000,
         context_tokens=4096,
         rms_norm_eps=1e-5,
-        rope_theta=1e4,
+        rope=DefaultRope(theta=1e4),
+        windows=(None,) * layers,
+        qkv_bias=False,
+        o_bias=False,
         tie_word_embeddings=False,
         eos_token_ids=(2,),
         bos_token_id=1,

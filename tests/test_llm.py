@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lorasrv import LLM
 from lorasrv.demo.tasks import TASKS, prompt, random_words
 from lorasrv.errors import ConfigurationError, InvalidRequest
+from lorasrv.llm import Generation
 from lorasrv.types import FinishReason, SamplingParams
 from lorasrv_adapters.errors import ContentRefused
 
@@ -82,6 +84,36 @@ def test_seed_repeats_whatever_else_runs(llm: LLM) -> None:
         ["banana>"], adapter="reverse", sampling=SamplingParams(temperature=2.0, seed=18, max_tokens=24)
     )
     assert other[0].token_ids != alone.token_ids
+
+
+def test_logprobs_of_prompt_and_output(llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=32, logprobs=2, prompt_logprobs=0)
+    output = llm.generate(["banana>"], adapter="upper", sampling=params)[0]
+    plain = llm.generate(["banana>"], adapter="upper", sampling=GREEDY)[0]
+    assert output.logprobs is not None and output.prompt_logprobs is not None
+    assert output.token_ids == plain.token_ids == tuple(each.token_id for each in output.logprobs)
+    assert all(each.top[0] == (each.token_id, each.logprob) and len(each.top) == 2 for each in output.logprobs)
+    assert sum(each.logprob for each in output.logprobs) > -0.1  # it was trained to be sure
+    assert len(output.prompt_logprobs) == output.prompt_tokens - 1
+    assert (plain.logprobs, plain.prompt_logprobs) == (None, None)
+
+
+def test_ends_and_bans(llm: LLM) -> None:
+    b, a, n = (llm.generate([f"{letter}>"], sampling=GREEDY)[0].token_ids[0] for letter in "ban")
+
+    def output(**knobs: Any) -> Generation:
+        return llm.generate(["banana>"], sampling=SamplingParams(temperature=0, **knobs))[0]
+
+    stopped = output(stop_token_ids=(n,))
+    assert (stopped.text, stopped.finish, stopped.stop, stopped.token_ids) == ("ba", FinishReason.STOP, n, (b, a, n))
+    assert "ana" not in output(bad_words=((a, n, a),), max_tokens=12).text
+    assert "b" not in output(logit_bias={b: -100.0}, max_tokens=12).text
+    assert output(ignore_eos=True, max_tokens=12).finish is FinishReason.LENGTH
+    assert len(output(min_tokens=10, max_tokens=12).token_ids) > 10
+    held = output(stop=("a",), min_tokens=4)
+    assert (held.text, held.stop) == ("banan", "a")
+    with pytest.raises(InvalidRequest, match="min_tokens"):
+        output(min_tokens=13, max_tokens=12)
 
 
 def test_a_name_can_be_given_anew_and_taken_away(llm: LLM) -> None:

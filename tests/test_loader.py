@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lorasrv.errors import UnsupportedModel
 from lorasrv.model.families import Architecture, read_architecture
 from lorasrv.model.loader import ModelWeights, dummy_weights, load_weights
-from peft_models import random_llama
+from peft_models import random_llama, random_model
 
 CPU = torch.device("cpu")
 
@@ -43,6 +44,31 @@ def test_values_and_stacking(tmp_path: Path, stored: torch.dtype, dtype: torch.d
     assert torch.equal(weights.embed, state["model.embed_tokens.weight"].to(dtype))
     assert torch.equal(weights.lm_head, state["lm_head.weight"].to(dtype))
     assert torch.equal(weights.norm, state["model.norm.weight"].to(dtype))
+
+
+@pytest.mark.parametrize(("model_type", "settings"), [("qwen2", {}), ("qwen3", {"attention_bias": True})])
+def test_biases_and_norms_of_queries_and_keys(tmp_path: Path, model_type: str, settings: dict[str, Any]) -> None:
+    state = random_model(tmp_path, model_type, head_dim=8, **settings).state_dict()
+    assert sum(name.endswith("bias") for name in state) == (6 if model_type == "qwen2" else 8)
+    for index, layer in enumerate(load(tmp_path).layers):
+        at = f"model.layers.{index}.self_attn."
+        assert layer.qkv_bias is not None
+        assert torch.equal(layer.qkv_bias, torch.cat([state[f"{at}{name}_proj.bias"] for name in "qkv"]))
+        if model_type == "qwen2":
+            assert layer.o_bias is None and layer.qk_norms is None
+        else:
+            assert layer.o_bias is not None and layer.qk_norms is not None
+            assert torch.equal(layer.o_bias, state[f"{at}o_proj.bias"])
+            for mine, name in zip(layer.qk_norms, ("q_norm", "k_norm"), strict=True):
+                assert torch.equal(mine, state[f"{at}{name}.weight"])
+
+
+def test_a_missing_bias_or_norm_is_named(tmp_path: Path) -> None:
+    random_model(tmp_path, "qwen3", attention_bias=True)
+    edit(tmp_path, model__layers__0__self_attn__k_norm__weight=None, model__layers__1__self_attn__o_proj__bias=None)
+    named = r"lacks 2 tensors: model\.layers\.0\.self_attn\.k_norm\.weight, model\.layers\.1\.self_attn\.o_proj\.bias"
+    with pytest.raises(UnsupportedModel, match=named):
+        load(tmp_path)
 
 
 def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
@@ -121,6 +147,14 @@ def test_dummy_weights_depend_on_the_seed_alone(tmp_path: Path) -> None:
     assert not torch.equal(first.layers[1].gate_up, other.layers[1].gate_up)
     assert 0.015 < first.embed.std().item() < 0.025
     assert bool((first.norm == 1).all())
+
+
+def test_dummy_biases_are_zero(tmp_path: Path) -> None:
+    random_model(tmp_path, "qwen3", attention_bias=True)
+    layer = dummy_weights(read_architecture(tmp_path), torch.float32, CPU, 1).layers[1]
+    assert layer.qkv_bias is not None and layer.o_bias is not None and layer.qk_norms is not None
+    assert not layer.qkv_bias.any() and not layer.o_bias.any()
+    assert all(bool((norm == 1).all()) for norm in layer.qk_norms)
 
 
 PEAK_SCRIPT = """

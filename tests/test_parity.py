@@ -106,7 +106,7 @@ class Server:
             while waiting and len(running) < max_members:
                 running.append(waiting.pop(0))
             chunks = tuple(sequence.next_chunk(chunk_tokens) for _, sequence in running)
-            tokens = iter(self.runner.run(chunks))
+            tokens = iter(self.runner.run(chunks).tokens)
             for (index, sequence), chunk in zip(list(running), chunks, strict=True):
                 token = next(tokens) if chunk.sample is not None else None
                 alive = sequence.apply(chunk, token)
@@ -224,7 +224,7 @@ def test_one_forward_per_step_with_eight_adapters(case: Case, monkeypatch: pytes
     server = Server(case.folder, case.modules)
     chunks = tuple(Sequence.of(request, server).next_chunk(64) for request in case.requests)
     assert len({chunk.adapter for chunk in chunks}) == 9
-    tokens = server.runner.run(chunks)
+    tokens = server.runner.run(chunks).tokens
     assert tokens == tuple(want[0] for want in case.want)
     assert len(calls) == server.runner.num_forwards == 1
 

@@ -1,14 +1,23 @@
 """Drawn tokens against exact probabilities, and the independence of a row from its batch."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from lorasrv.engine.batch import SampleInput
-from lorasrv.model.sampler import sample_tokens
+from lorasrv.model.logit_edits import LogitEdits
+from lorasrv.model.sampler import draw, position_logprobs, sample_tokens
 from lorasrv_kernels.reference import philox
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.5, 1.7, -3.0, 0.0, 1.2, 0.5, -0.4, 1.69])
@@ -20,9 +29,11 @@ def row(**settings: Any) -> SampleInput:
     return SampleInput(**(defaults | settings))
 
 
-def exact_probs(temperature: float, top_p: float, top_k: int | None) -> list[float]:
+def exact_probs(
+    temperature: float, top_p: float = 1.0, top_k: int | None = None, logits: Sequence[float] | None = None
+) -> list[float]:
     """Worked out token by token, without tensors."""
-    weights = {token: math.exp(logit / temperature) for token, logit in enumerate(LOGITS.tolist())}
+    weights = {token: math.exp(logit / temperature) for token, logit in enumerate(logits or LOGITS.tolist())}
     likely = sorted(weights, key=lambda token: (-weights[token], token))[:top_k]
     total, share, kept = sum(weights[token] for token in likely), 0.0, []
     for token in likely:
@@ -51,14 +62,121 @@ def test_frequencies_fit_the_exact_probabilities(
 ) -> None:
     settings = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
     rows = [row(**settings, **{vary: 1000 + index}) for index in range(NUM_DRAWS)]
-    counts = torch.tensor(sample_tokens(LOGITS.expand(NUM_DRAWS, -1), rows)).bincount(minlength=len(LOGITS)).tolist()
-    probs = exact_probs(temperature, top_p, top_k)
+    assert_fits(sample_tokens(LOGITS.expand(NUM_DRAWS, -1), rows), exact_probs(temperature, top_p, top_k))
+
+
+def assert_fits(tokens: Sequence[int | None], probs: Sequence[float]) -> None:
+    """Pearson's chi-squared test; tokens of probability 0 never come."""
+    counts = torch.tensor(tokens).bincount(minlength=len(probs)).tolist()
     assert all(count == 0 for count, prob in zip(counts, probs, strict=True) if prob == 0)
-    kept = [(count, NUM_DRAWS * prob) for count, prob in zip(counts, probs, strict=True) if prob > 0]
+    kept = [(count, len(tokens) * prob) for count, prob in zip(counts, probs, strict=True) if prob > 0]
     statistic = sum((count - want) ** 2 / want for count, want in kept)
     degrees = len(kept) - 1
     assert degrees >= 1
     assert statistic < degrees + 4 * math.sqrt(2 * degrees) + 4  # beyond the 0.9999 quantile for 1 to 10 degrees
+
+
+@pytest.mark.parametrize("vary", ["seed", "position"])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [(1.0, None, 1.0, 0.2), (2.0, None, 1.0, 0.5), (1.5, 8, 0.95, 0.25), (0.7, None, 0.9, 0.05), (1.0, 5, 1.0, 0.01)],
+)
+def test_min_p_behind_the_others_fits_transformers(
+    vary: str, temperature: float, top_k: int | None, top_p: float, min_p: float
+) -> None:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    warpers += [] if top_k is None else [TopKLogitsWarper(top_k)]
+    warpers += [TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)]
+    logits = LOGITS + torch.arange(len(LOGITS)) / 100  # no equal ones, which transformers keeps or drops together
+    probs = warpers(torch.zeros(1, 0, dtype=torch.int64), logits.unsqueeze(0)).double().softmax(-1)[0].tolist()
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    rows = [row(**settings, **{vary: 1000 + index}) for index in range(NUM_DRAWS)]
+    assert_fits(sample_tokens(logits.expand(NUM_DRAWS, -1), rows), probs)
+
+
+EDITS = [
+    LogitEdits(repetition_penalty=1.7, repeated=(0, 1, 2, 5)),
+    LogitEdits(repetition_penalty=0.5, repeated=(1, 4)),
+    LogitEdits(added=((0, -1.5), (3, 0.75), (9, 2.0))),
+    LogitEdits(masked=(0, 10)),
+    LogitEdits(repetition_penalty=2.0, repeated=(0, 5, 7), added=((0, 1.0), (5, 2.0), (6, -0.5)), masked=(4,)),
+]
+
+
+def edited(edits: LogitEdits) -> list[float]:
+    """The formulas, one logit at a time."""
+    logits = LOGITS.tolist()
+    for token in edits.repeated:
+        factor = 1 / edits.repetition_penalty if logits[token] > 0 else edits.repetition_penalty
+        logits[token] *= factor
+    for token, amount in edits.added:
+        logits[token] += amount
+    for token in edits.masked:
+        logits[token] = -math.inf
+    return logits
+
+
+@pytest.mark.parametrize("vary", ["seed", "position"])
+@pytest.mark.parametrize("edits", EDITS)
+def test_edited_rows_fit_the_exact_probabilities(vary: str, edits: LogitEdits) -> None:
+    rows = [row(temperature=0.9, edits=edits, **{vary: 1000 + index}) for index in range(NUM_DRAWS)]
+    assert_fits(sample_tokens(LOGITS.repeat(NUM_DRAWS, 1), rows), exact_probs(0.9, logits=edited(edits)))
+
+
+def test_rows_without_edits_keep_their_bits_and_their_tokens() -> None:
+    logits = batch_logits(60)
+    plain = [row(temperature=1.1, top_p=0.9, seed=index, position=index) for index in range(60)]
+    with_mates = [
+        row(
+            temperature=1.1,
+            top_p=0.9,
+            seed=index,
+            position=index,
+            min_p=0.1,
+            logprobs=3,
+            edits=LogitEdits(repetition_penalty=1.5, repeated=(1, 2, index), added=((3, 5.0),), masked=(4,)),
+        )
+        if index % 2
+        else plain[index]
+        for index in range(60)
+    ]
+    among = logits.clone()
+    tokens, logprobs = draw(among, with_mates)
+    assert torch.equal(among[::2], logits[::2])
+    assert tokens[::2] == sample_tokens(logits, plain)[::2]
+    assert sorted(logprobs) == list(range(1, 60, 2))
+    alone = [draw(logits[index : index + 1].clone(), with_mates[index : index + 1]) for index in range(60)]
+    assert tuple(found[0][0] for found in alone) == tokens
+    assert {index: found[1][0] for index, found in enumerate(alone) if found[1]} == logprobs
+
+
+def test_logprobs_are_the_models_own_whatever_is_edited() -> None:
+    logits = batch_logits(6)
+    rows = [row(temperature=3.0, seed=index, edits=EDITS[index % 5], logprobs=index) for index in range(5)]
+    rows.append(row(logprobs=2))
+    logits[5, 7] = float("nan")
+    want = logits.double().log_softmax(-1)
+    tokens, found = draw(logits.clone(), rows)
+    assert sorted(found) == [0, 1, 2, 3, 4] and tokens[5] is None
+    for index, each in found.items():
+        assert each.token_id == tokens[index]
+        assert each.logprob == pytest.approx(want[index, each.token_id].item(), abs=1e-5)
+        best = want[index].topk(index)
+        assert [token for token, _ in each.top] == best.indices.tolist()
+        assert [logprob for _, logprob in each.top] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_more_logprobs_than_tokens_are_all() -> None:
+    (found,) = position_logprobs(torch.tensor([[0.0, 1.0, -1.0]]), [2], 20)
+    assert [token for token, _ in found.top] == [1, 0, 2]
+    assert sum(math.exp(logprob) for _, logprob in found.top) == pytest.approx(1)
+    assert position_logprobs(torch.zeros(0, 3), [], 2) == ()
+
+
+def test_a_fully_masked_row_is_none_and_its_neighbour_is_not() -> None:
+    rows = [row(edits=LogitEdits(masked=(0, 1, 2))), row()]
+    tokens = sample_tokens(torch.zeros(2, 3), rows)
+    assert tokens[0] is None and tokens[1] is not None
 
 
 def test_temperature_zero_takes_the_largest_and_of_equal_ones_the_first() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from lorasrv.client.messages import CHUNK_BYTES, upload_files, write_requests
 from lorasrv.errors import ConfigurationError, QueueFull
 from lorasrv.server.server import Server
 from lorasrv.server.status import MASKED_MESSAGE
+from lorasrv.types import EngineRequest, FinishReason, LogitRules, PositionLogprobs, TokenDelta
 from lorasrv.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
@@ -111,6 +113,59 @@ async def test_zero_is_not_the_default(running: Running, generation: Any) -> Non
     assert [request.temperature for request in running.engine.requests] == [0.0, 1.0]
 
 
+async def test_logprobs_echo_and_stop_token_reach_the_caller(running: Running, generation: Any) -> None:
+    def script(request: EngineRequest) -> list[TokenDelta]:
+        scores = (PositionLogprobs(token_id=71, logprob=-0.5, top=((71, -0.5), (9, -2.0))),)
+        first = TokenDelta(request_id=request.request_id, prompt_logprobs=scores)
+        last = replace(first, token_ids=(71,), logprobs=scores, finish=FinishReason.STOP)
+        return [first, last]
+
+    running.engine.script = script
+    request = asked("h", stop_token_ids=[71], logprobs=2, prompt_logprobs=2)
+    request.echo = True
+    response = await generation.Generate(request)
+    assert (response.started.prompt_text, list(response.started.prompt_token_ids)) == ("h", [256, 71])
+    assert (response.text, response.finished.stop, response.finished.stop_token_id) == ("", "", 71)
+    assert (len(response.prompt_logprobs), len(response.logprobs)) == (2, 1)
+    each = response.logprobs[0]
+    assert (each.token.token_id, each.token.logprob) == (71, -0.5)
+    assert [(top.token_id, top.logprob) for top in each.top] == [(71, -0.5), (9, -2.0)]
+    events = [event async for event in generation.GenerateStream(request)]
+    assert events[0].started.prompt_text == "h"
+    assert [(len(e.delta.prompt_logprobs), len(e.delta.logprobs)) for e in events[1:-1]] == [(1, 0), (1, 1)]
+    assert events[-1].finished.stop_token_id == 71
+
+
+async def test_knobs_reach_the_engine_and_unset_ones_change_nothing(running: Running, generation: Any) -> None:
+    words = [generation_pb2.TokenIds(ids=[1, 2])]
+    await generation.Generate(
+        asked(
+            repetition_penalty=1.5,
+            presence_penalty=0.5,
+            frequency_penalty=-0.5,
+            logit_bias={7: -3.0},
+            bad_words=words,
+            min_p=0.25,
+            min_tokens=2,
+            ignore_eos=True,
+            logprobs=0,
+        )
+    )
+    await generation.Generate(asked())
+    request, plain = running.engine.requests
+    assert request.rules == LogitRules(
+        repetition_penalty=1.5,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias=((7, -3.0),),
+        bad_words=((1, 2),),
+    )
+    assert (request.min_p, request.min_tokens, request.ignore_eos) == (0.25, 2, True)
+    assert (request.logprobs, request.prompt_logprobs) == (0, None)
+    assert (plain.rules, plain.min_p, plain.min_tokens, plain.ignore_eos) == (None, 0, 0, False)
+    assert (plain.logprobs, plain.stop_token_ids) == (None, ())
+
+
 @pytest.mark.parametrize(
     ("request_", "field"),
     [
@@ -124,6 +179,20 @@ async def test_zero_is_not_the_default(running: Running, generation: Any) -> Non
         (asked(temperature=float("nan")), "sampling.temperature"),
         (asked(top_p=0.0), "sampling.top_p"),
         (asked(stop=["x"] * 17), "sampling.stop"),
+        (asked(min_p=1.5), "sampling.min_p"),
+        (asked(repetition_penalty=0.0), "sampling.repetition_penalty"),
+        (asked(presence_penalty=float("nan")), "sampling.presence_penalty"),
+        (asked(frequency_penalty=3.0), "sampling.frequency_penalty"),
+        (asked(logit_bias={1: 1e3}), "sampling.logit_bias"),
+        (asked(logit_bias={260: 1.0}), "sampling.logit_bias"),
+        (asked(logit_bias=dict.fromkeys(range(301), 1.0)), "sampling.logit_bias"),
+        (asked(bad_words=[generation_pb2.TokenIds()]), "sampling.bad_words"),
+        (asked(bad_words=[generation_pb2.TokenIds(ids=[1])] * 65), "sampling.bad_words"),
+        (asked(stop_token_ids=[1] * 65), "sampling.stop_token_ids"),
+        (asked(stop_token_ids=[260]), "sampling.stop_token_ids"),
+        (asked(min_tokens=3, max_tokens=2), "sampling.min_tokens"),
+        (asked(logprobs=21), "sampling.logprobs"),
+        (asked(prompt_logprobs=2**32 - 1), "sampling.prompt_logprobs"),
         (
             generation_pb2.GenerateRequest(
                 adapter=[generation_pb2.AdapterRef(name="base")], tokens=generation_pb2.TokenIds(ids=[260])

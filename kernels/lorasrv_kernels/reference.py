@@ -110,10 +110,10 @@ def _tiles(
 
 
 def rms_norm(
-    x: Tensor,  # [num_tokens, hidden]
+    x: Tensor,  # [..., hidden]
     weight: Tensor,  # [hidden]
     eps: float,
-) -> Tensor:  # [num_tokens, hidden]
+) -> Tensor:  # [..., hidden]
     """x / sqrt(mean(x^2) + eps) in fp32, rounded to x's dtype, times weight."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -159,24 +159,32 @@ def paged_attention(
     block_tables: Tensor,  # int32 [num_sequences, max_blocks], pages in token order; what lies behind is not read
     query_starts: Tensor,  # int32 [num_sequences + 1], rows of `query` by sequence
     context_lengths: Tensor,  # int32 [num_sequences], tokens in the pages, those of this step included
+    window: int | None,  # >= 1, the last positions that a row sees; None for all
     out: Tensor,  # [num_tokens, num_heads, head_dim]
 ) -> None:
     """Causal attention of each sequence's last query rows over all its tokens, in fp32, rounded once.
 
-    A sequence with n rows and a context of c tokens has its row i at position c - n + i, which sees positions up to
-    its own: a prefill chunk, a whole prompt and a decode row (n = 1) are the same thing. Query head h reads kv head
-    h // (num_heads / kv_heads). Scores are scaled by 1 / sqrt(head_dim).
+    A sequence with n rows and a context of c tokens has its row i at position p = c - n + i, which sees the positions
+    j <= p, with a window those of p - window < j <= p: a prefill chunk, a whole prompt and a decode row (n = 1) are the
+    same thing. Pages that no row sees are not read. Query head h reads kv head h // (num_heads / kv_heads). Scores are
+    scaled by 1 / sqrt(head_dim).
     """
-    group = query.shape[1] // kv.shape[4]
+    group, block_tokens = query.shape[1] // kv.shape[4], kv.shape[3]
     starts, contexts = query_starts.tolist(), context_lengths.tolist()
     for sequence, context in enumerate(contexts):
         start, end = starts[sequence], starts[sequence + 1]
-        pages = block_tables[sequence, : -(-context // kv.shape[3])].long()
-        key, value = (kv[pages, layer, which].flatten(0, 1)[:context].float() for which in (0, 1))
+        first_row = context - (end - start)
+        first_block = 0 if window is None else max(0, first_row - window + 1) // block_tokens
+        first = first_block * block_tokens
+        pages = block_tables[sequence, first_block : -(-context // block_tokens)].long()
+        key, value = (kv[pages, layer, which].flatten(0, 1)[: context - first].float() for which in (0, 1))
         q = query[start:end].float().unflatten(1, (-1, group))  # [n, kv_heads, group, head_dim]
         scores = torch.einsum("nkgd,ckd->kgnc", q, key) * query.shape[2] ** -0.5
-        position = torch.arange(context - (end - start), context, device=query.device)
-        hidden = torch.arange(context, device=query.device) > position.unsqueeze(1)  # [n, context]
+        row = torch.arange(first_row, context, device=query.device).unsqueeze(1)  # [n, 1]
+        position = torch.arange(first, context, device=query.device)  # [c - first]
+        hidden = position > row
+        if window is not None:
+            hidden |= position <= row - window
         weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
         out[start:end] = torch.einsum("kgnc,ckd->nkgd", weights, value).flatten(1, 2).to(out.dtype)
 
@@ -200,20 +208,52 @@ def philox(
     return c0, c1, c2, c3
 
 
+def edit_logits(
+    logits: Tensor,  # float32 [num_rows, vocab_size], changed in place
+    repeated: Tensor,  # int64 [2, num_repeated], (row, token id) pairs, all different
+    penalties: Tensor,  # float32 [num_repeated], > 0
+    added: Tensor,  # int64 [2, num_added], pairs, all different
+    amounts: Tensor,  # float32 [num_added]
+    masked: Tensor,  # int64 [2, num_masked], pairs
+) -> None:
+    """What requests change before tokens are drawn, in this order: the repeated logits are divided by their penalty
+    where positive and multiplied by it elsewhere; the amounts are added; the masked logits become -inf.
+
+    Rows that no pair names are not touched.
+    """
+    found = logits[repeated[0], repeated[1]]
+    logits[repeated[0], repeated[1]] = torch.where(found > 0, found / penalties, found * penalties)
+    logits[added[0], added[1]] += amounts
+    logits[masked[0], masked[1]] = float("-inf")
+
+
+def token_logprobs(
+    logits: Tensor,  # float32 [num_rows, vocab_size]
+    token_ids: Tensor,  # int64 [num_rows]
+    num_top: int,  # at most vocab_size
+) -> tuple[Tensor, Tensor, Tensor]:  # float32 [num_rows], float32 [num_rows, num_top], int64 [num_rows, num_top]
+    """Log-softmax at the row's token, and the largest ones, largest first, with their token ids."""
+    logprobs = logits.log_softmax(-1)
+    top, ids = logprobs.topk(num_top, dim=-1)
+    return logprobs.gather(-1, token_ids.unsqueeze(1)).squeeze(1), top, ids
+
+
 def sample(
     logits: Tensor,  # float32 [num_rows, vocab_size]
     temperature: Tensor,  # float32 [num_rows], >= 0
     top_p: Tensor,  # float32 [num_rows], in (0, 1]
     top_k: Tensor,  # int64 [num_rows], >= 1; vocab_size or more keeps all
+    min_p: Tensor | None,  # float32 [num_rows], in [0, 1]; None where it is 0 in every row
     seeds: Tensor,  # int64 [num_rows], the 64 bits of the seed
     positions: Tensor,  # int64 [num_rows], of the token that is drawn
 ) -> tuple[Tensor, Tensor]:  # int64 [num_rows], bool [num_rows]
     """The token drawn for every row, and whether the row's logits allowed it: a row that holds NaN or +inf, or
     nothing but -inf, is False and its token means nothing.
 
-    Temperature 0 takes the largest logit, the lowest id of equal ones. Otherwise the top_k most likely tokens are kept
-    and of those the fewest whose share reaches top_p (equal ones by lowest id), and the draw is Gumbel-max: the
-    largest logit / temperature - log(-log(u)), u in (0, 1) from `philox` keyed by the seed at the counter
+    Temperature 0 takes the largest logit, the lowest id of equal ones. Otherwise, on logits / temperature, the top_k
+    most likely tokens are kept, of those the fewest whose share reaches top_p (equal ones by lowest id), of those the
+    ones at least min_p times as likely as the likeliest, and the draw is Gumbel-max: the largest
+    logit / temperature - log(-log(u)), u in (0, 1) from `philox` keyed by the seed at the counter
     (token id // 4, position, 0, 0), word token id % 4. So a row's draw depends on nothing else in the batch.
     """
     valid = logits.amax(-1).isfinite()
@@ -222,6 +262,8 @@ def sample(
     if drawn.numel():
         scaled = logits[drawn].double() / temperature[drawn].double().unsqueeze(1)
         scaled = _mask_unlikely(scaled, top_p[drawn], top_k[drawn])
+        if min_p is not None:
+            _mask_below(scaled, min_p[drawn])
         tokens[drawn] = (scaled + _gumbel(seeds[drawn], positions[drawn], logits.shape[1])).argmax(-1)
     return tokens, valid
 
@@ -240,6 +282,15 @@ def _mask_unlikely(scaled: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
     masked = scaled.clone()
     masked[cut] = torch.empty_like(ordered).scatter_(-1, ids, ordered)
     return masked
+
+
+def _mask_below(scaled: Tensor, min_p: Tensor) -> None:
+    """-inf, in place, for the tokens that min_p leaves out. The likeliest token always stays, so it does not matter
+    what top_k and top_p have left out before."""
+    cut = (min_p > 0).nonzero().squeeze(1)
+    kept = scaled[cut]
+    floor = kept.amax(-1, keepdim=True) + min_p[cut].double().log().unsqueeze(1)
+    scaled[cut] = kept.masked_fill(kept < floor, float("-inf"))
 
 
 def _gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +31,26 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Repeats a generation.", min=0)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be given again.")] = None,
     scale: Annotated[float | None, typer.Option(help="Multiplies the adapter's own scale.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens below this share of the likeliest's chance.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Of tokens in prompt and output; 1 is none.")] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="Of tokens in the output.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="For each time a token is in the output.")] = None,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to a token's logit; may be given again.")
+    ] = None,
+    bad_words: Annotated[
+        list[str] | None, typer.Option(metavar="ID,ID…", help="Tokens never to come in a row; may be given again.")
+    ] = None,
+    stop_token: Annotated[
+        list[int] | None, typer.Option(metavar="ID", help="End with this token; may be given again.", min=0)
+    ] = None,
+    min_tokens: Annotated[int | None, typer.Option(help="Do not end before this many tokens.", min=0)] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on behind an end-of-sequence token.")] = False,
+    logprobs: Annotated[
+        int | None, typer.Option(help="With --json: log-probabilities, and the k likeliest tokens'.", min=0)
+    ] = None,
+    prompt_logprobs: Annotated[int | None, typer.Option(help="The same for the prompt's tokens.", min=0)] = None,
+    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its output.")] = False,
     file: Annotated[
         str | None, typer.Option("--file", "-f", help="One prompt a line; .jsonl or lines of JSON objects; - is stdin.")
     ] = None,
@@ -41,6 +61,8 @@ def generate(
     """Generate text with an adapter. With --file, results come in the order of the prompts."""
     if (prompt is None) == (file is None):
         raise typer.BadParameter("give either PROMPT or --file")
+    if not as_json and (logprobs is not None or prompt_logprobs is not None):
+        raise typer.BadParameter("log-probabilities are printed with --json only")
     given = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -49,6 +71,18 @@ def generate(
         "seed": seed,
         "stop": stop or None,
         "scale": scale,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+        "logit_bias": _biases(logit_bias or ()) or None,
+        "bad_words": [_token_ids(word) for word in bad_words or ()] or None,
+        "stop_token_ids": stop_token or None,
+        "min_tokens": min_tokens,
+        "ignore_eos": ignore_eos or None,
+        "logprobs": logprobs,
+        "prompt_logprobs": prompt_logprobs,
+        "echo": echo or None,
     }
     sampling = {key: value for key, value in given.items() if value is not None}
     with reported_errors():
@@ -59,6 +93,20 @@ def generate(
             jobs = read_jobs(lines, adapter, sampling, jsonl=str(file).endswith(".jsonl"))
         code = asyncio.run(_generate_many(jobs, concurrency, resolve_url(url), as_json))
     raise typer.Exit(code)
+
+
+def _biases(options: Iterable[str]) -> dict[int, float]:
+    try:
+        return {int(token_id): float(bias) for token_id, bias in (option.split("=") for option in options)}
+    except ValueError:
+        raise typer.BadParameter(f"--logit-bias: {' '.join(options)!r} is not of the form ID=BIAS") from None
+
+
+def _token_ids(option: str) -> list[int]:
+    try:
+        return [int(token_id) for token_id in option.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--bad-words: {option!r} is not of the form ID,ID,…") from None
 
 
 def read_jobs(lines: Iterable[str], adapter: str, sampling: Mapping[str, Any], *, jsonl: bool) -> list[Job]:
@@ -75,16 +123,59 @@ def read_jobs(lines: Iterable[str], adapter: str, sampling: Mapping[str, Any], *
     return jobs
 
 
-_FIELDS: Mapping[str, type | tuple[type, ...]] = {
-    "prompt": str,
-    "adapter": str,
-    "max_tokens": int,
-    "temperature": (int, float),
-    "top_p": (int, float),
-    "top_k": int,
-    "seed": int,
-    "stop": list,
-    "scale": (int, float),
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**32
+
+
+def _is_seed(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**64
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _list_of(is_item: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_item, value))
+
+
+def _are_biases(value: Any) -> bool:
+    """JSON has strings for keys."""
+    if not isinstance(value, dict):
+        return False
+    return all(key.isdecimal() and _is_count(int(key)) and _is_number(bias) for key, bias in value.items())
+
+
+_FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    "prompt": _is_text,
+    "adapter": _is_text,
+    "max_tokens": _is_count,
+    "temperature": _is_number,
+    "top_p": _is_number,
+    "top_k": _is_count,
+    "seed": _is_seed,
+    "stop": _list_of(_is_text),
+    "scale": _is_number,
+    "min_p": _is_number,
+    "repetition_penalty": _is_number,
+    "presence_penalty": _is_number,
+    "frequency_penalty": _is_number,
+    "logit_bias": _are_biases,
+    "bad_words": _list_of(_list_of(_is_count)),
+    "stop_token_ids": _list_of(_is_count),
+    "min_tokens": _is_count,
+    "ignore_eos": _is_flag,
+    "logprobs": _is_count,
+    "prompt_logprobs": _is_count,
+    "echo": _is_flag,
 }
 
 
@@ -96,9 +187,11 @@ def _read_object(text: str, number: int, adapter: str, sampling: Mapping[str, An
     if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
         raise ConfigurationError(f"line {number}: not an object with a prompt")
     for key, value in fields.items():
-        if key not in _FIELDS or not isinstance(value, _FIELDS[key]) or isinstance(value, bool):
+        if key not in _FIELDS or not _FIELDS[key](value):
             raise ConfigurationError(f"line {number}: {key!r} with value {value!r} is not a known field of that kind")
     prompt, adapter = fields.pop("prompt"), fields.pop("adapter", adapter)
+    if "logit_bias" in fields:
+        fields["logit_bias"] = {int(key): bias for key, bias in fields["logit_bias"].items()}
     return Job(prompt=prompt, adapter=adapter, sampling={**sampling, **fields})
 
 
@@ -109,6 +202,8 @@ def _generate_one(job: Job, url: str | None, as_json: bool) -> None:
             print_json(_record(0, job, response))
             return
         for event in client.stream(job.prompt, adapter=job.adapter, **job.sampling):
+            if isinstance(event, generation_pb2.Started):
+                print(event.prompt_text, end="", flush=True)
             if isinstance(event, generation_pb2.Delta):
                 print(event.text, end="", flush=True)
         print()
@@ -125,7 +220,8 @@ async def _generate_many(jobs: list[Job], concurrency: int, url: str, as_json: b
         if as_json:
             print_json(_record(outcome.index, outcome.job, outcome.result))
         else:
-            print("" if isinstance(outcome.result, ClientError) else outcome.result.text, flush=True)
+            result = outcome.result
+            print("" if isinstance(result, ClientError) else result.started.prompt_text + result.text, flush=True)
 
     with progress(*Progress.get_default_columns()) as bar:
         task = bar.add_task("generating", total=len(jobs))
@@ -138,10 +234,15 @@ def _record(index: int, job: Job, result: generation_pb2.GenerateResponse | Clie
     asked = {"index": index, "prompt": job.prompt, "adapter": job.adapter}
     if isinstance(result, ClientError):
         return {**asked, "error": {"code": result.code.name, "reason": result.reason, "message": result.message}}
-    finished = result.finished
+    finished, logprobs = result.finished, {}
+    if result.logprobs:
+        logprobs["logprobs"] = _positions(result.logprobs)
+    if result.prompt_logprobs:
+        logprobs["prompt_logprobs"] = _positions(result.prompt_logprobs)
     return {
         **asked,
-        "text": result.text,
+        "text": result.started.prompt_text + result.text,
+        **logprobs,
         "finish_reason": generation_pb2.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower(),
         "version_digest": result.started.version_digest or None,
         "seed": result.started.seed,
@@ -150,3 +251,14 @@ def _record(index: int, job: Job, result: generation_pb2.GenerateResponse | Clie
         "time_to_first_token_s": finished.timings.time_to_first_token.ToTimedelta().total_seconds(),
         "total_s": finished.timings.total.ToTimedelta().total_seconds(),
     }
+
+
+def _positions(logprobs: Sequence[generation_pb2.PositionLogprobs]) -> list[dict[str, Any]]:
+    return [
+        {
+            "token_id": each.token.token_id,
+            "logprob": each.token.logprob,
+            "top": {str(top.token_id): top.logprob for top in each.top},
+        }
+        for each in logprobs
+    ]

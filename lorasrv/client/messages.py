@@ -1,7 +1,7 @@
 """What the sync and the async client share: addresses, requests, and an adapter folder as upload messages."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from lorasrv.v1 import adapter_pb2, generation_pb2
@@ -40,16 +40,46 @@ def generate_request(
     seed: int | None = None,
     max_tokens: int | None = None,
     stop: Sequence[str] = (),
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float | None = None,
+    frequency_penalty: float | None = None,
+    logit_bias: Mapping[int, float] | None = None,
+    bad_words: Sequence[Sequence[int]] = (),
+    stop_token_ids: Sequence[int] = (),
+    min_tokens: int | None = None,
+    ignore_eos: bool | None = None,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+    echo: bool = False,
     generation_id: str = "",
 ) -> generation_pb2.GenerateRequest:
-    """A request; what is None is left to the server's defaults."""
+    """A request; what is None is left to the server's defaults. The proto file's SamplingParams says what is what."""
     request = generation_pb2.GenerateRequest(
         adapter=[generation_pb2.AdapterRef(name=adapter, scale=scale)],
         sampling=generation_pb2.SamplingParams(
-            temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens, stop=stop
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            max_tokens=max_tokens,
+            stop=stop,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty,
+            frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias,
+            bad_words=[generation_pb2.TokenIds(ids=word) for word in bad_words],
+            stop_token_ids=stop_token_ids,
+            min_tokens=min_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         ),
         generation_id=generation_id,
+        echo=echo,
     )
+    if ignore_eos is not None:
+        request.sampling.ignore_eos = ignore_eos
     if isinstance(prompt, str):
         request.text = prompt
     else:

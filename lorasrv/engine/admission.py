@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lorasrv.errors import InvalidRequest
@@ -13,6 +14,7 @@ from lorasrv.types import (
     AdapterUse,
     EngineInfo,
     EngineRequest,
+    LogitRules,
     SamplingParams,
 )
 
@@ -20,6 +22,14 @@ MAX_STOP_CHARS = 256
 MAX_TEMPERATURE = 100.0
 MAX_SCALE = 100.0
 MAX_SEED = 2**64 - 1
+MAX_REPETITION_PENALTY = 64.0
+MAX_COUNT_PENALTY = 2.0
+MAX_BIAS = 100.0
+MAX_BIASED_TOKENS = 300
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_TOKENS = 16
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGPROBS = 20
 
 _GENERATION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
@@ -66,9 +76,7 @@ def check_tokens(token_ids: tuple[int, ...], max_tokens: int | None, limits: Tok
     """How many tokens the generation may produce, its default included; raises InvalidRequest."""
     if not token_ids:
         raise InvalidRequest("prompt", "has no tokens; at least one is needed")
-    outside = next((token for token in token_ids if not 0 <= token < limits.vocab_size), None)
-    if outside is not None:
-        raise InvalidRequest("prompt.tokens", f"token id {outside} is outside the vocabulary of {limits.vocab_size}")
+    _check_vocabulary("prompt.tokens", token_ids, limits)
     room = limits.sequence_tokens - len(token_ids)
     wanted = 1 if max_tokens is None else max_tokens
     if wanted > room:
@@ -91,15 +99,35 @@ def engine_request(
     cache_salt: str = "",
 ) -> EngineRequest:
     """A checked, tokenized request as the engine takes it; an unset seed is drawn here. Raises InvalidRequest."""
+    max_tokens = check_tokens(token_ids, sampling.max_tokens, limits)
+    if sampling.min_tokens > max_tokens:
+        raise InvalidRequest("sampling.min_tokens", f"{sampling.min_tokens} is above max_tokens {max_tokens}")
+    _check_vocabulary("sampling.logit_bias", sampling.logit_bias, limits)
+    _check_vocabulary("sampling.bad_words", (token_id for word in sampling.bad_words for token_id in word), limits)
+    _check_vocabulary("sampling.stop_token_ids", sampling.stop_token_ids, limits)
+    rules = LogitRules(
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=tuple(sorted(sampling.logit_bias.items())),
+        bad_words=tuple(tuple(word) for word in sampling.bad_words),
+    )
     return EngineRequest(
         request_id=request_id,
         token_ids=token_ids,
         adapter=adapter,
-        max_tokens=check_tokens(token_ids, sampling.max_tokens, limits),
+        max_tokens=max_tokens,
         seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=None if sampling.top_k is None else min(sampling.top_k, limits.vocab_size),
+        min_p=sampling.min_p,
+        rules=None if rules == LogitRules() else rules,
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        min_tokens=sampling.min_tokens,
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
         cache_salt=cache_salt,
     )
 
@@ -121,21 +149,58 @@ def _check_adapters(adapters: tuple[AdapterRef, ...]) -> AdapterRef:
 
 
 def _check_sampling(sampling: SamplingParams) -> None:
+    _check_range("temperature", sampling.temperature, 0.0, MAX_TEMPERATURE)
     # Comparisons are written so that NaN fails them.
-    if not 0 <= sampling.temperature <= MAX_TEMPERATURE:
-        raise InvalidRequest("sampling.temperature", f"{sampling.temperature} is not within [0, {MAX_TEMPERATURE:g}]")
     if not 0 < sampling.top_p <= 1:
         raise InvalidRequest("sampling.top_p", f"{sampling.top_p} is not within (0, 1]")
     if sampling.top_k is not None and sampling.top_k < 1:
         raise InvalidRequest("sampling.top_k", f"{sampling.top_k} is below 1; leave it unset to keep all tokens")
     if sampling.max_tokens is not None and sampling.max_tokens < 1:
         raise InvalidRequest("sampling.max_tokens", f"{sampling.max_tokens} is below 1")
+    if sampling.min_tokens < 0:
+        raise InvalidRequest("sampling.min_tokens", f"{sampling.min_tokens} is below 0")
     if sampling.seed is not None and not 0 <= sampling.seed <= MAX_SEED:
         raise InvalidRequest("sampling.seed", f"{sampling.seed} is not within [0, 2^64)")
-    if len(sampling.stop) > MAX_STOP_STRINGS:
-        raise InvalidRequest("sampling.stop", f"{len(sampling.stop)} strings; at most {MAX_STOP_STRINGS} are accepted")
+    _check_range("min_p", sampling.min_p, 0.0, 1.0)
+    _check_range("repetition_penalty", sampling.repetition_penalty, 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
+    _check_range("presence_penalty", sampling.presence_penalty, -MAX_COUNT_PENALTY, MAX_COUNT_PENALTY)
+    _check_range("frequency_penalty", sampling.frequency_penalty, -MAX_COUNT_PENALTY, MAX_COUNT_PENALTY)
+    _check_range("logprobs", sampling.logprobs or 0, 0, MAX_LOGPROBS)
+    _check_range("prompt_logprobs", sampling.prompt_logprobs or 0, 0, MAX_LOGPROBS)
+    _check_lists(sampling)
+
+
+def _check_lists(sampling: SamplingParams) -> None:
+    _check_length("stop", len(sampling.stop), MAX_STOP_STRINGS, "strings")
     for stop in sampling.stop:
         if not 1 <= len(stop) <= MAX_STOP_CHARS:
             raise InvalidRequest(
                 "sampling.stop", f"a string of {len(stop)} characters; 1 to {MAX_STOP_CHARS} are accepted"
             )
+    _check_length("stop_token_ids", len(sampling.stop_token_ids), MAX_STOP_TOKEN_IDS, "token ids")
+    _check_length("logit_bias", len(sampling.logit_bias), MAX_BIASED_TOKENS, "token ids")
+    for bias in sampling.logit_bias.values():
+        _check_range("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
+    _check_length("bad_words", len(sampling.bad_words), MAX_BAD_WORDS, "sequences")
+    for word in sampling.bad_words:
+        if not 1 <= len(word) <= MAX_BAD_WORD_TOKENS:
+            raise InvalidRequest(
+                "sampling.bad_words", f"a sequence of {len(word)} tokens; 1 to {MAX_BAD_WORD_TOKENS} are accepted"
+            )
+
+
+def _check_range(field: str, value: float, low: float, high: float) -> None:
+    # Written so that NaN fails it.
+    if not low <= value <= high:
+        raise InvalidRequest(f"sampling.{field}", f"{value} is not within [{low:g}, {high:g}]")
+
+
+def _check_length(field: str, length: int, most: int, what: str) -> None:
+    if length > most:
+        raise InvalidRequest(f"sampling.{field}", f"{length} {what}; at most {most} are accepted")
+
+
+def _check_vocabulary(field: str, token_ids: Iterable[int], limits: TokenLimits) -> None:
+    outside = next((token_id for token_id in token_ids if not 0 <= token_id < limits.vocab_size), None)
+    if outside is not None:
+        raise InvalidRequest(field, f"token id {outside} is outside the vocabulary of {limits.vocab_size}")

@@ -1,18 +1,41 @@
 """What one step computes, as the runner gets it: token chunks of sequences, each with its pages and its adapter."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from lorasrv.model.logit_edits import LogitEdits
+from lorasrv.types import PositionLogprobs
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleInput:
-    """How to draw the token behind a chunk; `position` is that token's index in the sequence."""
+    """How to draw the token behind a chunk; `position` is that token's index in the sequence.
+
+    `edits` None leaves the logits as the model gave them; `logprobs` is how many of the likeliest tokens to tell the
+    log-probabilities of beside the drawn one's, None for not even that.
+    """
 
     temperature: float
     top_p: float
     top_k: int | None
     seed: int
     position: int
+    min_p: float = 0.0
+    edits: LogitEdits | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreInput:
+    """Prompt tokens `[start, start + len(token_ids))` whose log-probabilities a chunk is to give.
+
+    The row of the token before each is in the chunk. `num_top` is how many of the likeliest to tell beside it.
+    """
+
+    token_ids: tuple[int, ...]
+    start: int
+    num_top: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +60,24 @@ class ChunkInput:
     block_table: tuple[int, ...]
     adapter: AdapterInput | None
     sample: SampleInput | None
+    score: ScoreInput | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """What a step gave. `tokens` has the token of every sampling chunk, in order; None where no token could be drawn.
+
+    `logprobs` is by place in `tokens`, `prompt_logprobs` by place of the chunk; those that did not ask are not there.
+    """
+
+    tokens: tuple[int | None, ...]
+    logprobs: Mapping[int, PositionLogprobs] = field(default_factory=dict[int, PositionLogprobs])
+    prompt_logprobs: Mapping[int, tuple[PositionLogprobs, ...]] = field(
+        default_factory=dict[int, tuple[PositionLogprobs, ...]]
+    )
 
 
 class Runner(Protocol):
     """Runs one model forward per step."""
 
-    def run(self, chunks: tuple[ChunkInput, ...]) -> tuple[int | None, ...]:
-        """The token of every sampling chunk, in order; None where that row's logits were not finite."""
-        ...
+    def run(self, chunks: tuple[ChunkInput, ...]) -> StepOutput: ...

@@ -1,6 +1,6 @@
 """The engine: requests in, token deltas out, one model forward per step.
 
-    plan = decide(state)  ->  chunks = prepare(plan)  ->  tokens = runner.run(chunks)  ->  deltas = apply(plan, tokens)
+    plan = decide(state)  ->  chunks = prepare(plan)  ->  output = runner.run(chunks)  ->  deltas = apply(plan, output)
 
 Decisions are `sched.scheduler`'s and pure; every effect on pages, pins and queues is in this file, in `_prepare` and
 `_apply` and what they call.
@@ -14,7 +14,8 @@ from heapq import merge
 from operator import itemgetter
 
 from lorasrv.config import SchedulerConfig
-from lorasrv.engine.batch import AdapterInput, ChunkInput, Runner, SampleInput
+from lorasrv.engine.batch import AdapterInput, ChunkInput, Runner, StepOutput
+from lorasrv.engine.sampling import check_named_tokens, finish_reason, first_needed_row, sample_input, score_input
 from lorasrv.engine.tiers import AdapterTiers
 from lorasrv.errors import GenerationExists, InternalError, InvalidRequest, LorasrvError, QueueFull
 from lorasrv.memory.eviction import Candidate, IdleAdapter, IdleBlock
@@ -30,7 +31,7 @@ from lorasrv.types import (
     EngineRequest,
     EngineStatus,
     Failure,
-    FinishReason,
+    PositionLogprobs,
     Tier,
     TokenDelta,
 )
@@ -113,8 +114,8 @@ class EngineCore:
                 self._tiers.wait(IDLE_WAIT_S)
             return (*failed, *rejected)
         self._step += 1
-        tokens = self._runner.run(chunks)
-        return (*failed, *rejected, *self._apply(plan, tokens))
+        output = self._runner.run(chunks)
+        return (*failed, *rejected, *self._apply(plan, output))
 
     def status(self) -> EngineStatus:
         resident = {
@@ -176,6 +177,7 @@ class EngineCore:
         for token_id in request.token_ids:
             if not 0 <= token_id < limits.vocab_size:
                 raise InvalidRequest("prompt", f"token {token_id} is outside the vocabulary of {limits.vocab_size}")
+        check_named_tokens(request, limits.vocab_size, limits.eos_token_ids)
         if request.max_tokens < 1:
             raise InvalidRequest("max_tokens", f"{request.max_tokens} is below 1")
         total = len(request.token_ids) + request.max_tokens
@@ -216,8 +218,8 @@ class EngineCore:
     def cached_blocks(self, sequence: Sequence) -> list[int]:
         if not self._config.prefix_cache:
             return []
-        # The last token is computed in any case: its logits are what the request is for.
-        count = (len(sequence.token_ids) - 1) // self._limits.block_tokens
+        # What the request needs the logits of is computed in any case.
+        count = first_needed_row(sequence) // self._limits.block_tokens
         return self._prefix.match(sequence.keys.first(count, sequence.token_ids))
 
     # Effects before the forward.
@@ -301,37 +303,36 @@ class EngineCore:
             adapter = AdapterInput(
                 directory=resident.directory, max_rank=resident.max_rank, scale=request.adapter.scale
             )
-        sample = None
-        if end == len(sequence.token_ids):
-            sample = SampleInput(
-                temperature=request.temperature,
-                top_p=request.top_p,
-                top_k=request.top_k,
-                seed=request.seed,
-                position=end,
-            )
         return ChunkInput(
             token_ids=tuple(sequence.token_ids[chunk.start : end]),
             start=chunk.start,
             block_table=tuple(sequence.block_table),
             adapter=adapter,
-            sample=sample,
+            sample=sample_input(sequence, self._limits.eos_token_ids) if end == len(sequence.token_ids) else None,
+            score=score_input(sequence, chunk.start, end),
         )
 
     # Effects after the forward.
 
-    def _apply(self, plan: Plan, tokens: tuple[int | None, ...]) -> tuple[TokenDelta, ...]:
+    def _apply(self, plan: Plan, output: StepOutput) -> tuple[TokenDelta, ...]:
         """Advance the sequences of a completed step and end those that are done."""
         deltas: list[TokenDelta] = []
-        sampled = iter(tokens)
-        num_prompt = 0
-        for chunk in plan.chunks:
+        num_prompt = num_sampled = 0
+        for index, chunk in enumerate(plan.chunks):
             sequence = self._sequences[chunk.request_id]
             sequence.num_computed += chunk.num_tokens
             self._cache_full_blocks(sequence)
             num_prompt += max(0, min(sequence.num_computed, len(sequence.request.token_ids)) - chunk.start)
+            scored = output.prompt_logprobs.get(index, ())
+            sequence.num_scored += len(scored)
+            delta = None
             if sequence.num_computed == len(sequence.token_ids):
-                deltas.append(self._append(sequence, next(sampled)))
+                delta = self._append(sequence, output.tokens[num_sampled], output.logprobs.get(num_sampled))
+                num_sampled += 1
+            if scored:
+                delta = replace(delta or TokenDelta(request_id=sequence.request_id), prompt_logprobs=scored)
+            if delta is not None:
+                deltas.append(delta)
         self._pool.reclaim(self._step)
         self._count(steps=1, prompt_tokens=num_prompt, completion_tokens=sum(len(d.token_ids) for d in deltas))
         return tuple(deltas)
@@ -349,19 +350,20 @@ class EngineCore:
                     self._pool.transfer(page, _sequence_owner(sequence), _CACHE)
             sequence.num_keyed_blocks = num_full
 
-    def _append(self, sequence: Sequence, token_id: int | None) -> TokenDelta:
+    def _append(self, sequence: Sequence, token_id: int | None, logprobs: PositionLogprobs | None) -> TokenDelta:
         if token_id is None:
             return self._fail(sequence, InternalError("the model's output is not finite"))
         sequence.token_ids.append(token_id)
-        finish = None
-        if token_id in self._limits.eos_token_ids:
-            finish = FinishReason.EOS
-        elif sequence.num_generated == sequence.request.max_tokens:
-            finish = FinishReason.LENGTH
+        finish = finish_reason(sequence, self._limits.eos_token_ids)
         if finish is not None:
             self._drop(sequence)
             self._count(finished_requests=1)
-        return TokenDelta(request_id=sequence.request_id, token_ids=(token_id,), finish=finish)
+        return TokenDelta(
+            request_id=sequence.request_id,
+            token_ids=(token_id,),
+            logprobs=() if logprobs is None else (logprobs,),
+            finish=finish,
+        )
 
     def _fail(self, sequence: Sequence, error: LorasrvError) -> TokenDelta:
         self._drop(sequence)

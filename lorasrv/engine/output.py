@@ -5,37 +5,49 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer
 
 from lorasrv.engine.text import TextStream
-from lorasrv.types import EngineRequest, FinishReason, TokenDelta
+from lorasrv.types import EngineRequest, FinishReason, PositionLogprobs, TokenDelta
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What a delta gave. With `finish` it is the last one; the engine's request is to be cancelled if still running."""
+    """What a delta gave. With `finish` it is the last one; the engine's request is to be cancelled if still running.
+
+    `stop` is the stop string or the stop token id that ended the output.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...] = ()
     finish: FinishReason | None = None
-    stop: str | None = None
+    stop: str | int | None = None
 
 
 class OutputStream:
     """Owned by one thread. `num_tokens` counts the tokens that are the caller's."""
 
     def __init__(self, tokenizer: Tokenizer, request: EngineRequest, stop: tuple[str, ...]) -> None:
-        self._text = TextStream(tokenizer, request.token_ids, stop)
+        self._text = TextStream(tokenizer, request.token_ids, stop, request.min_tokens)
         self.num_tokens = 0
 
     def take(self, delta: TokenDelta) -> Piece:
-        # An end-of-sequence token counts, but is not text.
-        visible = delta.token_ids[:-1] if delta.finish is FinishReason.EOS else delta.token_ids
-        piece = self._text.push(visible)
-        finish = FinishReason.STOP if piece.stop is not None else delta.finish
+        # A token that ends the sequence counts, but is not text.
+        ended = delta.finish in (FinishReason.EOS, FinishReason.STOP)
+        piece = self._text.push(delta.token_ids[:-1] if ended else delta.token_ids)
         # Tokens that were generated behind a stop string in the same delta are not the caller's.
-        kept = delta.token_ids if piece.stop is None else delta.token_ids[: self._text.num_tokens - self.num_tokens]
-        self.num_tokens += len(kept)
-        if finish is None:
-            return Piece(text=piece.text, token_ids=kept)
+        num_kept = len(delta.token_ids) if piece.stop is None else self._text.num_tokens - self.num_tokens
+        kept, logprobs = delta.token_ids[:num_kept], delta.logprobs[:num_kept]
+        self.num_tokens += num_kept
+        if piece.stop is None and delta.finish is None:
+            return Piece(text=piece.text, token_ids=kept, logprobs=logprobs)
         tail = self._text.finish()
+        text, finish, stop = piece.text + tail.text, delta.finish, tail.stop
         # What was held back may turn out to hold a stop string.
-        finish = finish if tail.stop is None else FinishReason.STOP
-        return Piece(text=piece.text + tail.text, token_ids=kept, finish=finish, stop=tail.stop)
+        if stop is not None:
+            return Piece(text=text, token_ids=kept, logprobs=logprobs, finish=FinishReason.STOP, stop=stop)
+        return Piece(
+            text=text,
+            token_ids=kept,
+            logprobs=logprobs,
+            finish=finish,
+            stop=delta.token_ids[-1] if finish is FinishReason.STOP else None,
+        )

@@ -2,13 +2,14 @@
 
 import asyncio
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Literal
 
 from lorasrv.engine.messages import Cancel, GetStatus, Message, StatusReply, Step, Submit, ToEngine
 from lorasrv.errors import EngineUnavailable, GenerationExists, LorasrvError, error_from_reason
-from lorasrv.types import EngineRequest, EngineStatus, FinishReason, TokenDelta
+from lorasrv.types import EngineRequest, EngineStatus, FinishReason, PositionLogprobs, TokenDelta
 
 EngineState = Literal["starting", "ready", "unavailable"]
 
@@ -16,8 +17,11 @@ EngineState = Literal["starting", "ready", "unavailable"]
 class Mailbox:
     """What has come for one request and is not read yet: one delta's worth, however far the reader lags."""
 
-    def __init__(self) -> None:
+    def __init__(self, request_id: str) -> None:
+        self._request_id = request_id
         self._token_ids: list[int] = []
+        self._logprobs: list[PositionLogprobs] = []
+        self._prompt_logprobs: list[PositionLogprobs] = []
         self._finish: FinishReason | None = None
         self._error: LorasrvError | None = None
         self._filled = asyncio.Event()
@@ -29,6 +33,8 @@ class Mailbox:
 
     def put(self, delta: TokenDelta) -> None:
         self._token_ids.extend(delta.token_ids)
+        self._logprobs.extend(delta.logprobs)
+        self._prompt_logprobs.extend(delta.prompt_logprobs)
         self._finish = delta.finish
         if delta.failure is not None:
             self._error = error_from_reason(delta.failure.reason, delta.failure.message)
@@ -39,19 +45,26 @@ class Mailbox:
             self._error = error
             self._filled.set()
 
-    async def take(self) -> tuple[tuple[int, ...], FinishReason | None]:
+    async def take(self) -> TokenDelta:
         """All that has come; tokens that came before a failure are given before it is raised."""
         await self._filled.wait()
         if self._error is not None and not self._token_ids:
             raise self._error
-        taken = tuple(self._token_ids), self._finish
-        self._token_ids.clear()
+        taken = TokenDelta(
+            request_id=self._request_id,
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            prompt_logprobs=tuple(self._prompt_logprobs),
+            finish=self._finish,
+        )
+        for given in (self._token_ids, self._logprobs, self._prompt_logprobs):
+            given.clear()
         if self._error is None:
             self._filled.clear()
         return taken
 
 
-class RoutingEngine:
+class RoutingEngine(ABC):
     """Deltas to their streams, replies to their queries, and the state. Owned by one event loop."""
 
     def __init__(self) -> None:
@@ -76,14 +89,15 @@ class RoutingEngine:
         # The engine knows the request by an id used once: deltas of a cancelled request may still be on their way
         # when its id is used again.
         engine_id = f"{request.request_id}#{next(self._serial)}"
-        mailbox = self._mailboxes[engine_id] = Mailbox()
+        mailbox = self._mailboxes[engine_id] = Mailbox(request.request_id)
         self._running.add(request.request_id)
         try:
             self._send(Submit(replace(request, request_id=engine_id)))
             finish = None
             while finish is None:
-                token_ids, finish = await mailbox.take()
-                yield TokenDelta(request_id=request.request_id, token_ids=token_ids, finish=finish)
+                delta = await mailbox.take()
+                finish = delta.finish
+                yield delta
         finally:
             self._running.remove(request.request_id)
             del self._mailboxes[engine_id]
@@ -108,8 +122,8 @@ class RoutingEngine:
                 "a stream waits for an engine that is gone"
             )
 
-    def _send(self, message: ToEngine) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _send(self, message: ToEngine) -> None: ...
 
     def _receive(self, message: Message) -> None:
         match message:

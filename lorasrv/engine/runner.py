@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorasrv.config import EngineConfig
-from lorasrv.engine.batch import AdapterInput, ChunkInput
+from lorasrv.engine.batch import AdapterInput, ChunkInput, StepOutput
 from lorasrv.engine.fitting import page_layout
 from lorasrv.errors import ConfigurationError
 from lorasrv.memory.packing import module_geometry
@@ -15,9 +15,12 @@ from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder, ForwardBatch
 from lorasrv.model.families import Architecture, read_architecture
 from lorasrv.model.loader import dummy_weights, load_weights
-from lorasrv.model.sampler import sample_tokens
-from lorasrv.types import EngineInfo
+from lorasrv.model.sampler import draw, position_logprobs
+from lorasrv.types import EngineInfo, PositionLogprobs
 from lorasrv_kernels.tiles import Segments
+
+# At a vocabulary of 128k tokens, 32 MiB of logits.
+_SCORED_ROWS = 64
 
 
 class ModelRunner:
@@ -28,20 +31,50 @@ class ModelRunner:
         self._storage = storage
         self.num_forwards = 0
 
-    def run(self, chunks: tuple[ChunkInput, ...]) -> tuple[int | None, ...]:
-        """The token of every sampling chunk, in order; None where that row's logits were not finite."""
+    def run(self, chunks: tuple[ChunkInput, ...]) -> StepOutput:
+        """See `engine.batch.StepOutput`. One forward, whatever the chunks ask for."""
         if not chunks:
-            return ()
+            return StepOutput(tokens=())
         order = sorted(range(len(chunks)), key=lambda index: _adapter_key(chunks[index].adapter))
         ordered = [chunks[index] for index in order]
         batch = self.build_batch(ordered)
-        logits = self._decoder.forward(batch, self._storage.bytes, self._storage.kv)
+        hidden = self._decoder.forward(batch, self._storage.bytes, self._storage.kv)
         self.num_forwards += 1
         sampling = [(index, chunks[index].sample) for index in order]
         rows = [(index, sample) for index, sample in sampling if sample is not None]
-        tokens = sample_tokens(logits, [sample for _, sample in rows])
-        by_chunk = {index: token for (index, _), token in zip(rows, tokens, strict=True)}
-        return tuple(by_chunk[index] for index in sorted(by_chunk))
+        tokens, logprobs = draw(self._decoder.logits(hidden[batch.sample_rows]), [sample for _, sample in rows])
+        # From rows in segment order to places in the chunks' order.
+        places = sorted(range(len(rows)), key=lambda row: rows[row][0])
+        return StepOutput(
+            tokens=tuple(tokens[row] for row in places),
+            logprobs={place: logprobs[row] for place, row in enumerate(places) if row in logprobs},
+            prompt_logprobs=self._prompt_logprobs(order, ordered, hidden),
+        )
+
+    def _prompt_logprobs(
+        self,
+        order: Sequence[int],
+        ordered: Sequence[ChunkInput],
+        hidden: Tensor,  # [num_tokens, hidden]
+    ) -> dict[int, tuple[PositionLogprobs, ...]]:
+        """By place of the chunk, for those that ask. Logits exist for few rows at a time."""
+        found: dict[int, tuple[PositionLogprobs, ...]] = {}
+        first_row = 0
+        for index, chunk in zip(order, ordered, strict=True):
+            score = chunk.score
+            if score is not None:
+                rows = hidden[first_row + score.start - 1 - chunk.start :][: len(score.token_ids)]
+                found[index] = tuple(
+                    logprobs
+                    for start in range(0, len(rows), _SCORED_ROWS)
+                    for logprobs in position_logprobs(
+                        self._decoder.logits(rows[start : start + _SCORED_ROWS]),
+                        score.token_ids[start : start + _SCORED_ROWS],
+                        score.num_top,
+                    )
+                )
+            first_row += len(chunk.token_ids)
+        return found
 
     def build_batch(self, chunks: Sequence[ChunkInput]) -> ForwardBatch:
         """The tensors of a step whose chunks stand in segment order."""

@@ -46,10 +46,19 @@ class TextStream:
     prompt, special tokens skipped, cut before the first stop string. Invalid UTF-8 comes out as U+FFFD, one for each
     maximal invalid part. (`Tokenizer.decode` agrees for byte-level vocabularies. For `<0xNN>` tokens it would spoil a
     whole run of bytes, characters already sent included, for one invalid byte behind them.)
+
+    Stop strings are looked for behind the text of the first `min_tokens` tokens only.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: Sequence[int],
+        stop: tuple[str, ...] = (),
+        min_tokens: int = 0,
+    ) -> None:
         self._decoder = _TokenDecoder(tokenizer, prompt_token_ids)
+        self._min_tokens = min_tokens
         self._stops = _StopMatcher(stop)
         self._num_tokens = 0
 
@@ -65,7 +74,8 @@ class TextStream:
             if self._stops.matched is not None:
                 break
             self._num_tokens += 1
-            text += self._stops.push(self._decoder.push(token_id))
+            decoded = self._decoder.push(token_id)
+            text += decoded if self._num_tokens <= self._min_tokens else self._stops.push(decoded)
         return TextDelta(text=text, stop=self._stops.matched)
 
     def finish(self) -> TextDelta:

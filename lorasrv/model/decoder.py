@@ -12,6 +12,7 @@ from torch.nn.functional import embedding, linear
 
 from lorasrv.model.families import Architecture
 from lorasrv.model.loader import LayerWeights, ModelWeights
+from lorasrv.model.rope import Rotation
 from lorasrv_kernels import reference
 from lorasrv_kernels.tiles import Module, Segments
 
@@ -40,15 +41,14 @@ class _Lora:
 
 
 class Decoder:
-    """A Llama-shaped decoder. Immutable after construction; `modules` says how adapters' matrices are cut."""
+    """A decoder of any family. Immutable after construction; `modules` says how adapters' matrices are cut."""
 
     def __init__(self, architecture: Architecture, weights: ModelWeights, modules: tuple[Module, ...]) -> None:
         self.architecture = architecture
         self.weights = weights
         self._qkv_modules, self._o_module = modules[0:3], modules[3:4]
         self._gate_up_modules, self._down_module = modules[4:6], modules[6:7]
-        exponents = torch.arange(0, architecture.head_dim, 2, dtype=torch.int64).float() / architecture.head_dim
-        self._inv_freq = (1.0 / architecture.rope_theta**exponents).to(weights.embed.device)  # [head_dim / 2]
+        self._rotation = Rotation(architecture.rope, architecture.head_dim, weights.embed.device)
 
     @torch.inference_mode()
     def forward(
@@ -56,18 +56,25 @@ class Decoder:
         batch: ForwardBatch,
         pool: Tensor,  # uint8 [num_bytes]
         kv: Tensor,  # [num_pages, layers, 2, block_tokens, kv_heads, head_dim], a view of the pool
-    ) -> Tensor:  # float32 [num_samples, vocab_size]
-        """Compute every row, leave its KV in the pool, and return the logits of the sampling rows."""
+    ) -> Tensor:  # [num_tokens, hidden]
+        """Compute every row, leave its KV in the pool, and return what `logits` takes."""
         eps = self.architecture.rms_norm_eps
         x = embedding(batch.token_ids, self.weights.embed)  # [num_tokens, hidden]
-        cos, sin = self._rotation(batch.positions, x.dtype)
+        cos, sin = self._rotation.at(batch.positions, x.dtype)
         lora = _step_lora(batch, pool)
         for index, layer in enumerate(self.weights.layers):
             normed = reference.rms_norm(x, layer.input_norm, eps)
             x = x + self._attention(index, layer, normed, cos, sin, batch, kv, lora)
             normed = reference.rms_norm(x, layer.post_attention_norm, eps)
             x = x + self._mlp(index, layer, normed, lora)
-        x = reference.rms_norm(x[batch.sample_rows], self.weights.norm, eps)
+        return x
+
+    @torch.inference_mode()
+    def logits(
+        self,
+        x: Tensor,  # [num_rows, hidden], rows of a forward's output
+    ) -> Tensor:  # float32 [num_rows, vocab_size]
+        x = reference.rms_norm(x, self.weights.norm, self.architecture.rms_norm_eps)
         return linear(x, self.weights.lm_head).float()
 
     def _attention(
@@ -82,22 +89,23 @@ class Decoder:
         lora: _Lora | None,
     ) -> Tensor:  # [num_tokens, hidden]
         heads, kv_heads = self.architecture.num_heads, self.architecture.num_kv_heads
-        qkv = _project(x, layer.qkv, lora, index, self._qkv_modules)
+        qkv = _project(x, layer.qkv, layer.qkv_bias, lora, index, self._qkv_modules)
         query, key, value = qkv.unflatten(1, (-1, self.architecture.head_dim)).split((heads, kv_heads, kv_heads), dim=1)
+        if layer.qk_norms is not None:
+            query = reference.rms_norm(query, layer.qk_norms[0], self.architecture.rms_norm_eps)
+            key = reference.rms_norm(key, layer.qk_norms[1], self.architecture.rms_norm_eps)
         query = reference.rope(query, cos, sin)
         reference.write_kv(reference.rope(key, cos, sin), value, kv, index, batch.slots)
         out = torch.empty_like(query)
-        reference.paged_attention(query, kv, index, batch.block_tables, batch.query_starts, batch.context_lengths, out)
-        return _project(out.flatten(1), layer.o, lora, index, self._o_module)
+        window = self.architecture.windows[index]
+        reference.paged_attention(
+            query, kv, index, batch.block_tables, batch.query_starts, batch.context_lengths, window, out
+        )
+        return _project(out.flatten(1), layer.o, layer.o_bias, lora, index, self._o_module)
 
     def _mlp(self, index: int, layer: LayerWeights, x: Tensor, lora: _Lora | None) -> Tensor:  # [num_tokens, hidden]
-        gate_up = _project(x, layer.gate_up, lora, index, self._gate_up_modules)
-        return _project(reference.silu_mul(gate_up), layer.down, lora, index, self._down_module)
-
-    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosines and sines, `[num_tokens, head_dim / 2]` each, computed in fp32."""
-        angles = positions.unsqueeze(1).float() * self._inv_freq
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        gate_up = _project(x, layer.gate_up, None, lora, index, self._gate_up_modules)
+        return _project(reference.silu_mul(gate_up), layer.down, None, lora, index, self._down_module)
 
 
 def _step_lora(batch: ForwardBatch, pool: Tensor) -> _Lora | None:
@@ -111,11 +119,12 @@ def _step_lora(batch: ForwardBatch, pool: Tensor) -> _Lora | None:
 def _project(
     x: Tensor,  # [num_tokens, in_features]
     weight: Tensor,  # [sum of out_features, in_features]
+    bias: Tensor | None,  # [sum of out_features]
     lora: _Lora | None,
     layer: int,
     modules: tuple[Module, ...],  # whose weights are stacked in `weight`
 ) -> Tensor:  # [num_tokens, sum of out_features]
-    out = linear(x, weight)
+    out = linear(x, weight, bias)
     if lora is not None:
         shrunk = lora.shrunk[: len(modules)]
         reference.sgmv_shrink(x, lora.pool, lora.segments, layer, modules, shrunk)

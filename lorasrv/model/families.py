@@ -1,17 +1,21 @@
 """The model families served: what their config.json may say and how their weights are named. Standard library only.
 
 A family is an entry of `FAMILIES`. A config that asks for anything the decoder does not compute exactly is refused by
-name. Nothing in a config file is dereferenced as a path and no remote code is run.
+name: every key is read, or may hold one value only, or is known to say nothing about the forward pass. Nothing in a
+config file is dereferenced as a path and no remote code is run.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Literal
 
 from lorasrv.errors import UnsupportedModel
+from lorasrv.model.config_fields import Fields, read_fields
+from lorasrv.model.config_keys import FIXED, IGNORED, READ
+from lorasrv.model.rope_config import ROPE_KEYS, Rope, read_rope
 
 MODULE_PATHS = (
     "self_attn.q_proj",
@@ -22,6 +26,8 @@ MODULE_PATHS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+
+MAX_LAYERS = 65536
 
 TOKENIZER_FILES = (
     "added_tokens.json",
@@ -36,7 +42,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True, kw_only=True)
 class WeightNames:
-    """Names of a checkpoint's tensors; `layer` is followed by a module path or a norm, and `.weight`."""
+    """Names of a checkpoint's tensors; `layer` is followed by a part, and `.weight` or `.bias`."""
 
     embed: str = "model.embed_tokens.weight"
     norm: str = "model.norm.weight"
@@ -44,42 +50,74 @@ class WeightNames:
     layer: str = "model.layers.{layer}."
     input_norm: str = "input_layernorm"
     post_attention_norm: str = "post_attention_layernorm"
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
     ignored_suffix: str = ".rotary_emb.inv_freq"  # a buffer that old checkpoints hold; recomputed
 
-    def in_layer(self, layer: int, part: str) -> str:
-        return f"{self.layer.format(layer=layer)}{part}.weight"
+    def in_layer(self, layer: int, part: str, kind: str = "weight") -> str:
+        return f"{self.layer.format(layer=layer)}{part}.{kind}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One entry of the table. `required` maps a config key to the only value served, which is also its default."""
+    """One entry of the table: how transformers reads the architecture's config, and what its layers have.
 
-    names: WeightNames
-    required: Mapping[str, object]
-    default_rms_norm_eps: float
-    default_rope_theta: float
+    `bias`: of q, k and v ("qkv"), or of q, k, v and o where the config has `attention_bias` ("config").
+    `window`: `sliding_window` holds for every layer, or for those that `layer_types` names, or is not served.
+    The defaults are those of a key that the config leaves out.
+    """
+
+    model_type: str
     default_context_tokens: int
-    default_tie_word_embeddings: bool
+    default_num_kv_heads: int | None  # None: as many as heads
+    default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    default_bos_token_id: int | None = None
+    default_eos_token_id: int | None = None
+    bias: Literal["none", "qkv", "config"] = "none"
+    qk_norm: bool = False
+    window: Literal["none", "every_layer", "layer_types"] = "none"
+    names: WeightNames = field(default_factory=WeightNames)
 
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(
-        names=WeightNames(),
-        required={
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "quantization_config": None,
-            "auto_map": None,
-            "sliding_window": None,
-            "partial_rotary_factor": 1.0,
-        },
-        default_rms_norm_eps=1e-6,
-        default_rope_theta=10000.0,
+        model_type="llama",
         default_context_tokens=2048,
-        default_tie_word_embeddings=False,
+        default_num_kv_heads=None,
+        default_bos_token_id=1,
+        default_eos_token_id=2,
+        bias="config",
     ),
+    "MistralForCausalLM": Family(
+        model_type="mistral",
+        default_context_tokens=131072,
+        default_num_kv_heads=8,
+        default_bos_token_id=1,
+        default_eos_token_id=2,
+        window="every_layer",
+    ),
+    "Qwen2ForCausalLM": Family(
+        model_type="qwen2",
+        default_context_tokens=32768,
+        default_num_kv_heads=32,
+        bias="qkv",
+        window="layer_types",
+    ),
+    "Qwen3ForCausalLM": Family(
+        model_type="qwen3",
+        default_context_tokens=32768,
+        default_num_kv_heads=32,
+        default_head_dim=128,
+        bias="config",
+        qk_norm=True,
+        window="layer_types",
+    ),
+}
+
+_WINDOW_KEYS = {
+    "none": frozenset[str](),
+    "every_layer": frozenset({"sliding_window"}),
+    "layer_types": frozenset({"layer_types", "max_window_layers", "sliding_window", "use_sliding_window"}),
 }
 
 
@@ -98,7 +136,10 @@ class Architecture:
     vocab_size: int
     context_tokens: int
     rms_norm_eps: float
-    rope_theta: float
+    rope: Rope
+    windows: tuple[int | None, ...]  # of every layer: the tokens that a token sees, itself included; None for all
+    qkv_bias: bool
+    o_bias: bool
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
@@ -125,43 +166,47 @@ class Architecture:
 def read_architecture(folder: str | Path) -> Architecture:
     """Read config.json and generation_config.json of a Hugging Face folder. Raises UnsupportedModel."""
     folder = Path(folder)
-    config = _read_json(folder, "config.json")
-    generation = _read_json(folder, "generation_config.json") if (folder / "generation_config.json").exists() else {}
+    config = read_fields(folder, "config.json")
     architecture, family = _family_of(config)
-    _refuse_other_values(config, family)
-    hidden, num_heads = _positive(config, "hidden_size"), _positive(config, "num_attention_heads")
+    _refuse_what_is_not_served(config, family)
+    hidden, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    num_layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
+    rope, context_tokens = read_rope(config, config.integer("max_position_embeddings", family.default_context_tokens))
+    has_bias = family.bias == "config" and config.flag("attention_bias", False)
+    bos_token_ids, eos_token_ids = _special_tokens(folder, config, family)
     found = Architecture(
         name=folder.resolve().name,
         architecture=architecture,
-        num_layers=_positive(config, "num_hidden_layers"),
+        num_layers=num_layers,
         hidden=hidden,
-        intermediate=_positive(config, "intermediate_size"),
+        intermediate=config.integer("intermediate_size"),
         num_heads=num_heads,
-        num_kv_heads=_positive(config, "num_key_value_heads", num_heads),
-        head_dim=_positive(config, "head_dim", hidden // num_heads),
-        vocab_size=_positive(config, "vocab_size"),
-        context_tokens=_positive(config, "max_position_embeddings", family.default_context_tokens),
-        rms_norm_eps=_number(config, "rms_norm_eps", family.default_rms_norm_eps),
-        rope_theta=_rope_theta(config, family),
-        tie_word_embeddings=_flag(config, "tie_word_embeddings", family.default_tie_word_embeddings),
-        eos_token_ids=_token_ids(generation, "eos_token_id") or _token_ids(config, "eos_token_id"),
-        bos_token_id=next(iter(_token_ids(generation, "bos_token_id") or _token_ids(config, "bos_token_id")), None),
+        num_kv_heads=config.optional_integer("num_key_value_heads", family.default_num_kv_heads) or num_heads,
+        head_dim=config.integer("head_dim", family.default_head_dim or hidden // num_heads),
+        vocab_size=config.integer("vocab_size"),
+        context_tokens=context_tokens,
+        rms_norm_eps=config.number("rms_norm_eps", 1e-6),
+        rope=rope,
+        windows=_windows(config, family, num_layers),
+        qkv_bias=has_bias or family.bias == "qkv",
+        o_bias=has_bias,
+        tie_word_embeddings=config.flag("tie_word_embeddings", False),
+        eos_token_ids=eos_token_ids,
+        bos_token_id=next(iter(bos_token_ids), None),
     )
-    if found.num_heads % found.num_kv_heads:
-        raise UnsupportedModel(
-            f"config.json: num_attention_heads {found.num_heads} is not a multiple of "
-            f"num_key_value_heads {found.num_kv_heads}"
-        )
-    if found.head_dim % 2:
-        raise UnsupportedModel(f"config.json: head_dim {found.head_dim} is odd; rotary embeddings need it even")
+    _refuse_impossible_heads(found)
     return found
 
 
 def fingerprint(folder: str | Path) -> str:
-    """sha256, in hex, over what must agree for an adapter to fit: the architecture and the tokenizer's files."""
+    """sha256, in hex, over what must agree for an adapter to fit: the architecture and the tokenizer's files.
+
+    What ends or begins a generation may be edited later without making published adapters another base's.
+    """
     folder = Path(folder)
     fields = asdict(read_architecture(folder))
-    del fields["name"]
+    for name in ("name", "eos_token_ids", "bos_token_id"):
+        del fields[name]
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name in TOKENIZER_FILES:
         if (folder / name).is_file():
@@ -170,81 +215,55 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _read_json(folder: Path, name: str) -> dict[str, object]:
-    try:
-        value = json.loads((folder / name).read_bytes())
-    except OSError as error:
-        raise UnsupportedModel(f"{name} of model {folder.name!r} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UnsupportedModel(f"{name} of model {folder.name!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise UnsupportedModel(f"{name} of model {folder.name!r} is not a JSON object")
-    return cast(dict[str, object], value)
-
-
-def _family_of(config: Mapping[str, object]) -> tuple[str, Family]:
-    listed = config.get("architectures")
-    names = cast(list[object], listed) if isinstance(listed, list) else []
-    if len(names) != 1 or not isinstance(names[0], str) or names[0] not in FAMILIES:
-        raise UnsupportedModel(f"config.json: architectures {listed!r}; served are {', '.join(FAMILIES)}")
+def _family_of(config: Fields) -> tuple[str, Family]:
+    names = config.names("architectures") or ()
+    if len(names) != 1 or names[0] not in FAMILIES:
+        raise config.refusal("architectures", f"served are {', '.join(FAMILIES)}")
     return names[0], FAMILIES[names[0]]
 
 
-def _refuse_other_values(config: Mapping[str, object], family: Family) -> None:
-    for key, served in family.required.items():
-        value = config.get(key, served)
-        if value != served:
-            raise UnsupportedModel(f"config.json: {key} {value!r} is not served; only {served!r} is")
+def _refuse_what_is_not_served(config: Fields, family: Family) -> None:
+    config.refuse_unless({**FIXED, "model_type": family.model_type})
+    known = READ | ROPE_KEYS | FIXED.keys() | IGNORED | _WINDOW_KEYS[family.window]
+    config.refuse_unknown(known | {"attention_bias"} if family.bias == "config" else known)
 
 
-def _rope_theta(config: Mapping[str, object], family: Family) -> float:
-    """The base of the rotary frequencies: at the top level, or (transformers 5) inside `rope_parameters`."""
-    theta = _number(config, "rope_theta", family.default_rope_theta)
-    for key in ("rope_scaling", "rope_parameters"):
-        value = config.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, dict):
-            raise UnsupportedModel(f"config.json: {key} {value!r} is not an object")
-        rope = cast(dict[str, object], value)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        unknown = sorted(set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-        if kind != "default" or unknown or rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UnsupportedModel(f"config.json: {key} {value!r} is not served; only the default rope is")
-        theta = _number(rope, "rope_theta", theta)
-    return theta
+def _windows(config: Fields, family: Family, num_layers: int) -> tuple[int | None, ...]:
+    """Where `sliding_window` holds. Its default, 4096, is that of an absent key: null is no window."""
+    if family.window == "none":
+        return (None,) * num_layers
+    if family.window == "every_layer":
+        return (config.optional_integer("sliding_window", 4096),) * num_layers
+    window = config.optional_integer("sliding_window", 4096) if config.flag("use_sliding_window", False) else None
+    types = config.names("layer_types")
+    if types is None:
+        first = config.integer("max_window_layers", 28, least=0)
+        return tuple(window if layer >= first else None for layer in range(num_layers))
+    if len(types) != num_layers or not {"full_attention", "sliding_attention"}.issuperset(types):
+        why = f"it must name full_attention or sliding_attention for each of {num_layers} layers"
+        raise config.refusal("layer_types", why)
+    if window is None and "sliding_attention" in types:
+        raise config.refusal("layer_types", "use_sliding_window is false or sliding_window is null")
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def _positive(config: Mapping[str, object], key: str, default: int | None = None) -> int:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UnsupportedModel(f"config.json: {key} is {value!r}; it must be an integer >= 1")
-    return value
+def _special_tokens(folder: Path, config: Fields, family: Family) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that begin and that end a text: generation_config.json's, or else config.json's."""
+    bos = config.token_ids("bos_token_id", family.default_bos_token_id)
+    eos = config.token_ids("eos_token_id", family.default_eos_token_id)
+    if not (folder / "generation_config.json").exists():
+        return bos, eos
+    generation = read_fields(folder, "generation_config.json")
+    return generation.token_ids("bos_token_id") or bos, generation.token_ids("eos_token_id") or eos
 
 
-def _number(config: Mapping[str, object], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise UnsupportedModel(f"config.json: {key} is {value!r}; it must be a finite number > 0")
-    return float(value)
-
-
-def _flag(config: Mapping[str, object], key: str, default: bool) -> bool:
-    value = config.get(key, default)
-    if not isinstance(value, bool):
-        raise UnsupportedModel(f"config.json: {key} is {value!r}; it must be true or false")
-    return value
-
-
-def _token_ids(config: Mapping[str, object], key: str) -> tuple[int, ...]:
-    """A token id field, which may be absent, null, one id or a list of ids."""
-    value = config.get(key)
-    listed = cast(list[object], value) if isinstance(value, list) else [] if value is None else [value]
-    found: list[int] = []
-    for item in listed:
-        if not isinstance(item, int) or isinstance(item, bool) or item < 0:
-            raise UnsupportedModel(f"{key} is {value!r}; it must be a token id or a list of them")
-        found.append(item)
-    return tuple(found)
+def _refuse_impossible_heads(found: Architecture) -> None:
+    if found.num_heads % found.num_kv_heads:
+        raise UnsupportedModel(
+            f"config.json: num_attention_heads {found.num_heads} is not a multiple of "
+            f"num_key_value_heads {found.num_kv_heads}"
+        )
+    if found.head_dim % 2:
+        raise UnsupportedModel(f"config.json: head_dim {found.head_dim} is odd; rotary embeddings need it even")
+    if found.rope.kind == "dynamic" and found.head_dim < 4:
+        raise UnsupportedModel(f"config.json: head_dim {found.head_dim} is too small for dynamic rope; it needs 4")

@@ -27,7 +27,10 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 class LayerWeights:
     input_norm: Tensor  # [hidden]
     qkv: Tensor  # [(num_heads + 2 * num_kv_heads) * head_dim, hidden]
+    qkv_bias: Tensor | None  # [(num_heads + 2 * num_kv_heads) * head_dim]
+    qk_norms: tuple[Tensor, Tensor] | None  # [head_dim], twice
     o: Tensor  # [hidden, num_heads * head_dim]
+    o_bias: Tensor | None  # [hidden]
     post_attention_norm: Tensor  # [hidden]
     gate_up: Tensor  # [2 * intermediate, hidden]
     down: Tensor  # [hidden, intermediate]
@@ -78,12 +81,12 @@ def load_weights(
 
 
 def dummy_weights(architecture: Architecture, dtype: torch.dtype, device: torch.device, seed: int) -> ModelWeights:
-    """Random weights of the model's shape: normal, of deviation 0.02; norms are ones."""
+    """Random weights of the model's shape: normal, of deviation 0.02; norms are ones, biases zeros."""
     weights = empty_weights(architecture, dtype, device)
     generator = torch.Generator(device=device).manual_seed(seed)
-    for target in _targets(weights, architecture).values():
+    for name, target in _targets(weights, architecture).items():
         if target.ndim == 1:
-            target.fill_(1.0)
+            target.fill_(0.0 if name.endswith(".bias") else 1.0)
         else:
             target.normal_(0.0, 0.02, generator=generator)
     return weights
@@ -93,14 +96,17 @@ def empty_weights(architecture: Architecture, dtype: torch.dtype, device: torch.
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    hidden, intermediate = architecture.hidden, architecture.intermediate
-    query, key_value = architecture.num_heads * architecture.head_dim, architecture.num_kv_heads * architecture.head_dim
+    hidden, intermediate, head_dim = architecture.hidden, architecture.intermediate, architecture.head_dim
+    query, key_value = architecture.num_heads * head_dim, architecture.num_kv_heads * head_dim
     embed = empty(architecture.vocab_size, hidden)
     layers = tuple(
         LayerWeights(
             input_norm=empty(hidden),
             qkv=empty(query + 2 * key_value, hidden),
+            qkv_bias=empty(query + 2 * key_value) if architecture.qkv_bias else None,
+            qk_norms=(empty(head_dim), empty(head_dim)) if architecture.family.qk_norm else None,
             o=empty(hidden, query),
+            o_bias=empty(hidden) if architecture.o_bias else None,
             post_attention_norm=empty(hidden),
             gate_up=empty(2 * intermediate, hidden),
             down=empty(hidden, intermediate),
@@ -114,18 +120,32 @@ def empty_weights(architecture: Architecture, dtype: torch.dtype, device: torch.
 def _targets(weights: ModelWeights, architecture: Architecture) -> dict[str, Tensor]:
     """Where each tensor of a checkpoint goes: contiguous views of the weights, by name."""
     names = architecture.family.names
-    key_value = architecture.num_kv_heads * architecture.head_dim
     targets = {names.embed: weights.embed, names.norm: weights.norm}
     if not architecture.tie_word_embeddings:
         targets[names.lm_head] = weights.lm_head
     for index, layer in enumerate(weights.layers):
-        query, key, value = layer.qkv.split((layer.o.shape[1], key_value, key_value))
         gate, up = layer.gate_up.chunk(2)
-        modules = (query, key, value, layer.o, gate, up, layer.down)
+        modules = (*_split_qkv(layer.qkv, architecture), layer.o, gate, up, layer.down)
         targets |= {names.in_layer(index, path): part for path, part in zip(MODULE_PATHS, modules, strict=True)}
         targets[names.in_layer(index, names.input_norm)] = layer.input_norm
         targets[names.in_layer(index, names.post_attention_norm)] = layer.post_attention_norm
+        if layer.qkv_bias is not None:
+            biases = _split_qkv(layer.qkv_bias, architecture)
+            targets |= {
+                names.in_layer(index, path, "bias"): b for path, b in zip(MODULE_PATHS[:3], biases, strict=True)
+            }
+        if layer.o_bias is not None:
+            targets[names.in_layer(index, MODULE_PATHS[3], "bias")] = layer.o_bias
+        if layer.qk_norms is not None:
+            targets[names.in_layer(index, names.q_norm)] = layer.qk_norms[0]
+            targets[names.in_layer(index, names.k_norm)] = layer.qk_norms[1]
     return targets
+
+
+def _split_qkv(stacked: Tensor, architecture: Architecture) -> tuple[Tensor, ...]:
+    """Rows of q, k and v."""
+    key_value = architecture.num_kv_heads * architecture.head_dim
+    return stacked.split((architecture.num_heads * architecture.head_dim, key_value, key_value))
 
 
 def _is_recomputed(name: str, architecture: Architecture) -> bool:

@@ -12,7 +12,8 @@ class Sequence:
 
     `order` is its place in the queue; `token_ids` are prompt and generated tokens; the KV of the first `num_computed`
     of them lies in the pages of `block_table`, which covers at least that many tokens. The first `num_keyed_blocks`
-    blocks have been offered to the prefix cache; `keys` names them.
+    blocks have been offered to the prefix cache; `keys` names them. The log-probabilities of prompt tokens before
+    `num_scored`, where asked for, have been told; the first token has none.
     """
 
     request: EngineRequest
@@ -20,6 +21,7 @@ class Sequence:
     token_ids: list[int]
     keys: BlockKeys
     num_computed: int = 0
+    num_scored: int = 1
     block_table: list[int] = field(default_factory=list[int])
     num_keyed_blocks: int = 0
 

@@ -9,7 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from lorasrv.engine.client import EngineState
 from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
-from lorasrv.types import EngineStatus, FinishReason, SamplingParams, Tier
+from lorasrv.types import EngineStatus, FinishReason, PositionLogprobs, SamplingParams, Tier
 from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
 from lorasrv_adapters import records
 from lorasrv_adapters.reference import adapter_name, upload_name, version_name
@@ -59,6 +59,7 @@ def generation_request(request: generation_pb2.GenerateRequest, tenant: str) -> 
         prompt=prompt,
         sampling=sampling_params(request.sampling),
         generation_id=request.generation_id or None,
+        echo=request.echo,
     )
 
 
@@ -70,6 +71,17 @@ def sampling_params(sampling: generation_pb2.SamplingParams) -> SamplingParams:
         seed=sampling.seed if sampling.HasField("seed") else None,
         max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
         stop=tuple(sampling.stop),
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        bad_words=tuple(tuple(word.ids) for word in sampling.bad_words),
+        stop_token_ids=tuple(sampling.stop_token_ids),
+        min_tokens=sampling.min_tokens,
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
     )
 
 
@@ -78,7 +90,12 @@ def stream_response(event: Event) -> generation_pb2.GenerateStreamResponse:
         case Started():
             return generation_pb2.GenerateStreamResponse(started=started(event))
         case Delta():
-            delta = generation_pb2.Delta(text=event.text, token_ids=event.token_ids)
+            delta = generation_pb2.Delta(
+                text=event.text,
+                token_ids=event.token_ids,
+                logprobs=logprobs(event.logprobs),
+                prompt_logprobs=logprobs(event.prompt_logprobs),
+            )
             return generation_pb2.GenerateStreamResponse(delta=delta)
         case Finished():
             return generation_pb2.GenerateStreamResponse(finished=finished(event))
@@ -90,14 +107,27 @@ def started(event: Started) -> generation_pb2.Started:
         version_digest=event.version_digest or "",
         prompt_tokens=event.prompt_tokens,
         seed=event.seed,
+        prompt_text=event.prompt.text if event.prompt else "",
+        prompt_token_ids=event.prompt.token_ids if event.prompt else (),
     )
+
+
+def logprobs(positions: Iterable[PositionLogprobs]) -> list[generation_pb2.PositionLogprobs]:
+    return [
+        generation_pb2.PositionLogprobs(
+            token=generation_pb2.TokenLogprob(token_id=each.token_id, logprob=each.logprob),
+            top=[generation_pb2.TokenLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in each.top],
+        )
+        for each in positions
+    ]
 
 
 def finished(event: Finished) -> generation_pb2.Finished:
     first = event.time_to_first_token_s
     return generation_pb2.Finished(
         reason=FINISH_REASONS[event.reason],
-        stop=event.stop or "",
+        stop=event.stop if isinstance(event.stop, str) else "",
+        stop_token_id=event.stop if isinstance(event.stop, int) else None,
         usage=generation_pb2.Usage(prompt_tokens=event.prompt_tokens, completion_tokens=event.completion_tokens),
         timings=generation_pb2.Timings(
             time_to_first_token=None if first is None else duration(first), total=duration(event.total_s)

@@ -15,7 +15,7 @@ from lorasrv.engine.admission import TokenLimits, check_request, engine_request
 from lorasrv.engine.client import Engine
 from lorasrv.engine.output import OutputStream
 from lorasrv.errors import EngineUnavailable, GenerationExists
-from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
+from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Prompt, Started
 from lorasrv.types import BASE_ID, AdapterUse, EngineRequest
 from lorasrv_adapters.records import ResolvedVersion
 
@@ -93,6 +93,7 @@ class FrontDesk:
                     version_digest=None if use is None else use.digest,
                     prompt_tokens=len(admission.engine_request.token_ids),
                     seed=admission.engine_request.seed,
+                    prompt=await self._echo(request, admission.engine_request.token_ids),
                 )
                 async with aclosing(self._follow(admission)) as events:
                     async for event in events:
@@ -154,6 +155,15 @@ class FrontDesk:
             cache_salt=request.tenant,
         )
 
+    async def _echo(self, request: GenerationRequest, token_ids: tuple[int, ...]) -> Prompt | None:
+        if not request.echo:
+            return None
+        if isinstance(request.prompt, str):
+            return Prompt(text=request.prompt, token_ids=token_ids)
+        decode = self._tokenizer.decode
+        text = await asyncio.get_running_loop().run_in_executor(self._workers, decode, list(token_ids))
+        return Prompt(text=text, token_ids=token_ids)
+
     async def _tokenize(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return prompt
@@ -170,7 +180,12 @@ class FrontDesk:
                 if delta.token_ids and first_token_s is None:
                     first_token_s = self._clock() - admission.received_s
                 piece = output.take(delta)
-                yield Delta(text=piece.text, token_ids=piece.token_ids)
+                yield Delta(
+                    text=piece.text,
+                    token_ids=piece.token_ids,
+                    logprobs=piece.logprobs,
+                    prompt_logprobs=delta.prompt_logprobs,
+                )
                 if piece.finish is None:
                     continue
                 yield Finished(

@@ -34,6 +34,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     case Delta():
                         text.append(event.text)
                         response.token_ids.extend(event.token_ids)
+                        response.logprobs.extend(convert.logprobs(event.logprobs))
+                        response.prompt_logprobs.extend(convert.logprobs(event.prompt_logprobs))
                     case Finished():
                         response.finished.CopyFrom(convert.finished(event))
         response.text = "".join(text)
