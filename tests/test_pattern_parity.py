@@ -184,13 +184,13 @@ def test_logits_equal_peft_in_one_batch_of_all(case: Case, monkeypatch: pytest.M
             chunks.append(ChunkInput(token_ids=tuple(prompt), start=0, block_table=table, adapter=adapter, sample=draw))
             expected.append(logits)
     seen: list[torch.Tensor] = []
-    forward = Decoder.forward
+    logits_of = Decoder.logits
 
     def recorded(self: Decoder, *arguments: Any) -> torch.Tensor:
-        seen.append(forward(self, *arguments))
+        seen.append(logits_of(self, *arguments))
         return seen[-1]
 
-    monkeypatch.setattr(Decoder, "forward", recorded)
+    monkeypatch.setattr(Decoder, "logits", recorded)
     runner.run(tuple(chunks))
     (logits,) = seen
     assert logits.shape[0] == len(expected) == 2 * len(case.prompts)
