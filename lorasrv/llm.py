@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from lorasrv.engine.admission import TokenLimits, check_request, engine_request
 from lorasrv.engine.build import assemble
+from lorasrv.engine.fitting import page_check
 from lorasrv.engine.output import OutputStream
 from lorasrv.engine.text import load_tokenizer
 from lorasrv.errors import InvalidRequest, error_from_reason
@@ -81,6 +82,7 @@ class LLM:
         self._tokenizer = load_tokenizer(Path(model))
         self._base = base_shapes(model, dtype)
         self._max_rank = config.max_rank
+        self._check = page_check(config)
         self._images: dict[str, PackedAdapter] = {}
         assembly = assemble(config, lambda digest, _: self._images[digest])
         self._core, self._packer = assembly.core, assembly.packer
@@ -96,7 +98,7 @@ class LLM:
         """
         if name == BASE_ID:
             raise InvalidRequest("name", f"{BASE_ID!r} is the base model's")
-        files = open_folder(Path(folder), self._base, self._max_rank)
+        files = open_folder(Path(folder), self._base, self._max_rank, self._check)
         self._images[files.digest] = self._packer.pack(files)
         self._digests[name] = files.digest
         self._drop_unnamed()

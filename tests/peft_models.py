@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
@@ -70,17 +71,38 @@ def random_adapter(
         use_rslora=rslora,
         task_type="CAUSAL_LM",
     )
+    return save_random_adapter(model, folder, settings, seed=seed, delta=delta)
+
+
+def save_random_adapter(
+    model: LlamaForCausalLM, folder: Path, config: LoraConfig, *, seed: int, delta: float = 0.5
+) -> Path:
+    """Save an adapter of this configuration whose delta has about `delta` times the size of the base's weights."""
     with _deprecations_ignored():
-        wrapped = get_peft_model(model, settings)
+        wrapped = get_peft_model(model, config)
+    layers = {name: module for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)}
     generator = torch.Generator().manual_seed(seed)
-    scale = settings.lora_alpha / (rank**0.5 if rslora else rank)
-    deviation = (delta * 0.3 / (scale * rank**0.5)) ** 0.5
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name:
+            layer = layers[name.partition(".lora_")[0]]
+            deviation = (delta * 0.3 / (layer.scaling["default"] * layer.r["default"] ** 0.5)) ** 0.5
             parameter.data.normal_(0.0, deviation, generator=generator)
     wrapped.save_pretrained(str(folder))
     wrapped.unload()
     return folder
+
+
+def peft_logits(model: LlamaForCausalLM, adapter: Path | None, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """The logits after each prompt's last token, `[vocab_size]` each."""
+    runner: Any = model
+    if adapter is not None:
+        with _deprecations_ignored():
+            runner = PeftModel.from_pretrained(model, str(adapter)).eval()
+    with torch.inference_mode():
+        logits = [runner(input_ids=torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
+    if isinstance(runner, PeftModel):
+        runner.unload()
+    return logits
 
 
 def peft_greedy(

@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from lorasrv.engine.batch import ChunkInput, SampleInput
-from lorasrv.engine.runner import ModelRunner, page_layout
+from lorasrv.engine.fitting import page_layout
+from lorasrv.engine.runner import ModelRunner
 from lorasrv.memory.packing import module_geometry
 from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder, ForwardBatch

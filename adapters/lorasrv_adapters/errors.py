@@ -47,6 +47,12 @@ class BaseMismatch(ContentError):
     reason = "BASE_MISMATCH"
 
 
+class AdapterTooLarge(ContentError):
+    """More than this server's pool can hold of one adapter."""
+
+    reason = "ADAPTER_TOO_LARGE"
+
+
 class UnsupportedFeature(ContentError):
     """Something that is not served exactly, so not at all; lists every offending name."""
 

@@ -5,7 +5,7 @@ weights stay in the file, untouched. All reasons for a refusal are collected, no
 """
 
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +19,7 @@ from lorasrv_adapters.errors import (
     MalformedFile,
     UnsupportedFeature,
     listing,
+    quote,
 )
 from lorasrv_adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
 from lorasrv_adapters.peft_config import PeftLoraConfig, parse_peft_config
@@ -57,7 +58,18 @@ class AdapterSpec:
     modules: tuple[LoraModuleSpec, ...]
 
 
-def validate_folder(path: Path, base: BaseShapes, max_rank: int = DEFAULT_MAX_RANK) -> AdapterSpec:
+# What else a server asks of an adapter, say that its pool can hold it; returns the reasons to refuse it.
+SpecCheck = Callable[[AdapterSpec], list[ContentError]]
+
+
+def accept_all(spec: AdapterSpec) -> list[ContentError]:
+    """The check of whoever serves nothing."""
+    return []
+
+
+def validate_folder(
+    path: Path, base: BaseShapes, max_rank: int = DEFAULT_MAX_RANK, check: SpecCheck = accept_all
+) -> AdapterSpec:
     """Everything about an adapter folder, all weights included; raises ContentRefused with every reason."""
     errors: list[ContentError] = []
     config_bytes = _read_config(path / CONFIG_FILE, errors)
@@ -65,6 +77,7 @@ def validate_folder(path: Path, base: BaseShapes, max_rank: int = DEFAULT_MAX_RA
         with open_regular(path / WEIGHTS_FILE) as weights:
             spec = _collect(config_bytes, weights, base, max_rank, errors)
             if spec is not None:
+                errors += check(spec)
                 errors += bad_values(weights, _entries(spec), base.dtype)
     except MalformedFile as error:
         raise ContentRefused([*errors, error]) from None
@@ -145,19 +158,17 @@ def _match(
     config: PeftLoraConfig, header: SafetensorsHeader, base: BaseShapes, errors: list[ContentError]
 ) -> list[LoraModuleSpec]:
     """Pair tensors with the modules that the configuration targets; every tensor must be used."""
-    targeted, unknown = _targeted(config.target_modules, base)
-    if unknown:
-        errors.append(UnsupportedFeature(f"target_modules not served: {listing(unknown)}"))
+    targeted = _targeted(config, base, errors)
     remaining = _by_plain_name(header, errors)
     modules: list[LoraModuleSpec] = []
     missing: list[str] = []
-    for layer, module in targeted:
+    for layer, module, rank, scale in targeted:
         key = base.module_key(layer, module)
         a = remaining.pop(f"{_TENSOR_PREFIX}{key}.lora_A.weight", None)
         b = remaining.pop(f"{_TENSOR_PREFIX}{key}.lora_B.weight", None)
         missing += [f"{key}.lora_{side}" for side, entry in (("A", a), ("B", b)) if entry is None]
         if a is not None and b is not None:
-            modules.append(LoraModuleSpec(layer=layer, module=module, rank=config.rank, scale=config.scale, a=a, b=b))
+            modules.append(LoraModuleSpec(layer=layer, module=module, rank=rank, scale=scale, a=a, b=b))
     if missing:
         errors.append(InvalidAdapter(f"targeted modules without their tensors: {listing(missing)}"))
     if remaining:
@@ -167,19 +178,26 @@ def _match(
     return modules
 
 
-def _targeted(targets: tuple[str, ...], base: BaseShapes) -> tuple[list[tuple[int, int]], list[str]]:
-    """(layer, module) pairs that PEFT's rule selects, the whole path or a dotted end of it, and targets of none."""
-    wanted = set(targets)
-    used: set[str] = set()
-    selected: list[tuple[int, int]] = []
-    for layer in range(base.num_layers):
-        for module in range(len(base.modules)):
-            parts = base.module_key(layer, module).split(".")
-            hits = wanted & {".".join(parts[start:]) for start in range(len(parts))}
-            if hits:
-                used |= hits
-                selected.append((layer, module))
-    return selected, sorted(wanted - used)
+def _targeted(
+    config: PeftLoraConfig, base: BaseShapes, errors: list[ContentError]
+) -> list[tuple[int, int, int, float]]:
+    """(layer, module, rank, scale) of what the configuration targets, by layer, then in directory order."""
+    places = [(layer, module) for layer in range(base.num_layers) for module in range(len(base.modules))]
+    unknown = config.targets.unknown_names(base.module_key(layer, module) for layer, module in places)
+    if unknown:
+        errors.append(UnsupportedFeature(f"target_modules not served: {listing(unknown)}"))
+    too_deep = sorted(layer for layer in config.targets.layers or () if layer >= base.num_layers)
+    if too_deep:
+        layers = listing(quote(layer) for layer in too_deep)
+        errors.append(BaseMismatch(f"layers_to_transform {layers} of a base model of {base.num_layers} layers"))
+    found = [
+        (layer, module, *config.rank_and_scale(base.module_key(layer, module)))
+        for layer, module in places
+        if config.targets.selects(base.module_key(layer, module), layer)
+    ]
+    if not found and not unknown and not too_deep:
+        errors.append(UnsupportedFeature("a configuration that targets no module of this base model"))
+    return found
 
 
 def _by_plain_name(header: SafetensorsHeader, errors: list[ContentError]) -> dict[str, TensorEntry]:

@@ -19,6 +19,8 @@ from lorasrv_adapters.manifest import (
 from lorasrv_adapters.peft_format import (
     MAX_CONFIG_BYTES,
     AdapterSpec,
+    SpecCheck,
+    accept_all,
     open_regular,
     read_spec,
     validate_folder,
@@ -52,12 +54,12 @@ def open_version(blobs: BlobStore, digest: str, base: BaseShapes, max_rank: int)
     )
 
 
-def open_folder(folder: Path, base: BaseShapes, max_rank: int) -> AdapterFiles:
+def open_folder(folder: Path, base: BaseShapes, max_rank: int, check: SpecCheck = accept_all) -> AdapterFiles:
     """A PEFT folder that no registry knows, validated in full; its digest is the one a registry would give it.
 
     Raises ContentRefused with every reason.
     """
-    spec = validate_folder(folder, base, max_rank)
+    spec = validate_folder(folder, base, max_rank, check)
     files: list[ManifestFile] = []
     for name in FILE_NAMES:
         with open_regular(folder / name) as file:

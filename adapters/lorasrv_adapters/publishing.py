@@ -20,7 +20,7 @@ from lorasrv_adapters.errors import (
     quote,
 )
 from lorasrv_adapters.manifest import FILE_NAMES, ManifestFile, make_manifest
-from lorasrv_adapters.peft_format import AdapterSpec, max_file_bytes, validate_folder
+from lorasrv_adapters.peft_format import AdapterSpec, SpecCheck, max_file_bytes, validate_folder
 from lorasrv_adapters.pins import PinnedBlobs
 from lorasrv_adapters.records import Upload, UploadFile, UploadState, Version
 from lorasrv_adapters.reference import LATEST, check_adapter_id, check_digest, check_id
@@ -40,6 +40,7 @@ class Publisher:
         *,
         base: BaseShapes,
         max_rank: int,
+        check: SpecCheck,
         clock: Callable[[], float],
         lock: threading.RLock,
         catalogue: Catalogue,
@@ -49,6 +50,7 @@ class Publisher:
     ) -> None:
         self._base = base
         self._max_rank = max_rank
+        self._check = check
         self._clock = clock
         self._lock = lock
         self._catalogue = catalogue
@@ -124,7 +126,8 @@ class Publisher:
         try:
             self._verify_bytes(upload)
             try:
-                spec = validate_folder(self._staging.folder(upload.upload_id), self._base, self._max_rank)
+                folder = self._staging.folder(upload.upload_id)
+                spec = validate_folder(folder, self._base, self._max_rank, self._check)
             except ContentRefused as error:
                 with self._lock:
                     self._catalogue.fail_upload(upload.upload_id, error.errors)

@@ -27,7 +27,7 @@ from lorasrv_adapters.errors import (
     RegistryUnavailable,
     quote,
 )
-from lorasrv_adapters.peft_format import DEFAULT_MAX_RANK
+from lorasrv_adapters.peft_format import DEFAULT_MAX_RANK, SpecCheck, accept_all
 from lorasrv_adapters.pins import PinnedBlobs
 from lorasrv_adapters.publishing import Publisher
 from lorasrv_adapters.records import Adapter, AdapterPage, ResolvedVersion, Upload, UploadFile, UploadState, Version
@@ -51,7 +51,8 @@ class Registry:
     hashing and validation run outside it, under the upload's own lock, which is always taken first.
 
     Another tenant's adapters and uploads look exactly like missing ones. Raises RegistryUnavailable when another
-    process holds `data_dir` or the catalogue cannot be used, StorageFull when the disk is full.
+    process holds `data_dir` or the catalogue cannot be used, StorageFull when the disk is full. `check` is what the
+    server asks of an adapter beyond what its base model asks.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Registry:
         base: BaseShapes,
         max_rank: int = DEFAULT_MAX_RANK,
         *,
+        check: SpecCheck = accept_all,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._base = base
@@ -76,6 +78,7 @@ class Registry:
             self._publisher = Publisher(
                 base=base,
                 max_rank=max_rank,
+                check=check,
                 clock=clock,
                 lock=self._lock,
                 catalogue=self._catalogue,

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from lorasrv.cli.connection import UrlOption, connect
 from lorasrv.cli.output import JsonOption, message_dict, print_json, print_table, progress, reported_errors
-from lorasrv.config import DType
+from lorasrv.config import DType, EngineConfig, ModelConfig
 from lorasrv.v1 import adapter_pb2
 
 app = typer.Typer(help="Push adapters to a server and look at those it has.", no_args_is_help=True)
@@ -93,10 +93,12 @@ def check(
     """Validate a PEFT folder against a base model, as the server would; needs no server."""
     with reported_errors():
         # Needs numpy, which the client alone does not install.
+        from lorasrv.engine.fitting import page_check
         from lorasrv.model.base_shapes import base_shapes
         from lorasrv_adapters.peft_format import validate_folder
 
-        spec = validate_folder(folder, base_shapes(model, dtype), max_rank)
+        fits = page_check(EngineConfig(model=ModelConfig(path=str(model), dtype=dtype)))
+        spec = validate_folder(folder, base_shapes(model, dtype), max_rank, fits)
     if as_json:
         ranks = {"min_rank": spec.rank_min, "max_rank": spec.rank_max}
         print_json({"ok": True, **ranks, "target_modules": list(spec.target_modules)})

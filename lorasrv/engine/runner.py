@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lorasrv.config import EngineConfig
 from lorasrv.engine.batch import AdapterInput, ChunkInput, StepOutput
+from lorasrv.engine.fitting import page_layout
 from lorasrv.errors import ConfigurationError
-from lorasrv.memory.layout import PageLayout
 from lorasrv.memory.packing import module_geometry
 from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder, ForwardBatch
@@ -157,20 +157,6 @@ def build_runner(config: EngineConfig) -> tuple[ModelRunner, PageStorage, Archit
         num_pages=num_pages,
     )
     return ModelRunner(decoder, storage), storage, architecture, info
-
-
-def page_layout(architecture: Architecture, block_tokens: int, itemsize: int) -> PageLayout:
-    """The pool's layout for a model. Raises ConfigurationError when its pages cannot be aligned."""
-    try:
-        return PageLayout(
-            num_layers=architecture.num_layers,
-            block_tokens=block_tokens,
-            num_kv_heads=architecture.num_kv_heads,
-            head_dim=architecture.head_dim,
-            itemsize=itemsize,
-        )
-    except ValueError as error:
-        raise ConfigurationError(f"block_tokens {block_tokens} does not suit this model: {error}") from error
 
 
 def _adapter_key(adapter: AdapterInput | None) -> tuple[bool, int, float]:

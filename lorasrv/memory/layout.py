@@ -108,10 +108,8 @@ def adapter_image(
     `matrices` in directory order; `num_headers` is layers x modules, each `DIRECTORY_FIELDS` int32. None when the
     directory or a tile exceeds a page.
     """
-    cuts = [cut for index, shape in enumerate(matrices) for cut in cut_matrix(index, shape, page_bytes, itemsize)]
-    directory_bytes = _align(4 * (num_headers * DIRECTORY_FIELDS + len(cuts)))
-    sizes = [_align(num_rows * num_cols * itemsize) for _, _, num_rows, _, num_cols in cuts]
-    if directory_bytes > page_bytes or any(size > page_bytes for size in sizes):
+    cuts, directory_bytes, sizes = _measure(matrices, num_headers, page_bytes, itemsize)
+    if max([directory_bytes, *sizes]) > page_bytes:
         return None
     places, num_pages = _first_fit_decreasing(sizes, page_bytes, directory_bytes)
     tiles = tuple(
@@ -129,6 +127,21 @@ def adapter_image(
         tiles=tiles,
         first_tile=tuple(first_tile),
     )
+
+
+def min_page_bytes(matrices: Sequence[MatrixShape], num_headers: int, page_bytes: int, itemsize: int) -> int:
+    """What cut for pages of `page_bytes` must lie in one of them: the whole directory, and each tile."""
+    _, directory_bytes, sizes = _measure(matrices, num_headers, page_bytes, itemsize)
+    return max([directory_bytes, *sizes])
+
+
+def _measure(
+    matrices: Sequence[MatrixShape], num_headers: int, page_bytes: int, itemsize: int
+) -> tuple[list[tuple[int, int, int, int, int]], int, list[int]]:
+    """An adapter's cuts as `cut_matrix` makes them, the bytes of its directory, and those of each tile."""
+    cuts = [cut for index, shape in enumerate(matrices) for cut in cut_matrix(index, shape, page_bytes, itemsize)]
+    sizes = [_align(num_rows * num_cols * itemsize) for _, _, num_rows, _, num_cols in cuts]
+    return cuts, _align(4 * (num_headers * DIRECTORY_FIELDS + len(cuts))), sizes
 
 
 def _first_fit_decreasing(sizes: Sequence[int], page_bytes: int, reserved: int) -> tuple[list[tuple[int, int]], int]:

@@ -16,6 +16,7 @@ from lorasrv import __version__
 from lorasrv.config import EngineConfig
 from lorasrv.engine.admission import TokenLimits
 from lorasrv.engine.client import Engine
+from lorasrv.engine.fitting import page_check
 from lorasrv.engine.text import load_tokenizer
 from lorasrv.errors import ConfigurationError
 from lorasrv.model.base_shapes import base_shapes
@@ -88,7 +89,9 @@ class Server:
         self._architecture = read_architecture(model.path)
         self._tokenizer = load_tokenizer(Path(model.path))
         self._base = base_shapes(model.path, model.dtype)
-        self._registry = Registry(Path(config.data_dir), self._base, config.engine.max_rank)
+        self._registry = Registry(
+            Path(config.data_dir), self._base, config.engine.max_rank, check=page_check(config.engine)
+        )
         self._engine = make_engine(replace(config.engine, blob_root=str(self._registry.blob_root)))
         self._health = Health(self._engine)
         self._desk: FrontDesk | None = None

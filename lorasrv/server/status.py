@@ -53,6 +53,7 @@ OUTCOMES: Mapping[type[LorasrvError] | type[AdapterError], Outcome] = {
     adapter_errors.InvalidAdapter: _is(grpc.StatusCode.INVALID_ARGUMENT),
     adapter_errors.RankTooLarge: _is(grpc.StatusCode.FAILED_PRECONDITION),
     adapter_errors.BaseMismatch: _is(grpc.StatusCode.FAILED_PRECONDITION),
+    adapter_errors.AdapterTooLarge: _is(grpc.StatusCode.FAILED_PRECONDITION),
     adapter_errors.UnsupportedFeature: _is(grpc.StatusCode.FAILED_PRECONDITION),
     # Stands for its reasons: see `outcome_of`.
     adapter_errors.ContentRefused: _is(grpc.StatusCode.INVALID_ARGUMENT),
