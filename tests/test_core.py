@@ -385,3 +385,17 @@ def test_without_the_cache_nothing_is_kept() -> None:
         run_all(core)
     assert core.status().pool.free == NUM_PAGES
     assert core.status().counters.cached_prompt_tokens == 0
+
+
+def test_blocks_behind_logits_that_are_not_finite_are_not_found_again() -> None:
+    core, runner = make_core({})
+    prompt = tuple(range(1, 20))
+    run, runner.run = runner.run, lambda chunks: replace(run(chunks), tokens=(None,))  # type: ignore[method-assign]
+    core.add(make_request("poisoned", prompt))
+    failure = run_all(core)["poisoned"][-1].failure
+    assert failure is not None and failure.reason == "INTERNAL"
+    assert core.status().pool.free == NUM_PAGES
+    runner.run = run  # type: ignore[method-assign]
+    core.add(make_request("again", prompt))
+    assert tokens_of(run_all(core)["again"]) == expected_tokens(prompt, None, 5)
+    assert core.status().counters.cached_prompt_tokens == 0

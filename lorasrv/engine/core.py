@@ -345,7 +345,7 @@ class EngineCore:
 
     def _append(self, sequence: Sequence, token_id: int | None, logprobs: PositionLogprobs | None) -> TokenDelta:
         if token_id is None:
-            return self._fail(sequence, InternalError("the model's output is not finite"))
+            return self._fail_not_finite(sequence)
         sequence.token_ids.append(token_id)
         finish = finish_reason(sequence, self._limits.eos_token_ids)
         if finish is not None:
@@ -357,6 +357,15 @@ class EngineCore:
             logprobs=() if logprobs is None else (logprobs,),
             finish=finish,
         )
+
+    def _fail_not_finite(self, sequence: Sequence) -> TokenDelta:
+        """End a request whose logits were not finite. Its KV may be to blame: no later request is to find it cached."""
+        cached = [page for page in sequence.block_table if page in self._prefix]
+        delta = self._fail(sequence, InternalError("the model's output is not finite"))
+        for page in cached:
+            if not self._prefix.pins(page):
+                self._evict(IdleBlock(page))
+        return delta
 
     def _fail(self, sequence: Sequence, error: LorasrvError) -> TokenDelta:
         self._drop(sequence)

@@ -74,8 +74,8 @@ class FrontDesk:
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """One Started, then Deltas, then one Finished. Closing the generator early cancels the engine's work.
 
-        Raises the errors of `limits`, GenerationExists, EngineUnavailable, the registry's errors for the adapter, and
-        what the engine raises.
+        Raises the errors of `engine.admission`, GenerationExists, EngineUnavailable, the registry's errors for the
+        adapter, and what the engine raises.
         """
         received_s = self._clock()
         adapter = check_request(request)
