@@ -10,13 +10,18 @@ DType = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which base model, and how it is held. `dummy_weights` builds random weights of the config's shape, by `seed`."""
+    """Which base model, and how it is held. `dummy_weights` builds random weights of the config's shape, by `seed`.
+
+    `deterministic` makes a token's arithmetic independent of what else is in the batch, of chunking, cache hits and
+    preemption: the same request gives the same bits.
+    """
 
     path: str
     dtype: DType = "float32"
     device: str = "cpu"
     dummy_weights: bool = False
     seed: int = 0
+    deterministic: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ class SamplingParams:
     """How tokens are drawn, and when drawing ends. The wire's SamplingParams says what each field means.
 
     `temperature` 0 is greedy; `top_k` None keeps all tokens; `seed` None draws one; `logprobs` None gives none, and 0
-    those of the drawn tokens alone.
+    those of the drawn tokens alone. `n` samples are drawn of one prompt.
     """
 
     temperature: float = 1.0
@@ -50,6 +50,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    n: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,10 @@ class AdapterUse:
 @dataclass(frozen=True, kw_only=True)
 class EngineRequest:
     """A validated, tokenized request. `adapter` None is the base model; `rules` None leaves the logits as they are.
-    Only requests of one `cache_salt` (a tenant) share cached prefixes."""
+
+    `n` samples of one prompt are drawn, each with its own numbers. Only requests of one `cache_salt` (a tenant) share
+    cached prefixes.
+    """
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -91,6 +95,7 @@ class EngineRequest:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    n: int = 1
     cache_salt: str = ""
 
 
@@ -113,13 +118,15 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenDelta:
-    """What one step added to one request. After `finish` or `failure` nothing follows for that request.
+    """What one step added to one sample of a request, number `index` of `n`.
 
-    `finish` STOP means that the last token is a stop token id. `logprobs`, when asked for, has one for each token;
-    `prompt_logprobs` those of the prompt tokens, from the second on, that were computed in this step.
+    After `finish` nothing follows for that sample, after `failure` nothing for the request. `finish` STOP means that
+    the last token is a stop token id. `logprobs`, when asked for, has one for each token; `prompt_logprobs` those of
+    the prompt tokens, from the second on, that were computed in this step: sample 0 has them.
     """
 
     request_id: str
+    index: int = 0
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[PositionLogprobs, ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()

@@ -46,7 +46,7 @@ class FakeCore:
         self.requests[request.request_id] = request
         self.num_sent[request.request_id] = 0
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, index: int | None = None) -> None:
         self.cancelled.append(request_id)
         self.requests.pop(request_id, None)
 

@@ -91,8 +91,9 @@ class EngineCore:
         self._sequences[request.request_id] = sequence
         self._waiting.append(sequence)
 
-    def cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str, index: int | None = None) -> None:
         """Drop a request and give back what it holds; one that has ended already is no error."""
+        assert index is None, "one sample is all a request has so far"
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._drop(sequence)

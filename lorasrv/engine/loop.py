@@ -28,8 +28,8 @@ class Core(Protocol):
         """Queue a request. A LorasrvError refuses this request and no other."""
         ...
 
-    def cancel(self, request_id: str) -> None:
-        """Drop a request; an id that is not running is ignored."""
+    def cancel(self, request_id: str, index: int | None = None) -> None:
+        """Drop a request, or one sample of it; what is not running is ignored."""
         ...
 
     def step(self) -> tuple[TokenDelta, ...]:
@@ -80,8 +80,8 @@ def _apply(core: Core, message: Message, send: Callable[[FromEngine], None], fai
                 core.add(request)
             except LorasrvError as error:
                 failed.append(TokenDelta(request_id=request.request_id, failure=failure_of(error)))
-        case Cancel(request_id):
-            core.cancel(request_id)
+        case Cancel(request_id, index):
+            core.cancel(request_id, index)
         case GetStatus(query_id):
             send(StatusReply(query_id, core.status()))
         case _:

@@ -21,9 +21,10 @@ class Submit:
 
 @dataclass(frozen=True)
 class Cancel:
-    """No more deltas for this request; an id that is not running is ignored."""
+    """No more deltas for this request, or for its sample number `index`; what is not running is ignored."""
 
     request_id: str
+    index: int | None = None
 
 
 @dataclass(frozen=True)
