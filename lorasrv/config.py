@@ -42,7 +42,7 @@ class SchedulerConfig:
 
     `max_waiting` bounds the queue; `lookahead` is how many queued requests may have their adapters read to the host;
     `max_loads_per_step` bounds host-to-device copies begun in a step. `prefix_cache` keeps full KV blocks for requests
-    that begin alike.
+    that begin alike. `run_ahead` plans and submits a step while the one before runs; None does where that gains time.
     """
 
     max_step_tokens: int = 512
@@ -51,6 +51,7 @@ class SchedulerConfig:
     lookahead: int = 64
     max_loads_per_step: int = 4
     prefix_cache: bool = True
+    run_ahead: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_step_tokens", "max_running", "max_waiting", "lookahead", "max_loads_per_step"):

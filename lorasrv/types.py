@@ -177,7 +177,6 @@ class PoolStats:
 
     num_pages: int
     free: int
-    retiring: int
     sequences: int
     prefix: int
     adapters: int

@@ -58,7 +58,7 @@ class FakeCore:
         return tuple(self._advance(request) for request in list(self.requests.values()))
 
     def status(self) -> EngineStatus:
-        pool = PoolStats(num_pages=8, free=8, retiring=0, sequences=0, prefix=0, adapters=0)
+        pool = PoolStats(num_pages=8, free=8, sequences=0, prefix=0, adapters=0)
         return EngineStatus(pool=pool, running=len(self.requests), waiting=0, pins=0, adapters=())
 
     def close(self) -> None:

@@ -97,9 +97,7 @@ class FakeEngine:
             raise EngineUnavailable("the engine is not ready")
         digests = {request.adapter.digest for request in self.requests if request.adapter is not None}
         return EngineStatus(
-            pool=PoolStats(
-                num_pages=10, free=10 - len(digests), retiring=0, sequences=0, prefix=0, adapters=len(digests)
-            ),
+            pool=PoolStats(num_pages=10, free=10 - len(digests), sequences=0, prefix=0, adapters=len(digests)),
             running=len(self.running),
             waiting=0,
             pins=len(self.running),

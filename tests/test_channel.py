@@ -85,7 +85,7 @@ DELTA = st.builds(
     finish=st.none() | st.sampled_from(FinishReason),
     failure=st.none() | FAILURE,
 )
-POOL = st.builds(PoolStats, num_pages=COUNT, free=COUNT, retiring=COUNT, sequences=COUNT, prefix=COUNT, adapters=COUNT)
+POOL = st.builds(PoolStats, num_pages=COUNT, free=COUNT, sequences=COUNT, prefix=COUNT, adapters=COUNT)
 RESIDENCY = st.builds(AdapterResidency, digest=TEXT, tier=st.sampled_from(Tier), num_pages=COUNT, pins=COUNT)
 STATUS = st.builds(
     EngineStatus,

@@ -1,170 +1,14 @@
-"""The engine on a fake model: 10,000 seeded steps, and the rules of a step one by one."""
+"""The engine on a fake model: the rules of a step one by one."""
 
 from dataclasses import replace
 from random import Random
 
 import pytest
 
-from fakes import EOS, VOCAB, FakeDevice, FakeRunner, FakeTiers, expected_scores, expected_tokens
-from lorasrv.config import SchedulerConfig
-from lorasrv.engine.core import EngineCore, Limits
+from core_rig import BLOCK_TOKENS, NUM_PAGES, make_core, make_request, run_all, tokens_of
+from fakes import EOS, VOCAB, expected_scores, expected_tokens
 from lorasrv.errors import GenerationExists, InvalidRequest, QueueFull
-from lorasrv.types import AdapterUse, EngineRequest, Failure, FinishReason, LogitRules, TokenDelta
-
-BLOCK_TOKENS = 4
-NUM_PAGES = 40
-MAX_PROMPT = 30
-MAX_TOKENS = 20
-FETCH_STEPS = 8
-SHARED_PREFIXES = ((), (), tuple(range(1, 14)), tuple(range(1, 9)))
-
-
-def make_core(
-    sizes: dict[str, int], *, num_pages: int = NUM_PAGES, seed: int = 0, failing: float = 0.0, **config: int
-) -> tuple[EngineCore, FakeRunner]:
-    device = FakeDevice(block_tokens=BLOCK_TOKENS)
-    tiers = FakeTiers(device, sizes, Random(seed), failing)
-    runner = FakeRunner(device, tiers)
-    limits = Limits(
-        num_pages=num_pages,
-        block_tokens=BLOCK_TOKENS,
-        context_tokens=200,
-        vocab_size=VOCAB,
-        eos_token_ids=frozenset({EOS}),
-    )
-    scheduler = SchedulerConfig(**({"max_step_tokens": 32, "max_running": 8} | config))
-    return EngineCore(config=scheduler, limits=limits, runner=runner, tiers=tiers), runner
-
-
-def make_request(
-    request_id: str,
-    prompt: tuple[int, ...] = (1, 2, 3),
-    digest: str | None = None,
-    max_tokens: int = 5,
-    *,
-    scale: float = 1.0,
-    tenant: str = "",
-) -> EngineRequest:
-    adapter = AdapterUse(digest=digest, scale=scale) if digest else None
-    return EngineRequest(
-        request_id=request_id, token_ids=prompt, adapter=adapter, max_tokens=max_tokens, seed=0, cache_salt=tenant
-    )
-
-
-def run_all(core: EngineCore, max_steps: int = 1000) -> dict[str, list[TokenDelta]]:
-    deltas: dict[str, list[TokenDelta]] = {}
-    for _ in range(max_steps):
-        if not core.has_work():
-            return deltas
-        for delta in core.step():
-            deltas.setdefault(delta.request_id, []).append(delta)
-        core.check()
-    raise AssertionError(f"work is left after {max_steps} steps")
-
-
-def tokens_of(deltas: list[TokenDelta]) -> list[int]:
-    return [token_id for delta in deltas for token_id in delta.token_ids]
-
-
-class Traffic:
-    """Random arrivals and cancels, and what became of them. Half of the prompts begin like others."""
-
-    def __init__(self, core: EngineCore, digests: list[str], random: Random) -> None:
-        self.core = core
-        self.digests = digests
-        self.random = random
-        self.live: dict[str, EngineRequest] = {}
-        self.deadline: dict[str, int] = {}
-        self.tokens: dict[str, list[int]] = {}
-        self.scores: dict[str, list[tuple[int, float]]] = {}
-        self.ends: dict[str, int] = {}
-        self.count = 0
-
-    def arrive(self, step: int) -> None:
-        digest = self.random.choice([None, *self.digests])
-        shared = self.random.choice(SHARED_PREFIXES)
-        own = self.random.randint(1, MAX_PROMPT - len(shared))
-        prompt = shared + tuple(self.random.randrange(1, VOCAB) for _ in range(own))
-        max_tokens = self.random.randint(1, MAX_TOKENS)
-        request = replace(
-            make_request(f"r{self.count}", prompt, digest, max_tokens),
-            stop_token_ids=self.random.choice(((), (7, 8, 9))),
-            min_tokens=self.random.choice((0, self.random.randint(0, max_tokens))),
-            ignore_eos=self.random.random() < 0.3,
-            prompt_logprobs=self.random.choice((None, 0)),
-        )
-        self.count += 1
-        self.core.add(request)
-        # The oldest request is admitted once the ones that run have ended, and is never preempted: with T tokens at
-        # most each and reads of D steps, a request with k older ones ends within (k + 1) * (2 T + D) steps.
-        bound = (len(self.live) + 1) * (2 * (MAX_PROMPT + MAX_TOKENS) + FETCH_STEPS)
-        self.live[request.request_id] = request
-        self.deadline[request.request_id] = step + bound
-        self.tokens[request.request_id] = []
-        self.scores[request.request_id] = []
-
-    def cancel(self) -> None:
-        if self.live:
-            request_id = self.random.choice(list(self.live))
-            self.core.cancel(request_id)
-            self.end(request_id, "cancelled")
-
-    def take(self, delta: TokenDelta) -> None:
-        request = self.live[delta.request_id]
-        self.tokens[delta.request_id] += delta.token_ids
-        self.scores[delta.request_id] += [(each.token_id, each.logprob) for each in delta.prompt_logprobs]
-        if delta.failure is not None:
-            assert delta.failure.reason == "ADAPTER_LOAD_FAILED"
-            self.end(delta.request_id, "failed")
-        elif delta.finish is not None:
-            self.check_result(request, delta.finish)
-            self.end(delta.request_id, "finished")
-
-    def check_result(self, request: EngineRequest, finish: FinishReason) -> None:
-        digest = request.adapter.digest if request.adapter else None
-        ends = {*request.stop_token_ids, *(() if request.ignore_eos else (EOS,))}
-        expected = expected_tokens(
-            request.token_ids, digest, request.max_tokens, ends=ends, min_tokens=request.min_tokens
-        )
-        assert self.tokens[request.request_id] == expected
-        reason = FinishReason.LENGTH
-        if expected[-1] in ends:
-            reason = FinishReason.EOS if expected[-1] == EOS else FinishReason.STOP
-        assert finish == reason
-        wanted = [] if request.prompt_logprobs is None else expected_scores(request.token_ids, digest)
-        assert self.scores[request.request_id] == wanted
-
-    def end(self, request_id: str, how: str) -> None:
-        del self.live[request_id]
-        self.ends[how] = self.ends.get(how, 0) + 1
-
-
-@pytest.mark.parametrize("seed", [1, 2])
-def test_ten_thousand_random_steps(seed: int) -> None:
-    random = Random(seed)
-    sizes = {f"a{index}": random.randint(2, 8) for index in range(60)}
-    core, runner = make_core(sizes, seed=seed, failing=0.02)
-    traffic = Traffic(core, list(sizes), random)
-    for step in range(10_000):
-        if random.random() < 0.25 and len(traffic.live) < 30:
-            traffic.arrive(step)
-        if random.random() < 0.02:
-            traffic.cancel()
-        for delta in core.step():
-            traffic.take(delta)
-        core.check()
-        late = [request_id for request_id in traffic.live if traffic.deadline[request_id] < step]
-        assert not late, f"past their bound at step {step}: {late}"
-    for request_id in list(traffic.live):
-        core.cancel(request_id)
-    core.check()
-    status = core.status()
-    assert (status.running, status.waiting, status.pins, status.pool.sequences) == (0, 0, 0, 0)
-    assert status.pool.free + status.pool.adapters + status.pool.prefix == NUM_PAGES
-    assert status.counters.cached_prompt_tokens > 1000
-    assert status.counters.steps == runner.num_forwards
-    assert min(traffic.ends[how] for how in ("cancelled", "finished", "failed")) > 20
-    assert min(status.counters.adapter_evictions, status.counters.preemptions) > 20
+from lorasrv.types import EngineRequest, Failure, LogitRules
 
 
 def test_one_forward_serves_all_adapters() -> None:
@@ -390,12 +234,144 @@ def test_without_the_cache_nothing_is_kept() -> None:
 def test_blocks_behind_logits_that_are_not_finite_are_not_found_again() -> None:
     core, runner = make_core({})
     prompt = tuple(range(1, 20))
-    run, runner.run = runner.run, lambda chunks: replace(run(chunks), tokens=(None,))  # type: ignore[method-assign]
+    runner.not_finite = True
     core.add(make_request("poisoned", prompt))
     failure = run_all(core)["poisoned"][-1].failure
     assert failure is not None and failure.reason == "INTERNAL"
     assert core.status().pool.free == NUM_PAGES
-    runner.run = run  # type: ignore[method-assign]
+    runner.not_finite = False
     core.add(make_request("again", prompt))
     assert tokens_of(run_all(core)["again"]) == expected_tokens(prompt, None, 5)
     assert core.status().counters.cached_prompt_tokens == 0
+
+
+def test_what_is_submitted_ahead_of_an_end_is_dropped() -> None:
+    prompt = next(p for first in range(1, VOCAB) if expected_tokens(p := (first, 2, 3), None, 9)[-1] == EOS)
+    core, runner = make_core({}, run_ahead=True)
+    core.add(make_request("ends", prompt, None, 9))
+    core.add(make_request("goes on", (1, 2, 3), None, 9))
+    deltas = run_all(core)
+    assert tokens_of(deltas["ends"]) == expected_tokens(prompt, None, 9)
+    assert tokens_of(deltas["goes on"]) == expected_tokens((1, 2, 3), None, 9)
+    assert core.status().counters.steps == runner.num_forwards
+
+
+def test_nothing_is_submitted_ahead_of_the_last_token() -> None:
+    core, runner = make_core({}, run_ahead=True)
+    core.add(replace(make_request("r", (1, 2, 3), None, 9), ignore_eos=True))
+    assert core.step() == (), "the step's token is learned one step late"
+    run_all(core)
+    assert runner.num_forwards == 9
+
+
+def test_a_cancel_while_the_step_runs() -> None:
+    core, _ = make_core({}, run_ahead=True)
+    core.add(make_request("r"))
+    core.add(make_request("neighbour"))
+    core.step()
+    core.cancel("r")
+    core.check()
+    core.add(make_request("r", (4, 5, 6)))
+    deltas = run_all(core)
+    assert tokens_of(deltas["r"]) == expected_tokens((4, 5, 6), None, 5)
+    assert tokens_of(deltas["neighbour"]) == expected_tokens((1, 2, 3), None, 5)
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+@pytest.mark.parametrize("num_prompt", [1, 3, 4, 5, 8, 29])
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_samples_share_the_prompt(run_ahead: bool, num_prompt: int, prefix_cache: bool) -> None:
+    core, _ = make_core({"a": 2}, run_ahead=run_ahead, prefix_cache=prefix_cache)
+    prompt = tuple(range(1, num_prompt + 1))
+    core.add(replace(make_request("r", prompt, "a", 9), n=4, ignore_eos=True))
+    samples: dict[int, list[int]] = {}
+    most_pages = 0
+    while core.has_work():
+        for delta in core.step():
+            samples.setdefault(delta.index, []).extend(delta.token_ids)
+        core.check()
+        pool = core.status().pool
+        most_pages = max(most_pages, pool.sequences + pool.prefix)
+    for index in range(4):
+        assert samples[index] == expected_tokens(prompt, "a", 9, ends=(), sample=index)
+    # The others compute the prompt's last token again, for its logits.
+    assert core.status().counters.prompt_tokens == num_prompt + 3
+    shared = (num_prompt - 1) // BLOCK_TOKENS
+    own = -(-(num_prompt + 9) // BLOCK_TOKENS) - shared
+    assert most_pages <= shared + 4 * own
+    if not prefix_cache:
+        assert core.status().pool.prefix == 0
+
+
+def test_samples_go_on_without_those_that_ended() -> None:
+    for cancelled in range(3):
+        for num_steps in range(6):
+            core, _ = make_core({}, run_ahead=True)
+            core.add(replace(make_request("r", tuple(range(1, 7)), None, 9), n=3, ignore_eos=True))
+            samples: dict[int, list[int]] = {index: [] for index in range(3)}
+            for step in range(40):
+                if step == num_steps:
+                    core.cancel("r", cancelled)
+                    core.check()
+                    before = len(samples[cancelled])
+                for delta in core.step():
+                    samples[delta.index] += delta.token_ids
+                core.check()
+            assert not core.has_work() and len(samples[cancelled]) == before
+            for index in {0, 1, 2} - {cancelled}:
+                assert samples[index] == expected_tokens(tuple(range(1, 7)), None, 9, ends=(), sample=index)
+
+
+def test_a_failure_ends_all_samples() -> None:
+    core, runner = make_core({"bad": 1}, failing=1.0)
+    core.add(replace(make_request("r", digest="bad"), n=3))
+    core.add(make_request("neighbour"))
+    deltas = run_all(core)
+    assert [delta.failure is not None for delta in deltas["r"]] == [True]
+    assert tokens_of(deltas["neighbour"]) == expected_tokens((1, 2, 3), None, 5)
+    core.add(replace(make_request("again"), n=3))
+    core.step()
+    core.step()
+    runner.not_finite = True
+    assert [delta.failure is not None for delta in core.step()] == [True]
+    assert not core.has_work() and core.status().pool.free + core.status().pool.prefix == NUM_PAGES
+
+
+def test_only_the_first_sample_scores_the_prompt() -> None:
+    core, _ = make_core({})
+    core.add(replace(make_request("r", tuple(range(1, 7))), n=3, prompt_logprobs=0))
+    scored = [delta for delta in run_all(core)["r"] if delta.prompt_logprobs]
+    assert {delta.index for delta in scored} == {0}
+    scores = [(each.token_id, each.logprob) for delta in scored for each in delta.prompt_logprobs]
+    assert scores == expected_scores(tuple(range(1, 7)), None)
+
+
+def test_a_discarded_adapter_goes_when_its_last_request_has_ended() -> None:
+    core, runner = make_core({"old": 3, "new": 3}, max_running=1, run_ahead=True)
+    for index in range(2):
+        core.add(make_request(f"r{index}", (1, 2, 3), "old", 4))
+    core.add(make_request("other", (1, 2, 3), "new", 4))
+    for _ in range(8):
+        core.step()
+    core.discard("old")
+    assert core.status().pool.adapters == 3 and not runner.tiers.discarded
+    deltas = run_all(core)
+    assert tokens_of(deltas["r1"]) == expected_tokens((1, 2, 3), "old", 4)
+    assert runner.tiers.discarded == ["old"]
+    assert [adapter.digest for adapter in core.status().adapters if adapter.num_pages] == ["new"]
+    core.discard("new")
+    assert core.status().pool.adapters == 0
+
+
+def test_an_adapter_that_is_being_copied_is_not_discarded_yet() -> None:
+    core, runner = make_core({"a": 3}, delays=Random(1), run_ahead=True)
+    core.add(make_request("r", digest="a"))
+    while core.status().pool.adapters == 0:
+        core.step()
+    core.cancel("r")
+    core.discard("a")
+    assert core.status().pool.adapters == 3, "its pages are still being written"
+    runner.device.timeline.advance(100.0)
+    core.step()
+    core.check()
+    assert core.status().pool.free == NUM_PAGES and runner.tiers.discarded == ["a"]

@@ -245,6 +245,7 @@ def sample(
     top_k: Tensor,  # int64 [num_rows], >= 1; vocab_size or more keeps all
     min_p: Tensor | None,  # float32 [num_rows], in [0, 1]; None where it is 0 in every row
     seeds: Tensor,  # int64 [num_rows], the 64 bits of the seed
+    samples: Tensor,  # int64 [num_rows], the number of the row's sample among those of its seed
     positions: Tensor,  # int64 [num_rows], of the token that is drawn
 ) -> tuple[Tensor, Tensor]:  # int64 [num_rows], bool [num_rows]
     """The token drawn for every row, and whether the row's logits allowed it: a row that holds NaN or +inf, or
@@ -254,7 +255,7 @@ def sample(
     most likely tokens are kept, of those the fewest whose share reaches top_p (equal ones by lowest id), of those the
     ones at least min_p times as likely as the likeliest, and the draw is Gumbel-max: the largest
     logit / temperature - log(-log(u)), u in (0, 1) from `philox` keyed by the seed at the counter
-    (token id // 4, position, 0, 0), word token id % 4. So a row's draw depends on nothing else in the batch.
+    (token id // 4, position, sample, 0), word token id % 4. So a row's draw depends on nothing else in the batch.
     """
     valid = logits.amax(-1).isfinite()
     tokens = logits.argmax(-1)
@@ -264,7 +265,7 @@ def sample(
         scaled = _mask_unlikely(scaled, top_p[drawn], top_k[drawn])
         if min_p is not None:
             _mask_below(scaled, min_p[drawn])
-        tokens[drawn] = (scaled + _gumbel(seeds[drawn], positions[drawn], logits.shape[1])).argmax(-1)
+        tokens[drawn] = (scaled + _gumbel(seeds[drawn], samples[drawn], positions[drawn], logits.shape[1])).argmax(-1)
     return tokens, valid
 
 
@@ -293,12 +294,12 @@ def _mask_below(scaled: Tensor, min_p: Tensor) -> None:
     scaled[cut] = kept.masked_fill(kept < floor, float("-inf"))
 
 
-def _gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+def _gumbel(seeds: Tensor, samples: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """float64 [num_rows, vocab_size]: standard Gumbel noise."""
     mask = 0xFFFFFFFF
     quads = torch.arange(-(-vocab_size // 4), device=seeds.device)
     key = (seeds.unsqueeze(1) & mask, (seeds.unsqueeze(1) >> 32) & mask)
-    words = philox((quads, positions.unsqueeze(1), 0, 0), key)
+    words = philox((quads, positions.unsqueeze(1), samples.unsqueeze(1), 0), key)
     bits = torch.stack(words, dim=-1).flatten(-2)[:, :vocab_size]
     uniform = (bits.double() + 0.5) * 2.0**-32
     return -(-uniform.log()).log()

@@ -24,7 +24,7 @@ def print_status(info: server_pb2.ServerInfo, now: server_pb2.ServerStatus) -> N
     print(f"{model.name} ({model.architecture}, {model.dtype} on {model.device}): {state}")
     print(f"requests: {now.running_requests} running, {now.waiting_requests} waiting")
     print(
-        f"pages: {pool.num_pages} of {info.page_bytes} bytes; {pool.free_pages} free, {pool.retiring_pages} retiring, "
+        f"pages: {pool.num_pages} of {info.page_bytes} bytes; {pool.free_pages} free, "
         f"{pool.sequence_pages} sequences, {pool.prefix_pages} prefix cache, {pool.adapter_pages} adapters"
     )
     if now.adapters:

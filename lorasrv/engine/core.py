@@ -1,45 +1,39 @@
 """The engine: requests in, token deltas out, one model forward per step.
 
-    plan = decide(state)  ->  chunks = prepare(plan)  ->  output = runner.run(chunks)  ->  deltas = apply(plan, output)
+    plan = decide(state)  ->  submit(plan)  ->  apply(output of the step before)  ->  draw
 
-Decisions are `sched.scheduler`'s and pure; every effect on pages, pins and queues is in this file, in `_prepare` and
-`_apply` and what they call.
+While the device runs one step, the next is planned and its forward submitted; the tokens of the step before are learned
+then, and what they change (penalties, masks, ends) is known in time for the next draws. So an end is learned one step
+late: the surplus row is computed and dropped. Where steps do not run beside the host nothing is kept in flight.
+
+Decisions are `sched.scheduler`'s and pure; effects on pages and pins are `engine.ledger`'s; queues and sequences change
+here.
 """
 
 from bisect import insort
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from heapq import merge
-from operator import itemgetter
 
 from lorasrv.config import SchedulerConfig
 from lorasrv.engine.admission import TokenLimits, check_tokens
-from lorasrv.engine.batch import AdapterInput, ChunkInput, Runner, StepOutput
-from lorasrv.engine.sampling import check_named_tokens, finish_reason, first_needed_row, sample_input, score_input
+from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, Runner, RunningStep, StepOutput
+from lorasrv.engine.ledger import Ledger
+from lorasrv.engine.sampling import check_named_tokens, finish_reason, sample_input, score_input
 from lorasrv.engine.tiers import AdapterTiers
-from lorasrv.errors import GenerationExists, InternalError, LorasrvError, QueueFull
-from lorasrv.memory.eviction import Candidate, IdleAdapter, IdleBlock
-from lorasrv.memory.pages import Owner, OwnerKind, PagePool
-from lorasrv.memory.prefix import BlockKeys, PrefixCache
-from lorasrv.memory.residency import Residency
+from lorasrv.errors import GenerationExists, InternalError, InvalidRequest, LorasrvError, QueueFull
+from lorasrv.memory.eviction import IdleAdapter
 from lorasrv.sched.plan import Admission, Chunk, Plan
 from lorasrv.sched.scheduler import Scheduler, View
 from lorasrv.sched.sequence import Sequence
 from lorasrv.types import (
-    AdapterResidency,
     EngineCounters,
     EngineRequest,
     EngineStatus,
     Failure,
     PositionLogprobs,
-    Tier,
     TokenDelta,
 )
 
 IDLE_WAIT_S = 0.005
-
-_CACHE = Owner(OwnerKind.PREFIX, "cache")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +47,15 @@ class Limits:
     eos_token_ids: frozenset[int]
 
 
+@dataclass(kw_only=True)
+class _InFlight:
+    """A submitted step. `draws` are the numbers of the chunks behind which it draws a token, in order."""
+
+    chunks: tuple[tuple[Sequence, Chunk], ...]
+    running: RunningStep
+    draws: tuple[int, ...] = ()
+
+
 class EngineCore:
     """One engine's state. Owned by the engine's thread: every method is called from it."""
 
@@ -60,114 +63,102 @@ class EngineCore:
         self._config = config
         self._limits = limits
         self._runner = runner
+        self._runs_ahead = runner.runs_ahead if config.run_ahead is None else config.run_ahead
         self._tiers = tiers
         self._scheduler = Scheduler(config=config, block_tokens=limits.block_tokens)
-        self._pool = PagePool(limits.num_pages)
-        self._residency = Residency()
-        self._prefix = PrefixCache()
+        self._ledger = Ledger(
+            num_pages=limits.num_pages,
+            block_tokens=limits.block_tokens,
+            keep_prefixes=config.prefix_cache,
+            tiers=tiers,
+        )
+        self._requests: dict[str, list[Sequence]] = {}
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
+        # Samples that wait for the first one of their request to compute the prompt, by its sequence id.
+        self._followers: dict[str, list[Sequence]] = {}
+        self._in_flight: _InFlight | None = None
         self._num_added = 0
-        self._step = 0
         self._counters = EngineCounters()
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. Raises InvalidRequest, GenerationExists or QueueFull, and then nothing has changed."""
         self._validate(request)
-        if request.request_id in self._sequences:
+        if request.request_id in self._requests:
             raise GenerationExists(f"generation {request.request_id!r} is running")
-        if len(self._waiting) >= self._config.max_waiting:
-            raise QueueFull(f"{len(self._waiting)} requests are waiting; the limit is {self._config.max_waiting}")
-        sequence = Sequence(
-            request=request,
-            order=self._num_added,
-            token_ids=list(request.token_ids),
-            keys=BlockKeys(
-                weights=repr(request.adapter), salt=request.cache_salt, block_tokens=self._limits.block_tokens
-            ),
-        )
-        self._num_added += 1
-        self._sequences[request.request_id] = sequence
-        self._waiting.append(sequence)
+        if self.num_waiting + request.n > self._config.max_waiting:
+            raise QueueFull(f"{self.num_waiting} sequences are waiting; the limit is {self._config.max_waiting}")
+        first, *followers = (self._new_sequence(request, sample) for sample in range(request.n))
+        self._requests[request.request_id] = [first, *followers]
+        for sequence in (first, *followers):
+            self._sequences[sequence.sequence_id] = sequence
+        self._waiting.append(first)
+        if followers:
+            self._followers[first.sequence_id] = followers
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
-        """Drop a request and give back what it holds; one that has ended already is no error."""
-        assert index is None, "one sample is all a request has so far"
-        sequence = self._sequences.get(request_id)
-        if sequence is not None:
-            self._drop(sequence)
-            if not self._waiting:
-                self._tiers.want(())
-            # Between steps none is in flight that could still read the pages.
-            self._pool.reclaim(self._step)
+        """Drop a request, or its sample number `index`, and give back what it holds; what has ended is no error."""
+        for sequence in self._requests.get(request_id, ()):
+            if index is None or sequence.sample == index:
+                self._drop(sequence)
+        if not self._waiting:
+            self._tiers.want(())
+
+    def discard(self, digest: str) -> None:
+        """Nobody will ask for this adapter version again: its pages and its image in host memory go, now or when the
+        last request that uses it has ended."""
+        self._ledger.discard(digest)
+        self._drop_discarded()
 
     def has_work(self) -> bool:
-        return bool(self._sequences)
+        return bool(self._sequences) or self._in_flight is not None
 
     def step(self) -> tuple[TokenDelta, ...]:
-        """Decide, compute and apply one step; a step that can compute nothing waits briefly for an adapter."""
-        failed = self._fail_unloadable()
+        """Submit one step and apply the one before; with nothing to do for either, wait briefly for an adapter."""
+        refused = self._fail_unloadable()
         plan = self._scheduler.decide(self._view())
-        rejected = self._reject(plan)
-        chunks = self._prepare(plan)
-        if not chunks:
-            if self._sequences and not (failed or rejected):
-                self._tiers.wait(IDLE_WAIT_S)
-            return (*failed, *rejected)
-        self._step += 1
-        output = self._runner.run(chunks)
-        return (*failed, *rejected, *self._apply(plan, output))
+        refused += self._reject(plan)
+        submitted = self._submit(plan)
+        before, self._in_flight = self._in_flight, submitted
+        deltas = self._apply(before)
+        self._draw(submitted)
+        if not self._runs_ahead:
+            deltas += self._apply(submitted)
+            self._in_flight = None
+        if not (refused or submitted or before) and self._sequences:
+            self._tiers.wait(IDLE_WAIT_S)
+        return refused + deltas
 
     def status(self) -> EngineStatus:
-        resident = {
-            adapter.digest: AdapterResidency(
-                digest=adapter.digest,
-                tier=Tier.DEVICE,
-                num_pages=len(adapter.pages),
-                pins=self._residency.pins(adapter.digest),
-            )
-            for adapter in self._residency
-        }
-        below = {
-            digest: AdapterResidency(digest=digest, tier=tier, num_pages=0, pins=0)
-            for digest, tier in self._tiers.host_tiers().items()
-        }
         return EngineStatus(
-            pool=self._pool.stats(),
+            pool=self._ledger.pool_stats(),
             running=len(self._running),
-            waiting=len(self._waiting),
-            pins=self._residency.num_pins,
-            adapters=tuple((below | resident).values()),
+            waiting=self.num_waiting,
+            pins=self._ledger.num_pins,
+            adapters=self._ledger.adapters(),
             counters=self._counters,
         )
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that are queued."""
+        return len(self._sequences) - len(self._running)
+
     def check(self) -> None:
         """Raise AssertionError on a broken invariant, within a part or between parts."""
-        self._pool.check()
-        self._residency.check()
-        self._prefix.check()
-        self._tiers.check()
-        for sequence in self._running:
-            owners = {_CACHE, _sequence_owner(sequence)}
-            assert all(self._pool.owner(page) in owners for page in sequence.block_table), "a block is another's"
-            assert sequence.num_computed <= len(sequence.block_table) * self._limits.block_tokens, "KV without a page"
-        assert not any(sequence.block_table for sequence in self._waiting), "a waiting request holds pages"
-        assert {id(s) for s in self._sequences.values()} == {id(s) for s in (*self._waiting, *self._running)}
-        orders = [sequence.order for sequence in self._waiting]
-        assert orders == sorted(orders), "the queue is out of order"
-        stats = self._pool.stats()
-        shared = Counter(page for s in self._running for page in s.block_table if page in self._prefix)
-        num_blocks = sum(len(sequence.block_table) for sequence in self._running)
-        assert stats.sequences == num_blocks - shared.total(), "sequence pages leaked"
-        assert stats.prefix == len(self._prefix), "cached pages leaked"
-        assert all(self._prefix.pins(page) == count for page, count in shared.items()), "a cached block's pins are off"
-        num_idle = sum(1 for _ in self._prefix.idle())
-        assert len(shared) + num_idle == len(self._prefix), "a cached block is pinned by nobody"
-        assert stats.adapters == sum(len(adapter.pages) for adapter in self._residency), "adapter pages leaked"
-        used = [sequence.digest for sequence in self._running if sequence.digest is not None]
-        for adapter in self._residency:
-            assert self._residency.pins(adapter.digest) == used.count(adapter.digest), "pins do not match requests"
+        self._ledger.check(self._running)
+        held = [sequence for followers in self._followers.values() for sequence in followers]
+        assert not any(sequence.block_table for sequence in (*self._waiting, *held)), "a waiting sequence holds pages"
+        known = {id(sequence) for sequence in (*self._waiting, *self._running, *held)}
+        assert {id(sequence) for sequence in self._sequences.values()} == known, "a sequence is lost"
+        by_request = [sequence for sequences in self._requests.values() for sequence in sequences]
+        assert {id(sequence) for sequence in by_request} == known, "a request's samples are lost"
+        assert all(self._requests.values()), "a request without samples is kept"
+        assert self._followers.keys() <= self._sequences.keys(), "samples wait for one that has ended"
+        for queue in (self._waiting, self._running):
+            orders = [sequence.order for sequence in queue]
+            assert orders == sorted(orders), "a queue is out of order"
 
     def close(self) -> None:
         self._tiers.close()
@@ -179,223 +170,203 @@ class EngineCore:
         tokens = TokenLimits(
             vocab_size=limits.vocab_size, context_tokens=limits.context_tokens, pool_tokens=pool_tokens
         )
+        if request.n < 1:
+            raise InvalidRequest("n", f"{request.n} is below 1")
         check_tokens(request.token_ids, request.max_tokens, tokens)
         check_named_tokens(request, limits.vocab_size, limits.eos_token_ids)
+
+    def _new_sequence(self, request: EngineRequest, sample: int) -> Sequence:
+        self._num_added += 1
+        return Sequence(
+            sequence_id=f"{request.request_id}/{sample}",
+            # The prompt is the first sample's to score.
+            request=request if sample == 0 else replace(request, prompt_logprobs=None),
+            sample=sample,
+            order=self._num_added,
+            token_ids=list(request.token_ids),
+            keys=self._ledger.block_keys(request),
+        )
 
     def _view(self) -> View:
         return View(
             running=self._running,
             waiting=self._waiting,
             num_pages=self._limits.num_pages,
-            free_pages=self._pool.num_free,
-            resources=self,
+            free_pages=self._ledger.num_free,
+            resources=self._ledger,
         )
-
-    # What the scheduler asks (sched.scheduler.Resources).
-
-    def is_resident(self, digest: str) -> bool:
-        return digest in self._residency
-
-    def num_pages(self, digest: str) -> int | None:
-        if digest in self._residency:
-            return len(self._residency[digest].pages)
-        return self._tiers.num_pages(digest)
-
-    def idle(self) -> Iterable[Candidate]:
-        adapters = ((now, IdleAdapter(each.digest, len(each.pages))) for each, now in self._residency.idle())
-        blocks = ((now, IdleBlock(page)) for page, now in self._prefix.idle())
-        return (candidate for _, candidate in merge(adapters, blocks, key=itemgetter(0)))
-
-    def num_own_pages(self, sequence: Sequence) -> int:
-        return sum(page not in self._prefix for page in sequence.block_table)
-
-    def cached_blocks(self, sequence: Sequence) -> list[int]:
-        if not self._config.prefix_cache:
-            return []
-        # What the request needs the logits of is computed in any case.
-        count = first_needed_row(sequence) // self._limits.block_tokens
-        return self._prefix.match(sequence.keys.first(count, sequence.token_ids))
 
     # Effects before the forward.
 
     def _fail_unloadable(self) -> tuple[TokenDelta, ...]:
         """End the queued requests whose adapter could not be read."""
-        failures = self._tiers.poll()
-        ended = [sequence for sequence in self._waiting if sequence.digest in failures]
-        return tuple(self._fail(sequence, failures[sequence.digest or ""]) for sequence in ended)
+        failures = self._ledger.poll()
+        self._drop_discarded()
+        ended = {sequence.request_id: sequence for sequence in self._waiting if sequence.digest in failures}
+        return tuple(self._fail(sequence, failures[sequence.digest or ""]) for sequence in ended.values())
 
     def _reject(self, plan: Plan) -> tuple[TokenDelta, ...]:
-        for rejection in plan.reject:
-            self._drop(self._sequences[rejection.request_id])
-        return tuple(TokenDelta(request_id=r.request_id, failure=r.failure) for r in plan.reject)
+        rejected = {self._sequences[each.sequence_id].request_id: each.failure for each in plan.reject}
+        for request_id in rejected:
+            self.cancel(request_id)
+        return tuple(TokenDelta(request_id=request_id, failure=failure) for request_id, failure in rejected.items())
 
-    def _prepare(self, plan: Plan) -> tuple[ChunkInput, ...]:
-        """Carry the plan out up to the forward: pages change hands here, and nowhere else but in `_release`."""
-        for request_id in plan.preempt:
-            self._preempt(self._sequences[request_id])
+    def _submit(self, plan: Plan) -> _InFlight | None:
+        """Carry the plan out: pages change hands, adapters begin to be copied, the forward is submitted."""
+        for sequence_id in plan.preempt:
+            self._preempt(self._sequences[sequence_id])
         for victim in plan.evict:
-            self._evict(victim)
-        self._pool.reclaim(self._step)
+            self._ledger.evict(victim)
+            self._count(adapter_evictions=isinstance(victim, IdleAdapter))
         self._tiers.want(plan.want)
         for digest in plan.load:
-            self._load(digest)
-        for admission in plan.admit:
-            self._admit(admission)
-        return tuple(self._chunk_input(chunk) for chunk in plan.chunks)
+            self._ledger.load(digest)
+            self._count(adapter_loads=1)
+        copies = tuple(copy for admission in plan.admit if (copy := self._admit(admission)) is not None)
+        if not plan.chunks:
+            return None
+        chunks = tuple((self._sequences[chunk.sequence_id], chunk) for chunk in plan.chunks)
+        inputs = tuple(self._chunk_input(sequence, chunk) for sequence, chunk in chunks)
+        self._ledger.step += 1
+        return _InFlight(chunks=chunks, running=self._runner.forward(inputs, copies))
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._release(sequence)
+        self._ledger.release(sequence)
         self._running.remove(sequence)
         insort(self._waiting, sequence, key=lambda waiting: waiting.order)
         self._count(preemptions=1)
 
-    def _evict(self, victim: Candidate) -> None:
-        match victim:
-            case IdleAdapter(digest):
-                adapter = self._residency.remove(digest)
-                self._pool.retire(adapter.pages, Owner(OwnerKind.ADAPTER, digest), self._step)
-                self._count(adapter_evictions=1)
-            case IdleBlock(page):
-                self._prefix.remove(page)
-                self._pool.retire([page], _CACHE, self._step)
-
-    def _load(self, digest: str) -> None:
-        num_pages = self._tiers.num_pages(digest)
-        assert num_pages is not None, f"{digest} is planned to load but not in host memory"
-        pages = self._pool.alloc(num_pages, Owner(OwnerKind.ADAPTER, digest))
-        self._residency.add(self._tiers.load(digest, pages), self._step)
-        self._count(adapter_loads=1)
-
-    def _admit(self, admission: Admission) -> None:
-        sequence = self._sequences[admission.request_id]
+    def _admit(self, admission: Admission) -> PageCopy | None:
+        sequence = self._sequences[admission.sequence_id]
         self._waiting.remove(sequence)
         insort(self._running, sequence, key=lambda running: running.order)
-        num_cached = admission.num_cached_blocks
-        sequence.block_table = self.cached_blocks(sequence)[:num_cached]
-        self._prefix.pin(sequence.block_table)
-        sequence.num_keyed_blocks = num_cached
-        sequence.num_computed = num_cached * self._limits.block_tokens
+        copy = self._ledger.admit(sequence, admission)
         self._count(cached_prompt_tokens=sequence.num_computed)
-        self._grow(sequence, len(sequence.token_ids))
-        if sequence.digest is not None:
-            self._residency.pin(sequence.digest)
+        return copy
 
-    def _grow(self, sequence: Sequence, num_tokens: int) -> None:
-        """Let the sequence's pages cover `num_tokens` tokens."""
-        missing = -(-num_tokens // self._limits.block_tokens) - len(sequence.block_table)
-        if missing > 0:
-            sequence.block_table += self._pool.alloc(missing, _sequence_owner(sequence))
-
-    def _chunk_input(self, chunk: Chunk) -> ChunkInput:
-        sequence = self._sequences[chunk.request_id]
-        request = sequence.request
+    def _chunk_input(self, sequence: Sequence, chunk: Chunk) -> ChunkInput:
         end = chunk.start + chunk.num_tokens
-        self._grow(sequence, end)
-        adapter = None
-        if request.adapter is not None:
-            resident = self._residency[request.adapter.digest]
-            adapter = AdapterInput(
-                directory=resident.directory, max_rank=resident.max_rank, scale=request.adapter.scale
-            )
+        self._ledger.grow(sequence, end)
+        sequence.num_computed = end
         return ChunkInput(
             token_ids=tuple(sequence.token_ids[chunk.start : end]),
             start=chunk.start,
             block_table=tuple(sequence.block_table),
-            adapter=adapter,
-            sample=sample_input(sequence, self._limits.eos_token_ids) if end == len(sequence.token_ids) else None,
+            adapter=self._ledger.adapter_input(sequence.request),
             score=score_input(sequence, chunk.start, end),
+            drawn=sequence.drawn if chunk.start == len(sequence.token_ids) else None,
         )
 
-    # Effects after the forward.
+    # Effects after the step before.
 
-    def _apply(self, plan: Plan, output: StepOutput) -> tuple[TokenDelta, ...]:
-        """Advance the sequences of a completed step and end those that are done."""
+    def _draw(self, step: _InFlight | None) -> None:
+        """Submit the drawing of the tokens behind the last known ones, for the sequences that go on."""
+        if step is None:
+            return
+        draws: list[Draw] = []
+        for number, (sequence, chunk) in enumerate(step.chunks):
+            if self._is_current(sequence) and chunk.start + chunk.num_tokens == len(sequence.token_ids):
+                sequence.drawn = len(draws)
+                draws.append(Draw(chunk=number, how=sample_input(sequence, self._limits.eos_token_ids)))
+        step.draws = tuple(draw.chunk for draw in draws)
+        step.running.draw(tuple(draws))
+
+    def _apply(self, step: _InFlight | None) -> tuple[TokenDelta, ...]:
+        """Wait for a step, advance its sequences and end those that are done."""
+        if step is None:
+            return ()
+        output = step.running.output()
+        self._ledger.completed += 1
+        places = {chunk: place for place, chunk in enumerate(step.draws)}
         deltas: list[TokenDelta] = []
-        num_prompt = num_sampled = 0
-        for index, chunk in enumerate(plan.chunks):
-            sequence = self._sequences[chunk.request_id]
-            sequence.num_computed += chunk.num_tokens
-            self._cache_full_blocks(sequence)
-            num_prompt += max(0, min(sequence.num_computed, len(sequence.request.token_ids)) - chunk.start)
-            scored = output.prompt_logprobs.get(index, ())
-            sequence.num_scored += len(scored)
-            delta = None
-            if sequence.num_computed == len(sequence.token_ids):
-                delta = self._append(sequence, output.tokens[num_sampled], output.logprobs.get(num_sampled))
-                num_sampled += 1
-            if scored:
-                delta = replace(delta or TokenDelta(request_id=sequence.request_id), prompt_logprobs=scored)
+        num_prompt = 0
+        for number, (sequence, chunk) in enumerate(step.chunks):
+            if not self._is_current(sequence):
+                continue
+            end = chunk.start + chunk.num_tokens
+            if sequence.block_table:
+                self._ledger.share_full_blocks(sequence, end)
+            num_prompt += max(0, min(end, len(sequence.request.token_ids)) - chunk.start)
+            delta = self._advance(sequence, output, number, places.get(number))
             if delta is not None:
                 deltas.append(delta)
-        self._pool.reclaim(self._step)
-        self._count(steps=1, prompt_tokens=num_prompt, completion_tokens=sum(len(d.token_ids) for d in deltas))
+        num_tokens = sum(len(delta.token_ids) for delta in deltas)
+        self._count(steps=1, prompt_tokens=num_prompt, completion_tokens=num_tokens)
         return tuple(deltas)
 
-    def _cache_full_blocks(self, sequence: Sequence) -> None:
-        """Share the blocks that the sequence has filled; from now on they belong to the cache."""
-        if not self._config.prefix_cache:
-            return
-        num_full = sequence.num_computed // self._limits.block_tokens
-        if num_full > sequence.num_keyed_blocks:
-            keys = sequence.keys.first(num_full, sequence.token_ids)
-            for index in range(sequence.num_keyed_blocks, num_full):
-                page = sequence.block_table[index]
-                if self._prefix.insert(keys[index], page):
-                    self._pool.transfer(page, _sequence_owner(sequence), _CACHE)
-            sequence.num_keyed_blocks = num_full
+    def _advance(self, sequence: Sequence, output: StepOutput, number: int, place: int | None) -> TokenDelta | None:
+        """What chunk number `number` gave its sequence; `place` is that of its draw."""
+        scored = output.prompt_logprobs.get(number, ())
+        sequence.num_scored += len(scored)
+        if place is None:
+            return TokenDelta(request_id=sequence.request_id, prompt_logprobs=scored) if scored else None
+        sequence.drawn = None
+        delta = self._append(sequence, output.tokens[place], output.logprobs.get(place))
+        return replace(delta, prompt_logprobs=scored) if scored else delta
 
     def _append(self, sequence: Sequence, token_id: int | None, logprobs: PositionLogprobs | None) -> TokenDelta:
         if token_id is None:
-            return self._fail_not_finite(sequence)
+            # Its KV may be to blame: no later request is to find it cached.
+            return self._fail(sequence, InternalError("the model's output is not finite"), forget=True)
         sequence.token_ids.append(token_id)
+        self._queue_followers(sequence, sequence)
         finish = finish_reason(sequence, self._limits.eos_token_ids)
         if finish is not None:
             self._drop(sequence)
-            self._count(finished_requests=1)
+            self._count(finished_requests=sequence.request_id not in self._requests)
         return TokenDelta(
             request_id=sequence.request_id,
+            index=sequence.sample,
             token_ids=(token_id,),
             logprobs=() if logprobs is None else (logprobs,),
             finish=finish,
         )
 
-    def _fail_not_finite(self, sequence: Sequence) -> TokenDelta:
-        """End a request whose logits were not finite. Its KV may be to blame: no later request is to find it cached."""
-        cached = [page for page in sequence.block_table if page in self._prefix]
-        delta = self._fail(sequence, InternalError("the model's output is not finite"))
-        for page in cached:
-            if not self._prefix.pins(page):
-                self._evict(IdleBlock(page))
-        return delta
+    def _fail(self, sequence: Sequence, error: LorasrvError, *, forget: bool = False) -> TokenDelta:
+        """End a sequence's request, all its samples."""
+        for each in self._requests[sequence.request_id]:
+            self._drop(each, forget=forget)
+        failure = Failure(reason=error.reason, message=str(error))
+        return TokenDelta(request_id=sequence.request_id, failure=failure)
 
-    def _fail(self, sequence: Sequence, error: LorasrvError) -> TokenDelta:
-        self._drop(sequence)
-        return TokenDelta(request_id=sequence.request_id, failure=Failure(reason=error.reason, message=str(error)))
-
-    def _drop(self, sequence: Sequence) -> None:
-        """End a request, wherever it is."""
-        del self._sequences[sequence.request_id]
+    def _drop(self, sequence: Sequence, *, forget: bool = False) -> None:
+        """End a sequence, wherever it is."""
+        del self._sequences[sequence.sequence_id]
+        siblings = self._requests[sequence.request_id] = [
+            each for each in self._requests[sequence.request_id] if each is not sequence
+        ]
+        if not siblings:
+            del self._requests[sequence.request_id]
         if sequence in self._running:
-            self._release(sequence)
+            self._ledger.release(sequence, forget=forget)
             self._running.remove(sequence)
-        else:
+        elif sequence in self._waiting:
             self._waiting.remove(sequence)
+        else:
+            self._forget_follower(sequence)
+        self._queue_followers(sequence, None)
+        self._drop_discarded()
 
-    def _release(self, sequence: Sequence) -> None:
-        """Give back a running sequence's pages and pins; its full blocks stay in the prefix cache."""
-        cached = [page for page in sequence.block_table if page in self._prefix]
-        own = [page for page in sequence.block_table if page not in self._prefix]
-        self._prefix.unpin(cached, self._step)
-        self._pool.retire(own, _sequence_owner(sequence), self._step)
-        sequence.block_table = []
-        sequence.num_computed = sequence.num_keyed_blocks = 0
-        if sequence.digest is not None:
-            self._residency.unpin(sequence.digest, self._step)
+    def _queue_followers(self, first: Sequence, sibling: Sequence | None) -> None:
+        """The first sample has computed the prompt, and is the `sibling` to copy from, or it has ended."""
+        for sequence in self._followers.pop(first.sequence_id, ()):
+            sequence.sibling = sibling
+            insort(self._waiting, sequence, key=lambda waiting: waiting.order)
+
+    def _forget_follower(self, sequence: Sequence) -> None:
+        for first, followers in self._followers.items():
+            if sequence in followers:
+                self._followers[first] = [each for each in followers if each is not sequence]
+
+    def _drop_discarded(self) -> None:
+        if self._ledger.has_discarded:
+            used = {sequence.digest for sequence in self._sequences.values() if sequence.digest is not None}
+            self._ledger.drop_discarded(used)
+
+    def _is_current(self, sequence: Sequence) -> bool:
+        """Whether the sequence has not ended since the step was submitted."""
+        return self._sequences.get(sequence.sequence_id) is sequence
 
     def _count(self, **increments: int) -> None:
         totals = {name: getattr(self._counters, name) + increment for name, increment in increments.items()}
         self._counters = replace(self._counters, **totals)
-
-
-def _sequence_owner(sequence: Sequence) -> Owner:
-    return Owner(OwnerKind.SEQUENCE, sequence.request_id)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorasrv.config import EngineConfig
-from lorasrv.engine.batch import AdapterInput, ChunkInput, StepOutput
+from lorasrv.engine.batch import AdapterInput, ChunkInput, Draw, PageCopy, SampleInput, ScoreInput, StepOutput
 from lorasrv.engine.fitting import page_layout
 from lorasrv.errors import ConfigurationError
 from lorasrv.memory.packing import module_geometry
@@ -15,8 +15,8 @@ from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder, ForwardBatch
 from lorasrv.model.families import Architecture, read_architecture
 from lorasrv.model.loader import dummy_weights, load_weights
-from lorasrv.model.sampler import draw, position_logprobs
-from lorasrv.types import EngineInfo, PositionLogprobs
+from lorasrv.model.sampler import Drawn, Scores, draw, position_logprobs
+from lorasrv.types import EngineInfo
 from lorasrv_kernels.tiles import Segments
 
 # At a vocabulary of 128k tokens, 32 MiB of logits.
@@ -29,77 +29,76 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, storage: PageStorage) -> None:
         self._decoder = decoder
         self._storage = storage
+        self._drawn: Drawn | None = None
         self.num_forwards = 0
 
-    def run(self, chunks: tuple[ChunkInput, ...]) -> StepOutput:
-        """See `engine.batch.StepOutput`. One forward, whatever the chunks ask for."""
-        if not chunks:
-            return StepOutput(tokens=())
-        order = sorted(range(len(chunks)), key=lambda index: _adapter_key(chunks[index].adapter))
-        ordered = [chunks[index] for index in order]
-        batch = self.build_batch(ordered)
+    @property
+    def runs_ahead(self) -> bool:
+        return self._storage.bytes.is_cuda
+
+    def forward(self, chunks: tuple[ChunkInput, ...], copies: tuple[PageCopy, ...] = ()) -> "ModelStep":
+        """One forward, whatever the chunks ask for."""
+        assert chunks, "a step without chunks"
+        for copy in copies:
+            self._storage.copy_page(copy.source, copy.target)
+        order = tuple(sorted(range(len(chunks)), key=lambda index: _adapter_key(chunks[index].adapter)))
+        batch = self.build_batch([chunks[index] for index in order])
         hidden = self._decoder.forward(batch, self._storage.bytes, self._storage.kv)
         self.num_forwards += 1
-        sampling = [(index, chunks[index].sample) for index in order]
-        rows = [(index, sample) for index, sample in sampling if sample is not None]
-        tokens, logprobs = draw(self._decoder.logits(hidden[batch.sample_rows]), [sample for _, sample in rows])
-        # From rows in segment order to places in the chunks' order.
-        places = sorted(range(len(rows)), key=lambda row: rows[row][0])
-        return StepOutput(
-            tokens=tuple(tokens[row] for row in places),
-            logprobs={place: logprobs[row] for place, row in enumerate(places) if row in logprobs},
-            prompt_logprobs=self._prompt_logprobs(order, ordered, hidden),
-        )
+        return ModelStep(self, chunks, order, hidden)
 
-    def _prompt_logprobs(
+    def draw(
         self,
-        order: Sequence[int],
-        ordered: Sequence[ChunkInput],
-        hidden: Tensor,  # [num_tokens, hidden]
-    ) -> dict[int, tuple[PositionLogprobs, ...]]:
-        """By place of the chunk, for those that ask. Logits exist for few rows at a time."""
-        found: dict[int, tuple[PositionLogprobs, ...]] = {}
-        first_row = 0
-        for index, chunk in zip(order, ordered, strict=True):
-            score = chunk.score
-            if score is not None:
-                rows = hidden[first_row + score.start - 1 - chunk.start :][: len(score.token_ids)]
-                found[index] = tuple(
-                    logprobs
-                    for start in range(0, len(rows), _SCORED_ROWS)
-                    for logprobs in position_logprobs(
-                        self._decoder.logits(rows[start : start + _SCORED_ROWS]),
-                        score.token_ids[start : start + _SCORED_ROWS],
-                        score.num_top,
-                    )
-                )
-            first_row += len(chunk.token_ids)
-        return found
+        hidden: Tensor,  # [num_draws, hidden]
+        rows: Sequence[SampleInput],
+    ) -> Drawn:
+        """The next step may take its input from these draws."""
+        self._drawn = draw(self._decoder.logits(hidden), rows)
+        return self._drawn
+
+    def score(
+        self,
+        hidden: Tensor,  # [num_scored, hidden], of the rows before the tokens
+        score: ScoreInput,
+    ) -> tuple[Scores, ...]:
+        """Logits exist for few rows at a time."""
+        token_ids = self._tensor(score.token_ids, torch.int64)
+        parts = [slice(first, first + _SCORED_ROWS) for first in range(0, len(token_ids), _SCORED_ROWS)]
+        return tuple(
+            position_logprobs(self._decoder.logits(hidden[part]), token_ids[part], score.num_top) for part in parts
+        )
 
     def build_batch(self, chunks: Sequence[ChunkInput]) -> ForwardBatch:
         """The tensors of a step whose chunks stand in segment order."""
         block_tokens = self._storage.layout.block_tokens
-        ends = list(accumulate(len(chunk.token_ids) for chunk in chunks))
-        positions = [p for c in chunks for p in range(c.start, c.start + len(c.token_ids))]
+        ends = list(accumulate(chunk.num_tokens for chunk in chunks))
+        positions = [p for c in chunks for p in range(c.start, c.start + c.num_tokens)]
         slots = [
             chunk.block_table[position // block_tokens] * block_tokens + position % block_tokens
             for chunk in chunks
-            for position in range(chunk.start, chunk.start + len(chunk.token_ids))
+            for position in range(chunk.start, chunk.start + chunk.num_tokens)
         ]
         max_blocks = max(len(chunk.block_table) for chunk in chunks)
         tables = [chunk.block_table + (0,) * (max_blocks - len(chunk.block_table)) for chunk in chunks]
         return ForwardBatch(
-            token_ids=self._tensor([token for chunk in chunks for token in chunk.token_ids], torch.int64),
+            token_ids=self._token_ids(chunks, ends),
             positions=self._tensor(positions, torch.int64),
             slots=self._tensor(slots, torch.int64),
             block_tables=self._tensor(tables, torch.int32),
             query_starts=self._tensor([0, *ends], torch.int32),
-            context_lengths=self._tensor([chunk.start + len(chunk.token_ids) for chunk in chunks], torch.int32),
+            context_lengths=self._tensor([chunk.start + chunk.num_tokens for chunk in chunks], torch.int32),
             segments=self._segments(chunks, ends),
-            sample_rows=self._tensor(
-                [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.sample is not None], torch.int64
-            ),
         )
+
+    def _token_ids(self, chunks: Sequence[ChunkInput], ends: Sequence[int]) -> Tensor:  # int64 [num_tokens]
+        """Those that the host does not know yet come from the draws of the step before, which the device has."""
+        token_ids = self._tensor([token for chunk in chunks for token in chunk.token_ids or (0,)], torch.int64)
+        taken = [(end - 1, chunk.drawn) for chunk, end in zip(chunks, ends, strict=True) if chunk.drawn is not None]
+        if taken:
+            assert self._drawn is not None, "no step has drawn"
+            rows, places = self._tensor(taken, torch.int64).unbind(1)
+            token_ids[rows] = self._drawn.tokens[places]
+        return token_ids
 
     def _segments(self, chunks: Sequence[ChunkInput], ends: Sequence[int]) -> Segments | None:
         """One segment per (adapter, scale): chunks that share it are adjacent."""
@@ -113,7 +112,7 @@ class ModelRunner:
                 segment_ends[-1] = end
             else:
                 adapters.append(chunk.adapter)
-                starts.append(end - len(chunk.token_ids))
+                starts.append(end - chunk.num_tokens)
                 segment_ends.append(end)
         if not adapters:
             return None
@@ -128,6 +127,46 @@ class ModelRunner:
 
     def _tensor(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self._storage.bytes.device)
+
+
+class ModelStep:
+    """Implements `engine.batch.RunningStep`."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        chunks: tuple[ChunkInput, ...],
+        order: tuple[int, ...],  # chunk numbers as their rows stand in `hidden`
+        hidden: Tensor,  # [num_tokens, hidden]
+    ) -> None:
+        self._runner = runner
+        self._chunks = chunks
+        lengths = [chunks[number].num_tokens for number in order]
+        self._ends = dict(zip(order, accumulate(lengths), strict=True))
+        self._hidden = hidden
+        self._drawn: Drawn | None = None
+        self._scores: dict[int, tuple[Scores, ...]] = {}
+
+    def draw(self, draws: tuple[Draw, ...]) -> None:
+        if draws:
+            rows = [self._ends[draw.chunk] - 1 for draw in draws]
+            self._drawn = self._runner.draw(self._hidden[rows], [draw.how for draw in draws])
+        for number, chunk in enumerate(self._chunks):
+            if chunk.score is not None:
+                first = self._ends[number] - chunk.num_tokens + chunk.score.start - 1 - chunk.start
+                rows = self._hidden[first : first + len(chunk.score.token_ids)]
+                self._scores[number] = self._runner.score(rows, chunk.score)
+
+    def output(self) -> StepOutput:
+        tokens, logprobs = ((), {}) if self._drawn is None else self._drawn.read()
+        return StepOutput(
+            tokens=tokens,
+            logprobs=logprobs,
+            prompt_logprobs={
+                number: tuple(logprobs for scores in chunk_scores for logprobs in scores.read())
+                for number, chunk_scores in self._scores.items()
+            },
+        )
 
 
 def build_runner(config: EngineConfig) -> tuple[ModelRunner, PageStorage, Architecture, EngineInfo]:

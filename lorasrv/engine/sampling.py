@@ -40,6 +40,7 @@ def sample_input(sequence: Sequence, eos_token_ids: frozenset[int]) -> SampleInp
         top_k=request.top_k,
         min_p=request.min_p,
         seed=request.seed,
+        sample=sequence.sample,
         position=len(sequence.token_ids),
         edits=logit_edits(request, sequence.token_ids, eos_token_ids),
         logprobs=request.logprobs,

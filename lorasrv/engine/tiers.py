@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from lorasrv.errors import AdapterCorrupt, AdapterLoadFailed
@@ -14,11 +15,19 @@ from lorasrv_adapters.host_cache import HostCache, HostState
 if TYPE_CHECKING:
     # The core's own tests and the simulator run without torch.
     from lorasrv.memory.packing import PackedAdapter
-    from lorasrv.memory.storage import PageStorage
+    from lorasrv.memory.storage import AdapterCopy, PageStorage
 
 log = logging.getLogger(__name__)
 
 _TIERS = {HostState.READING: Tier.READING, HostState.READY: Tier.HOST, HostState.FAILED: Tier.FAILED}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TierChanges:
+    """Since the last poll: why wanted adapters could not be read, by digest, and which have arrived on the device."""
+
+    failed: Mapping[str, AdapterLoadFailed]
+    loaded: tuple[str, ...]
 
 
 class AdapterTiers(Protocol):
@@ -37,14 +46,19 @@ class AdapterTiers(Protocol):
         """
         ...
 
-    def poll(self) -> Mapping[str, AdapterLoadFailed]:
-        """Take in the reads that have ended, at a step's start. Returns why wanted ones failed, by digest; wanting one
-        again tries again.
+    def poll(self) -> TierChanges:
+        """Take in the reads and copies that have ended, at a step's start. Wanting a digest that failed tries again."""
+        ...
+
+    def load(self, digest: str, pages: list[int], *, wait_for_steps: bool) -> ResidentAdapter:
+        """Begin to copy an image from host memory to these pages of the device; a later `poll` says that it is there.
+
+        With `wait_for_steps`, steps that are submitted by now may still use the pages: the copy begins behind them.
         """
         ...
 
-    def load(self, digest: str, pages: list[int]) -> ResidentAdapter:
-        """Copy an image from host memory to these pages of the device."""
+    def discard(self, digest: str) -> None:
+        """Nobody will want this digest again: forget its image."""
         ...
 
     def host_tiers(self) -> dict[str, Tier]:
@@ -52,7 +66,7 @@ class AdapterTiers(Protocol):
         ...
 
     def wait(self, timeout_s: float) -> None:
-        """Return when a read has ended, or after `timeout_s`."""
+        """Return when there is something to `poll`, or after `timeout_s`."""
         ...
 
     def check(self) -> None: ...
@@ -74,6 +88,7 @@ class Tiers:
         )
         self._wanted: set[str] = set()
         self._reading: set[str] = set()
+        self._copying: dict[str, AdapterCopy] = {}
 
     def want(self, digests: Sequence[str]) -> None:
         for digest in self._wanted.difference(digests):
@@ -89,7 +104,7 @@ class Tiers:
         image = self._host.get(digest)
         return None if image is None else image.num_pages
 
-    def poll(self) -> Mapping[str, AdapterLoadFailed]:
+    def poll(self) -> TierChanges:
         self._host.poll()
         failures: dict[str, AdapterLoadFailed] = {}
         for digest in [d for d in self._reading if self._host.state(d) is not HostState.READING]:
@@ -102,13 +117,18 @@ class Tiers:
                 self._wanted.remove(digest)
                 self._host.unpin(digest)
             self._host.forget_failure(digest)
-        return failures
+        loaded = tuple(digest for digest, copy in self._copying.items() if copy.ended)
+        for digest in loaded:
+            del self._copying[digest]
+        return TierChanges(failed=failures, loaded=loaded)
 
-    def load(self, digest: str, pages: list[int]) -> ResidentAdapter:
+    def load(self, digest: str, pages: list[int], *, wait_for_steps: bool) -> ResidentAdapter:
         image = self._host.get(digest)
         assert image is not None, f"{digest} is not in host memory"
-        directory = self._storage.write_adapter(image, pages)
-        return ResidentAdapter(digest=digest, pages=tuple(pages), directory=directory, max_rank=image.max_rank)
+        copy = self._copying[digest] = self._storage.write_adapter(image, pages, wait_for_steps=wait_for_steps)
+        if copy.ended:
+            self._ended.set()
+        return ResidentAdapter(digest=digest, pages=tuple(pages), directory=copy.directory, max_rank=image.max_rank)
 
     def host_tiers(self) -> dict[str, Tier]:
         self._host.poll()

@@ -1,9 +1,12 @@
-"""The free list: every page of the device pool has one owner, is free, or retires. Integers only.
+"""The free list: every page of the device pool has one owner or is free. Integers only.
 
 This is the only code that hands out or takes back pages.
+
+Steps run in the order in which they are submitted, so a page that is given back while a step that reads it is still in
+flight may be written by any later step at once. A writer outside that order (a copy from the host) must first wait for
+the page's readers: `last_reader` names the step.
 """
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,26 +27,18 @@ class Owner:
 
 
 class PagePool:
-    """Pages `0 .. num_pages - 1`. Owned by the engine's thread.
-
-    A page given back is not free at once: a submitted step may still read it, so it retires until the step it names
-    (the last one submitted) has completed.
-    """
+    """Pages `0 .. num_pages - 1`. Owned by the engine's thread."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
         self._free = list(range(num_pages - 1, -1, -1))
         self._owners: list[Owner | None] = [None] * num_pages
-        self._retiring: deque[tuple[int, tuple[int, ...]]] = deque()
+        self._last_readers = [0] * num_pages
         self._num_owned = dict.fromkeys(OwnerKind, 0)
 
     @property
     def num_free(self) -> int:
         return len(self._free)
-
-    @property
-    def num_retiring(self) -> int:
-        return sum(len(pages) for _, pages in self._retiring)
 
     def alloc(self, count: int, owner: Owner) -> list[int]:
         """Take `count` free pages. The planner asked `num_free` first, so running short is a defect."""
@@ -61,18 +56,18 @@ class PagePool:
         self._num_owned[owner.kind] -= 1
         self._num_owned[to.kind] += 1
 
-    def retire(self, pages: Sequence[int], owner: Owner, last_step: int) -> None:
-        """Give back `owner`'s pages; they are free once step `last_step` has completed."""
+    def retire(self, pages: Sequence[int], owner: Owner, last_reader: int) -> None:
+        """Give back `owner`'s pages, which steps up to `last_reader` may read or write."""
         for page in pages:
             assert self._owners[page] == owner, f"page {page} belongs to {self._owners[page]}, not {owner}"
             self._owners[page] = None
+            self._last_readers[page] = last_reader
         self._num_owned[owner.kind] -= len(pages)
-        self._retiring.append((last_step, tuple(pages)))
+        self._free.extend(pages)
 
-    def reclaim(self, completed_step: int) -> None:
-        """Free what retired under steps up to `completed_step`."""
-        while self._retiring and self._retiring[0][0] <= completed_step:
-            self._free.extend(self._retiring.popleft()[1])
+    def last_reader(self, pages: Sequence[int]) -> int:
+        """The last step that may touch what these pages held before; 0 where no step ever did."""
+        return max((self._last_readers[page] for page in pages), default=0)
 
     def owner(self, page: int) -> Owner | None:
         return self._owners[page]
@@ -81,19 +76,15 @@ class PagePool:
         return PoolStats(
             num_pages=self.num_pages,
             free=self.num_free,
-            retiring=self.num_retiring,
             sequences=self._num_owned[OwnerKind.SEQUENCE],
             prefix=self._num_owned[OwnerKind.PREFIX],
             adapters=self._num_owned[OwnerKind.ADAPTER],
         )
 
     def check(self) -> None:
-        """Raise AssertionError unless every page is exactly one of free, retiring and owned."""
-        retiring = [page for _, pages in self._retiring for page in pages]
+        """Raise AssertionError unless every page is either free or owned, and counted."""
         owned = [page for page, owner in enumerate(self._owners) if owner is not None]
-        assert sorted([*self._free, *retiring, *owned]) == list(range(self.num_pages)), "a page is lost or held twice"
+        assert sorted([*self._free, *owned]) == list(range(self.num_pages)), "a page is lost or held twice"
         for kind in OwnerKind:
             count = sum(1 for owner in self._owners if owner is not None and owner.kind is kind)
             assert count == self._num_owned[kind], f"{kind} pages: {count} owned, {self._num_owned[kind]} counted"
-        steps = [step for step, _ in self._retiring]
-        assert steps == sorted(steps), "retiring pages out of order"

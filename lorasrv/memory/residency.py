@@ -16,7 +16,8 @@ class ResidentAdapter:
 
 
 class Residency:
-    """Resident adapters; idle ones, that no running request pins, in least-recently-used order.
+    """Adapters that have pages; loaded ones have their weights in them. Idle ones, loaded and pinned by no running
+    request, stand in least-recently-used order.
 
     Owned by the engine's thread. `now` is any number that never falls.
     """
@@ -24,6 +25,7 @@ class Residency:
     def __init__(self) -> None:
         self._adapters: dict[str, ResidentAdapter] = {}
         self._pins: dict[str, int] = {}
+        self._loading: set[str] = set()
         self._idle: OrderedDict[str, int] = OrderedDict()
 
     def __contains__(self, digest: object) -> bool:
@@ -35,11 +37,21 @@ class Residency:
     def __iter__(self) -> Iterator[ResidentAdapter]:
         return iter(self._adapters.values())
 
-    def add(self, adapter: ResidentAdapter, now: int) -> None:
+    def add(self, adapter: ResidentAdapter) -> None:
+        """An adapter whose weights are on their way to its pages."""
         assert adapter.digest not in self._adapters, f"{adapter.digest} is resident already"
         self._adapters[adapter.digest] = adapter
         self._pins[adapter.digest] = 0
-        self._idle[adapter.digest] = now
+        self._loading.add(adapter.digest)
+
+    def loaded(self, digest: str, now: int) -> None:
+        """They have arrived."""
+        self._loading.remove(digest)
+        if not self._pins[digest]:
+            self._idle[digest] = now
+
+    def is_loaded(self, digest: str) -> bool:
+        return digest in self._adapters and digest not in self._loading
 
     def remove(self, digest: str) -> ResidentAdapter:
         """Forget an idle adapter; its pages are the caller's to retire."""
@@ -54,7 +66,7 @@ class Residency:
     def unpin(self, digest: str, now: int) -> None:
         assert self._pins[digest] > 0, f"{digest} is not pinned"
         self._pins[digest] -= 1
-        if not self._pins[digest]:
+        if not self._pins[digest] and digest not in self._loading:
             self._idle[digest] = now
 
     def pins(self, digest: str) -> int:
@@ -71,7 +83,9 @@ class Residency:
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
         assert self._adapters.keys() == self._pins.keys(), "pins and adapters differ"
-        assert set(self._idle) == {digest for digest, pins in self._pins.items() if not pins}, "idle set is stale"
+        assert self._loading <= self._adapters.keys(), "an adapter without pages is loading"
+        unpinned = {digest for digest, pins in self._pins.items() if not pins}
+        assert set(self._idle) == unpinned - self._loading, "idle set is stale"
         assert all(pins >= 0 for pins in self._pins.values()), "negative pins"
         pages = [page for adapter in self for page in adapter.pages]
         assert len(pages) == len(set(pages)), "two adapters share a page"

@@ -4,6 +4,7 @@ Which page belongs to whom is accounted elsewhere; nothing here hands out or tak
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +12,19 @@ from torch import Tensor
 from lorasrv.errors import ConfigurationError
 from lorasrv.memory.layout import ALIGN_BYTES, PageLayout
 from lorasrv.memory.packing import PackedAdapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterCopy:
+    """A copy to the device that may still run, and keeps what it reads. `directory` is the adapter's address there."""
+
+    directory: int
+    adapter: PackedAdapter
+    event: torch.Event | None
+
+    @property
+    def ended(self) -> bool:
+        return self.event is None or self.event.query()
 
 
 class PageStorage:
@@ -28,6 +42,7 @@ class PageStorage:
         self.num_pages = num_pages
         self.bytes: Tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=device)  # [num_pages * page_bytes]
         self.pages: Tensor = self.bytes.view(num_pages, layout.page_bytes)
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.kv: Tensor = self.bytes.view(dtype).view(  # [num_pages, layers, 2, block_tokens, kv_heads, head_dim]
             num_pages, layout.num_layers, 2, layout.block_tokens, layout.num_kv_heads, layout.head_dim
         )
@@ -36,15 +51,29 @@ class PageStorage:
         """The address, in units of 128 bytes, of the directory of an adapter that lies in `pages`."""
         return pages[0] * self.layout.page_bytes // ALIGN_BYTES
 
-    def write_adapter(self, adapter: PackedAdapter, pages: Sequence[int]) -> int:
-        """Copy an adapter's pages into `pages`, in any order and place, and return its directory's address."""
+    def write_adapter(self, adapter: PackedAdapter, pages: Sequence[int], *, wait_for_steps: bool) -> AdapterCopy:
+        """Begin to copy an adapter's pages into `pages`, in any order and place.
+
+        On a GPU the copy runs beside the steps; with `wait_for_steps` it begins behind those submitted by now.
+        """
         assert len(pages) == adapter.num_pages == len(set(pages)), (pages, adapter.num_pages)
         assert all(0 <= page < self.num_pages for page in pages), (pages, self.num_pages)
-        for local, page in enumerate(pages):
-            self.pages[page].copy_(adapter.image[local], non_blocking=True)
-        directory = adapter.directory(torch.tensor(pages, dtype=torch.int64)).view(torch.uint8)
-        self.pages[pages[0], : directory.numel()].copy_(directory)
-        return self.directory_address(pages)
+        if self._copies is not None and wait_for_steps:
+            self._copies.wait_stream(torch.cuda.current_stream(self.bytes.device))
+        with torch.cuda.stream(self._copies):
+            for local, page in enumerate(pages):
+                self.pages[page].copy_(adapter.image[local], non_blocking=True)
+            directory = adapter.directory(torch.tensor(pages, dtype=torch.int64)).view(torch.uint8)
+            self.pages[pages[0], : directory.numel()].copy_(directory)
+        return AdapterCopy(
+            directory=self.directory_address(pages),
+            adapter=adapter,
+            event=None if self._copies is None else self._copies.record_event(),
+        )
+
+    def copy_page(self, source: int, target: int) -> None:
+        """In the steps' order."""
+        self.pages[target].copy_(self.pages[source])
 
     def check(self) -> None:
         """Raise AssertionError unless the views cover the buffer."""

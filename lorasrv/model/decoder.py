@@ -28,7 +28,6 @@ class ForwardBatch:
     query_starts: Tensor  # int32 [num_sequences + 1]
     context_lengths: Tensor  # int32 [num_sequences]
     segments: Segments | None  # None when no row has an adapter
-    sample_rows: Tensor  # int64 [num_samples], rows whose logits are wanted
 
 
 @dataclass(frozen=True, kw_only=True)

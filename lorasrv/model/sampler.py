@@ -1,5 +1,7 @@
 """Draws the tokens of a step: the requests' parameters as tensors, a few calls for all rows, plain values back.
 
+What is drawn stays on the device, where the next step's input is taken from it, and comes to the host beside the steps.
+
 The order of operations on a row of logits, stated here once:
 
 1. repetition penalty: it depends on a logit's sign, so it must see what the model gave;
@@ -39,72 +41,121 @@ class SampleParams(Protocol):
     @property
     def position(self) -> int: ...
     @property
+    def sample(self) -> int: ...
+    @property
     def edits(self) -> LogitEdits | None: ...
     @property
     def logprobs(self) -> int | None: ...
 
 
-def draw(
-    logits: Tensor,  # float32 [num_rows, vocab_size]; rows with edits are changed in place
-    rows: Sequence[SampleParams],
-) -> tuple[tuple[int | None, ...], dict[int, PositionLogprobs]]:
-    """The tokens as `sample_tokens` gives them, and by row the log-probabilities of those that ask and have a token."""
-    asking = [index for index, row in enumerate(rows) if row.logprobs is not None]
-    if not asking:
-        return sample_tokens(logits, rows), {}
-    own = logits[asking]  # a copy, from before the edits
-    tokens = sample_tokens(logits, rows)
-    found: dict[int, PositionLogprobs] = {}
-    # One call for each number asked for, so that which of equal ones it tells does not depend on the batch.
-    for num_top in sorted({rows[index].logprobs or 0 for index in asking}):
-        group = [
-            (place, index, token)
-            for place, index in enumerate(asking)
-            if (rows[index].logprobs or 0) == num_top and (token := tokens[index]) is not None
-        ]
-        scored = position_logprobs(own[[place for place, _, _ in group]], [token for _, _, token in group], num_top)
-        found |= zip((index for _, index, _ in group), scored, strict=True)
-    return tokens, found
+class HostCopy:
+    """Small tensors copied to the host behind what is submitted so far, and waited for without waiting for more."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        on_gpu = tensors[0].device.type == "cuda"
+        self._values = tuple(_to_pinned(tensor) if on_gpu else tensor for tensor in tensors)
+        self._arrived = torch.cuda.current_stream(tensors[0].device).record_event() if on_gpu else None
+
+    def read(self) -> tuple[Tensor, ...]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values
+
+
+def _to_pinned(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+class Scores:
+    """Log-probabilities on their way to the host."""
+
+    def __init__(
+        self,
+        token_ids: Tensor,  # int64 [num_rows]
+        own: Tensor,  # float32 [num_rows]
+        top: Tensor,  # float32 [num_rows, num_top]
+        ids: Tensor,  # int64 [num_rows, num_top]
+    ) -> None:
+        self._values = HostCopy(token_ids, own, top, ids)
+
+    def read(self) -> tuple[PositionLogprobs, ...]:
+        """Waits for them."""
+        token_ids, own, top, ids = (values.tolist() for values in self._values.read())
+        return tuple(
+            PositionLogprobs(token_id=token_id, logprob=logprob, top=tuple(zip(top_ids, top_logprobs, strict=True)))
+            for token_id, logprob, top_ids, top_logprobs in zip(token_ids, own, ids, top, strict=True)
+        )
+
+
+class Drawn:
+    """The draws of a step, on their way to the host."""
+
+    def __init__(
+        self,
+        tokens: Tensor,  # int64 [num_rows], on the device
+        valid: Tensor,  # bool [num_rows]
+        scores: Sequence[tuple[Sequence[int], Scores]],  # with the rows they are of
+    ) -> None:
+        self.tokens = tokens
+        self._values = HostCopy(tokens, valid)
+        self._scores = scores
+
+    def read(self) -> tuple[tuple[int | None, ...], dict[int, PositionLogprobs]]:
+        """Waits for them: the tokens, None where a row's logits are not finite, and by row the log-probabilities of
+        those that ask and have a token."""
+        values, valid = self._values.read()
+        tokens = tuple(token if ok else None for token, ok in zip(values.tolist(), valid.tolist(), strict=True))
+        found = (zip(rows, scores.read(), strict=True) for rows, scores in self._scores)
+        return tokens, {row: each for group in found for row, each in group if tokens[row] is not None}
 
 
 @torch.inference_mode()
-def sample_tokens(
+def draw(
     logits: Tensor,  # float32 [num_rows, vocab_size]; rows with edits are changed in place
     rows: Sequence[SampleParams],
-) -> tuple[int | None, ...]:
-    """The token of every row; None where the row's logits are not finite. Other rows are not affected by it."""
+) -> Drawn:
+    """Draw the token of every row. Rows are not affected by each other."""
+    asking = [index for index, row in enumerate(rows) if row.logprobs is not None]
+    own = logits[asking] if asking else None  # a copy, from before the edits
+    tokens, valid = _sample(logits, rows)
+    if own is None:
+        return Drawn(tokens, valid, ())
+    scores: list[tuple[list[int], Scores]] = []
+    # One call for each number asked for, so that which of equal ones it tells does not depend on the batch.
+    for num_top in sorted({rows[index].logprobs or 0 for index in asking}):
+        places = [place for place, index in enumerate(asking) if (rows[index].logprobs or 0) == num_top]
+        group = [asking[place] for place in places]
+        scores.append((group, position_logprobs(own[places], tokens[group], num_top)))
+    return Drawn(tokens, valid, scores)
+
+
+@torch.inference_mode()
+def position_logprobs(
+    logits: Tensor,  # float32 [num_rows, vocab_size]
+    token_ids: Tensor,  # int64 [num_rows]
+    num_top: int,
+) -> Scores:
+    """For every row, the log-probability of its token and those of the `num_top` likeliest."""
+    own, top, ids = reference.token_logprobs(logits, token_ids, min(num_top, logits.shape[1]))
+    return Scores(token_ids, own, top, ids)
+
+
+def _sample(logits: Tensor, rows: Sequence[SampleParams]) -> tuple[Tensor, Tensor]:
+    """The rows' tokens, and whether their logits are finite."""
     device, vocab_size = logits.device, logits.shape[1]
     edits = [(index, row.edits) for index, row in enumerate(rows) if row.edits is not None]
     if edits:
         _edit(logits, edits)
     min_p = [row.min_p for row in rows]
-    tokens, valid = reference.sample(
+    return reference.sample(
         logits,
         temperature=torch.tensor([row.temperature for row in rows], dtype=torch.float32, device=device),
         top_p=torch.tensor([row.top_p for row in rows], dtype=torch.float32, device=device),
         top_k=torch.tensor([row.top_k or vocab_size for row in rows], dtype=torch.int64, device=device),
         min_p=torch.tensor(min_p, dtype=torch.float32, device=device) if any(min_p) else None,
         seeds=torch.tensor([_signed(row.seed) for row in rows], dtype=torch.int64, device=device),
+        samples=torch.tensor([row.sample for row in rows], dtype=torch.int64, device=device),
         positions=torch.tensor([row.position for row in rows], dtype=torch.int64, device=device),
-    )
-    return tuple(token if ok else None for token, ok in zip(tokens.tolist(), valid.tolist(), strict=True))
-
-
-@torch.inference_mode()
-def position_logprobs(
-    logits: Tensor,  # float32 [num_rows, vocab_size]
-    token_ids: Sequence[int],
-    num_top: int,
-) -> tuple[PositionLogprobs, ...]:
-    """For every row, the log-probability of its token and those of the `num_top` likeliest."""
-    own, top, ids = reference.token_logprobs(
-        logits, torch.tensor(token_ids, dtype=torch.int64, device=logits.device), min(num_top, logits.shape[1])
-    )
-    return tuple(
-        PositionLogprobs(token_id=token_id, logprob=logprob, top=tuple(zip(top_ids, top_logprobs, strict=True)))
-        for token_id, logprob, top_ids, top_logprobs in zip(
-            token_ids, own.tolist(), ids.tolist(), top.tolist(), strict=True
-        )
     )
 
 

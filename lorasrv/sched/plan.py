@@ -10,30 +10,34 @@ from lorasrv.types import Failure
 class Chunk:
     """Compute tokens `[start, start + num_tokens)` of a sequence."""
 
-    request_id: str
+    sequence_id: str
     start: int
     num_tokens: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rejection:
-    """A queued request that this pool can never serve."""
+    """A queued sequence that this pool can never serve."""
 
-    request_id: str
+    sequence_id: str
     failure: Failure
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Admission:
-    """Let a queued request run; its first `num_cached_blocks` blocks are in the prefix cache."""
+    """Let a queued sequence run; its first `num_cached_blocks` blocks are in the prefix cache.
 
-    request_id: str
+    `copied_page` is the page of another sample of the request whose tokens, up to the prompt's last one, are its next.
+    """
+
+    sequence_id: str
     num_cached_blocks: int
+    copied_page: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Effects in the order in which they are carried out; ids are requests' or adapter versions' digests.
+    """Effects in the order in which they are carried out; ids are sequences' or adapter versions' digests.
 
     `want` is what queued requests need in host memory, most urgent first.
     """

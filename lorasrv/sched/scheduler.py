@@ -23,7 +23,13 @@ from lorasrv.types import Failure
 class Resources(Protocol):
     """What the scheduler may ask about adapter versions and cached blocks."""
 
-    def is_resident(self, digest: str) -> bool: ...
+    def is_resident(self, digest: str) -> bool:
+        """Whether the adapter has its pages on the device."""
+        ...
+
+    def is_loaded(self, digest: str) -> bool:
+        """Whether they hold its weights already."""
+        ...
 
     def num_pages(self, digest: str) -> int | None:
         """Pages the adapter takes on the device; None while it is neither there nor in host memory."""
@@ -39,6 +45,10 @@ class Resources(Protocol):
 
     def cached_blocks(self, sequence: Sequence) -> Seq[int]:
         """Pages of the longest cached prefix of a queued sequence, its last token left out."""
+        ...
+
+    def copyable_page(self, sequence: Sequence) -> int | None:
+        """The page that holds what the full blocks of the prompt leave, in a running sample of the same request."""
         ...
 
 
@@ -93,7 +103,7 @@ class _Draft:
     def plan(self) -> Plan:
         return Plan(
             reject=tuple(self.rejected),
-            preempt=tuple(sequence.request_id for sequence in self.preempted),
+            preempt=tuple(sequence.sequence_id for sequence in self.preempted),
             evict=tuple(self.evicted),
             want=tuple(self.wanted),
             load=tuple(self.loads),
@@ -102,16 +112,19 @@ class _Draft:
         )
 
     def continue_running(self) -> None:
-        """Decodes, oldest first; then prefills that have begun, oldest first. Prefills hold their pages already."""
+        """Decodes, oldest first; then prefills that have begun, oldest first. Prefills hold their pages already.
+
+        A sequence whose adapter is still being copied waits.
+        """
         candidates = list(self.view.running)
         index = 0
         while index < len(candidates):
             sequence = candidates[index]
-            if sequence.num_remaining == 1 and self._grow(sequence, candidates, index):
+            if sequence.num_remaining == 1 and self._may_run(sequence) and self._grow(sequence, candidates, index):
                 self._add_chunk(sequence, sequence.num_computed, 1)
             index += 1
         for sequence in candidates:
-            if sequence.num_remaining > 1:
+            if sequence.num_remaining > 1 and self._may_run(sequence):
                 self._add_chunk(sequence, sequence.num_computed, sequence.num_remaining)
 
     def _grow(self, sequence: Sequence, candidates: list[Sequence], index: int) -> bool:
@@ -153,9 +166,22 @@ class _Draft:
                 return
             if load is not None:
                 self.loads[load] = None
-            self.admitted.append(Admission(request_id=sequence.request_id, num_cached_blocks=len(cached)))
-            start = len(cached) * self.block_tokens
-            self._add_chunk(sequence, start, len(sequence.token_ids) - start)
+            self._admit(sequence, len(cached))
+
+    def _admit(self, sequence: Sequence, num_cached_blocks: int) -> None:
+        known, start = len(sequence.token_ids), num_cached_blocks * self.block_tokens
+        copied = None
+        if known - start in range(2, self.block_tokens + 1):
+            copied = self.view.resources.copyable_page(sequence)
+        self.admitted.append(
+            Admission(sequence_id=sequence.sequence_id, num_cached_blocks=num_cached_blocks, copied_page=copied)
+        )
+        if self._may_run(sequence):
+            start = start if copied is None else known - 1
+            self._add_chunk(sequence, start, known - start)
+
+    def _may_run(self, sequence: Sequence) -> bool:
+        return sequence.digest is None or self.view.resources.is_loaded(sequence.digest)
 
     def _must_load(self, digest: str) -> bool:
         return digest not in self.loads and not self.view.resources.is_resident(digest)
@@ -166,7 +192,7 @@ class _Draft:
             return False
         message = f"needs {needed} pages ({adapter_pages} of them for its adapter); the pool has {self.view.num_pages}"
         failure = Failure(reason=ResourceExhausted.reason, message=message)
-        self.rejected.append(Rejection(request_id=sequence.request_id, failure=failure))
+        self.rejected.append(Rejection(sequence_id=sequence.sequence_id, failure=failure))
         return True
 
     def look_ahead(self) -> None:
@@ -179,7 +205,7 @@ class _Draft:
         num_tokens = min(wanted, self.budget)
         if num_tokens:
             self.budget -= num_tokens
-            self.chunks.append(Chunk(request_id=sequence.request_id, start=start, num_tokens=num_tokens))
+            self.chunks.append(Chunk(sequence_id=sequence.sequence_id, start=start, num_tokens=num_tokens))
 
     def _take(self, num_pages: int) -> bool:
         """Set `num_pages` aside, evicting what is idle if that makes it possible; all or nothing."""

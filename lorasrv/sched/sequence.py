@@ -10,16 +10,22 @@ from lorasrv.types import EngineRequest
 class Sequence:
     """Mutable; owned by the engine's thread. The scheduler only reads it.
 
-    `order` is its place in the queue; `token_ids` are prompt and generated tokens; the KV of the first `num_computed`
-    of them lies in the pages of `block_table`, which covers at least that many tokens. The first `num_keyed_blocks`
-    blocks have been offered to the prefix cache; `keys` names them. The log-probabilities of prompt tokens before
-    `num_scored`, where asked for, have been told; the first token has none.
+    It is sample number `sample` of its request. `order` is its place in the queue; `token_ids` are prompt and generated
+    tokens as far as they are known; `drawn` is the place of one more in the draws of the step that is running. The KV
+    of the first `num_computed` tokens lies in the pages of `block_table`, or will when the submitted steps have
+    completed. The first `num_keyed_blocks` blocks have been offered to the prefix cache; `keys` names them. The
+    log-probabilities of prompt tokens before `num_scored`, where asked for, have been told; the first token has none.
+    `sibling` is the sample that has computed the prompt of a request that draws several.
     """
 
+    sequence_id: str
     request: EngineRequest
+    sample: int
     order: int
     token_ids: list[int]
     keys: BlockKeys
+    sibling: "Sequence | None" = None
+    drawn: int | None = None
     num_computed: int = 0
     num_scored: int = 1
     block_table: list[int] = field(default_factory=list[int])
@@ -35,12 +41,20 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
+        """Tokens that are known."""
         return len(self.token_ids) - len(self.request.token_ids)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that are known or being drawn."""
+        return len(self.token_ids) + (self.drawn is not None)
+
+    @property
     def num_remaining(self) -> int:
-        """Known tokens whose KV is still to be computed; 1 while decoding."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens whose KV is still to be computed: 1 while decoding, 0 when the one that is being drawn is the last."""
+        if self.num_tokens == self.max_tokens_total:
+            return 0
+        return self.num_tokens - self.num_computed
 
     @property
     def max_tokens_total(self) -> int:

@@ -194,7 +194,6 @@ def server_status(
         server_pb2.PoolStatus(
             num_pages=status.pool.num_pages,
             free_pages=status.pool.free,
-            retiring_pages=status.pool.retiring,
             sequence_pages=status.pool.sequences,
             adapter_pages=status.pool.adapters,
             prefix_pages=status.pool.prefix,

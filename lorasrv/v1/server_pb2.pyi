@@ -85,20 +85,18 @@ class ServerStatus(_message.Message):
     def __init__(self, state: _Optional[_Union[EngineState, str]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., adapter_pins: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[AdapterStatus, _Mapping]]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
 
 class PoolStatus(_message.Message):
-    __slots__ = ("num_pages", "free_pages", "retiring_pages", "sequence_pages", "adapter_pages", "prefix_pages")
+    __slots__ = ("num_pages", "free_pages", "sequence_pages", "adapter_pages", "prefix_pages")
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     FREE_PAGES_FIELD_NUMBER: _ClassVar[int]
-    RETIRING_PAGES_FIELD_NUMBER: _ClassVar[int]
     SEQUENCE_PAGES_FIELD_NUMBER: _ClassVar[int]
     ADAPTER_PAGES_FIELD_NUMBER: _ClassVar[int]
     PREFIX_PAGES_FIELD_NUMBER: _ClassVar[int]
     num_pages: int
     free_pages: int
-    retiring_pages: int
     sequence_pages: int
     adapter_pages: int
     prefix_pages: int
-    def __init__(self, num_pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., retiring_pages: _Optional[int] = ..., sequence_pages: _Optional[int] = ..., adapter_pages: _Optional[int] = ..., prefix_pages: _Optional[int] = ...) -> None: ...
+    def __init__(self, num_pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., sequence_pages: _Optional[int] = ..., adapter_pages: _Optional[int] = ..., prefix_pages: _Optional[int] = ...) -> None: ...
 
 class AdapterStatus(_message.Message):
     __slots__ = ("adapter_id", "version_digest", "tier", "num_pages", "pins")

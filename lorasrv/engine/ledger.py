@@ -1,0 +1,239 @@
+"""Who holds which pages: sequences, the prefix cache and adapters. All of the core's effects on memory are here.
+
+The scheduler asks (`sched.scheduler.Resources`); the core carries out what it decided. Nothing here computes.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from heapq import merge
+from operator import itemgetter
+
+from lorasrv.engine.batch import AdapterInput, PageCopy
+from lorasrv.engine.sampling import first_needed_row
+from lorasrv.engine.tiers import AdapterTiers
+from lorasrv.errors import AdapterLoadFailed
+from lorasrv.memory.eviction import Candidate, IdleAdapter, IdleBlock
+from lorasrv.memory.pages import Owner, OwnerKind, PagePool
+from lorasrv.memory.prefix import BlockKeys, PrefixCache
+from lorasrv.memory.residency import Residency
+from lorasrv.sched import sequence as sched
+from lorasrv.sched.plan import Admission
+from lorasrv.types import AdapterResidency, EngineRequest, PoolStats, Tier
+
+_CACHE = Owner(OwnerKind.PREFIX, "cache")
+
+
+class Ledger:
+    """Owned by the engine's thread. `step` is the number of the last submitted step, `completed` of the last one that
+    has run to its end; the core keeps both."""
+
+    def __init__(self, *, num_pages: int, block_tokens: int, keep_prefixes: bool, tiers: AdapterTiers) -> None:
+        self.step = 0
+        self.completed = 0
+        self._block_tokens = block_tokens
+        self._keep_prefixes = keep_prefixes
+        self._tiers = tiers
+        self._pool = PagePool(num_pages)
+        self._residency = Residency()
+        self._prefix = PrefixCache()
+        self._discarded: set[str] = set()
+
+    @property
+    def num_free(self) -> int:
+        return self._pool.num_free
+
+    @property
+    def num_pins(self) -> int:
+        return self._residency.num_pins
+
+    # What the scheduler asks.
+
+    def is_resident(self, digest: str) -> bool:
+        return digest in self._residency
+
+    def is_loaded(self, digest: str) -> bool:
+        return self._residency.is_loaded(digest)
+
+    def num_pages(self, digest: str) -> int | None:
+        if digest in self._residency:
+            return len(self._residency[digest].pages)
+        return self._tiers.num_pages(digest)
+
+    def idle(self) -> Iterable[Candidate]:
+        adapters = ((now, IdleAdapter(each.digest, len(each.pages))) for each, now in self._residency.idle())
+        blocks = ((now, IdleBlock(page)) for page, now in self._prefix.idle())
+        return (candidate for _, candidate in merge(adapters, blocks, key=itemgetter(0)))
+
+    def num_own_pages(self, sequence: sched.Sequence) -> int:
+        return sum(page not in self._prefix for page in sequence.block_table)
+
+    def cached_blocks(self, sequence: sched.Sequence) -> list[int]:
+        if not self._shares(sequence):
+            return []
+        # What the request needs the logits of is computed in any case.
+        count = first_needed_row(sequence) // self._block_tokens
+        return self._prefix.match(sequence.keys.first(count, sequence.token_ids))
+
+    def copyable_page(self, sequence: sched.Sequence) -> int | None:
+        other, num_prompt = sequence.sibling, len(sequence.request.token_ids)
+        if other is None or sequence.num_generated or other.num_computed < num_prompt:
+            return None
+        return other.block_table[(num_prompt - 1) // self._block_tokens]
+
+    # Effects.
+
+    def poll(self) -> Mapping[str, AdapterLoadFailed]:
+        """Take in what the tiers have done; returns why wanted adapters could not be read, by digest."""
+        changes = self._tiers.poll()
+        for digest in changes.loaded:
+            self._residency.loaded(digest, self.step)
+        return changes.failed
+
+    def block_keys(self, request: EngineRequest) -> BlockKeys:
+        """What names the blocks of a request: without a kept cache, only its own samples know their names."""
+        salt = request.cache_salt if self._keep_prefixes else request.request_id
+        return BlockKeys(weights=repr(request.adapter), salt=salt, block_tokens=self._block_tokens)
+
+    def load(self, digest: str) -> None:
+        """Begin to copy an adapter from host memory to free pages."""
+        num_pages = self._tiers.num_pages(digest)
+        assert num_pages is not None, f"{digest} is planned to load but not in host memory"
+        pages = self._pool.alloc(num_pages, Owner(OwnerKind.ADAPTER, digest))
+        wait_for_steps = self._pool.last_reader(pages) > self.completed
+        self._residency.add(self._tiers.load(digest, pages, wait_for_steps=wait_for_steps))
+
+    def evict(self, victim: Candidate) -> None:
+        match victim:
+            case IdleAdapter(digest):
+                adapter = self._residency.remove(digest)
+                self._pool.retire(adapter.pages, Owner(OwnerKind.ADAPTER, digest), self.step)
+            case IdleBlock(page):
+                self._prefix.remove(page)
+                self._pool.retire([page], _CACHE, self.step)
+
+    def admit(self, sequence: sched.Sequence, admission: Admission) -> PageCopy | None:
+        """Give a sequence the pages of its known tokens, cached ones first; what is to be copied to them, if anything."""
+        num_cached = admission.num_cached_blocks
+        sequence.block_table = self.cached_blocks(sequence)[:num_cached]
+        self._prefix.pin(sequence.block_table)
+        sequence.num_keyed_blocks = num_cached
+        sequence.num_computed = num_cached * self._block_tokens
+        self.grow(sequence, len(sequence.token_ids))
+        if sequence.digest is not None:
+            self._residency.pin(sequence.digest)
+        if admission.copied_page is None:
+            return None
+        sequence.num_computed = len(sequence.token_ids) - 1
+        return PageCopy(source=admission.copied_page, target=sequence.block_table[num_cached])
+
+    def grow(self, sequence: sched.Sequence, num_tokens: int) -> None:
+        """Let the sequence's pages cover `num_tokens` tokens."""
+        missing = -(-num_tokens // self._block_tokens) - len(sequence.block_table)
+        if missing > 0:
+            sequence.block_table += self._pool.alloc(missing, _owner(sequence))
+
+    def share_full_blocks(self, sequence: sched.Sequence, num_tokens: int) -> None:
+        """Give the blocks that the first `num_tokens` tokens fill to the prefix cache, where others find them."""
+        if not self._shares(sequence):
+            return
+        num_full = num_tokens // self._block_tokens
+        if num_full > sequence.num_keyed_blocks:
+            keys = sequence.keys.first(num_full, sequence.token_ids)
+            for index in range(sequence.num_keyed_blocks, num_full):
+                page = sequence.block_table[index]
+                if self._prefix.insert(keys[index], page):
+                    self._pool.transfer(page, _owner(sequence), _CACHE)
+            sequence.num_keyed_blocks = num_full
+
+    def release(self, sequence: sched.Sequence, *, forget: bool = False) -> None:
+        """Take back a running sequence's pages and pins. Its full blocks stay in the prefix cache; with `forget` those
+        that nobody else uses do not."""
+        cached = [page for page in sequence.block_table if page in self._prefix]
+        own = [page for page in sequence.block_table if page not in self._prefix]
+        self._prefix.unpin(cached, self.step)
+        self._pool.retire(own, _owner(sequence), self.step)
+        if forget or not self._keep_prefixes:
+            for page in cached:
+                if not self._prefix.pins(page):
+                    self.evict(IdleBlock(page))
+        sequence.block_table = []
+        sequence.num_computed = sequence.num_keyed_blocks = 0
+        if sequence.digest is not None:
+            self._residency.unpin(sequence.digest, self.step)
+
+    def discard(self, digest: str) -> None:
+        self._discarded.add(digest)
+
+    def drop_discarded(self, used: set[str]) -> None:
+        """Let go of the discarded adapters that are not `used`."""
+        for digest in [digest for digest in self._discarded if digest not in used]:
+            if digest in self._residency:
+                if not self._residency.is_loaded(digest):
+                    continue  # its pages are being written
+                self.evict(IdleAdapter(digest, len(self._residency[digest].pages)))
+            self._tiers.discard(digest)
+            self._discarded.remove(digest)
+
+    @property
+    def has_discarded(self) -> bool:
+        return bool(self._discarded)
+
+    # What others are told.
+
+    def adapter_input(self, request: EngineRequest) -> AdapterInput | None:
+        if request.adapter is None:
+            return None
+        resident = self._residency[request.adapter.digest]
+        return AdapterInput(directory=resident.directory, max_rank=resident.max_rank, scale=request.adapter.scale)
+
+    def pool_stats(self) -> PoolStats:
+        return self._pool.stats()
+
+    def adapters(self) -> tuple[AdapterResidency, ...]:
+        """Every adapter version above the disk tier."""
+        resident = {
+            adapter.digest: AdapterResidency(
+                digest=adapter.digest,
+                tier=Tier.DEVICE if self._residency.is_loaded(adapter.digest) else Tier.HOST,
+                num_pages=len(adapter.pages),
+                pins=self._residency.pins(adapter.digest),
+            )
+            for adapter in self._residency
+        }
+        below = {
+            digest: AdapterResidency(digest=digest, tier=tier, num_pages=0, pins=0)
+            for digest, tier in self._tiers.host_tiers().items()
+        }
+        return tuple((below | resident).values())
+
+    def check(self, running: Sequence[sched.Sequence]) -> None:
+        """Raise AssertionError unless the parts are sound and every page and pin belongs to one of `running`, to the
+        cache or to an adapter."""
+        self._pool.check()
+        self._residency.check()
+        self._prefix.check()
+        self._tiers.check()
+        for sequence in running:
+            owners = {_CACHE, _owner(sequence)}
+            assert all(self._pool.owner(page) in owners for page in sequence.block_table), "a block is another's"
+            assert sequence.num_computed <= len(sequence.block_table) * self._block_tokens, "KV without a page"
+        stats = self._pool.stats()
+        shared = Counter(page for s in running for page in s.block_table if page in self._prefix)
+        num_blocks = sum(len(sequence.block_table) for sequence in running)
+        assert stats.sequences == num_blocks - shared.total(), "sequence pages leaked"
+        assert stats.prefix == len(self._prefix), "cached pages leaked"
+        assert all(self._prefix.pins(page) == count for page, count in shared.items()), "a cached block's pins are off"
+        num_idle = sum(1 for _ in self._prefix.idle())
+        assert len(shared) + num_idle == len(self._prefix), "a cached block is pinned by nobody"
+        assert self._keep_prefixes or not num_idle, "a block is kept without a cache"
+        assert stats.adapters == sum(len(adapter.pages) for adapter in self._residency), "adapter pages leaked"
+        used = Counter(sequence.digest for sequence in running)
+        for adapter in self._residency:
+            assert self._residency.pins(adapter.digest) == used[adapter.digest], "pins do not match requests"
+
+    def _shares(self, sequence: sched.Sequence) -> bool:
+        return self._keep_prefixes or sequence.request.n > 1
+
+
+def _owner(sequence: sched.Sequence) -> Owner:
+    return Owner(OwnerKind.SEQUENCE, sequence.sequence_id)

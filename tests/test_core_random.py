@@ -1,0 +1,222 @@
+"""The engine under 10,000 random steps: equal to a brute-force reference, nothing lost, nobody served another's KV."""
+
+import codecs
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from random import Random
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models
+
+from core_rig import NUM_PAGES, make_core, make_request
+from fakes import EOS, VOCAB, expected_scores, expected_tokens
+from lorasrv.engine.core import EngineCore
+from lorasrv.engine.output import OutputStream
+from lorasrv.types import AdapterUse, EngineRequest, FinishReason, TokenDelta
+
+MAX_PROMPT = 30
+MAX_TOKENS = 20
+FETCH_STEPS = 10
+TENANTS = ("acme", "umbrella")
+SHARED_PREFIXES = ((), (), tuple(range(1, 14)), tuple(range(1, 9)))
+STOPS = (("€",), ("ab", "é"), ("a€", "bca"), ("😀", "cd"))
+
+# Half of a character here and there: € is three tokens, é two, 😀 four.
+BYTES = {f"<0x{byte:02X}>": bytes([byte]) for byte in "€é😀".encode()}
+WORDS = ["a", "b", "c", "d", "e", "ab", "bc", "ca", "cd", "a€", "éb", "abc", "€€", "dd", "ee"]
+PIECES = ["</s>", *BYTES, *WORDS, *(f"w{index}" for index in range(VOCAB - 1 - len(BYTES) - len(WORDS)))]
+
+
+def make_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel({piece: index for index, piece in enumerate(PIECES)}, unk_token="w0"))
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Result:
+    text: str
+    token_ids: list[int]
+    finish: FinishReason
+
+
+def expected_result(request: EngineRequest, stop: Sequence[str], sample: int) -> Result:
+    """All tokens at once, their bytes to text, and the text cut at the stop string that is complete first."""
+    digest = request.adapter.digest if request.adapter else None
+    ends = {*request.stop_token_ids, *(() if request.ignore_eos else (EOS,))}
+    tokens = expected_tokens(
+        request.token_ids, digest, request.max_tokens, ends=ends, min_tokens=request.min_tokens, sample=sample
+    )
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    held, free = "", ""
+    for count, token_id in enumerate(tokens, 1):
+        if token_id in ends:
+            break
+        piece = PIECES[token_id]
+        text = "" if token_id == EOS else decoder.decode(BYTES.get(piece, piece.encode()))
+        if count <= request.min_tokens:
+            held += text
+            continue
+        free += text
+        cuts = [(at + len(each), at) for each in stop if (at := free.find(each)) >= 0]
+        if cuts:
+            return Result(held + free[: min(cuts)[1]], tokens[:count], FinishReason.STOP)
+    free += decoder.decode(b"", final=True)
+    finish = FinishReason.LENGTH
+    if tokens[-1] in ends:
+        finish = FinishReason.EOS if tokens[-1] == EOS else FinishReason.STOP
+    return Result(held + free, tokens, finish)
+
+
+@dataclass
+class Live:
+    """A request that runs, and what its samples have got."""
+
+    request: EngineRequest
+    stop: tuple[str, ...]
+    deadline: int
+    outputs: dict[int, OutputStream]
+    texts: dict[int, str] = field(default_factory=dict[int, str])
+    tokens: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
+    scores: list[tuple[int, float]] = field(default_factory=list[tuple[int, float]])
+
+
+class Traffic:
+    """Random arrivals, cancels and discards, and what became of them. Half of the prompts begin like others."""
+
+    def __init__(self, core: EngineCore, digests: list[str], random: Random) -> None:
+        self.core = core
+        self.digests = digests
+        self.random = random
+        self.tokenizer = make_tokenizer()
+        self.live: dict[str, Live] = {}
+        self.ends: Counter[str] = Counter()
+        self.count = 0
+        self.users: dict[bytes, tuple[str, AdapterUse | None]] = {}
+
+    def arrive(self, step: int) -> None:
+        random = self.random
+        shared = random.choice(SHARED_PREFIXES)
+        prompt = shared + tuple(random.randrange(1, VOCAB) for _ in range(random.randint(1, MAX_PROMPT - len(shared))))
+        max_tokens = random.randint(1, MAX_TOKENS)
+        digest = random.choice([None, *self.digests])
+        request = replace(
+            make_request(f"r{self.count}", prompt, digest, max_tokens, tenant=random.choice(TENANTS)),
+            stop_token_ids=random.choice(((), (17, 18, 19))),
+            min_tokens=random.choice((0, random.randint(0, max_tokens))),
+            ignore_eos=random.random() < 0.3,
+            prompt_logprobs=random.choice((None, 0)),
+            n=random.choice((1, 1, 1, 2, 4)),
+        )
+        self.count += 1
+        self.core.add(request)
+        # The oldest sequence is admitted once the ones that run have ended, and is never preempted: with T tokens at
+        # most each and reads of D steps, one with k older ones ends within (k + 1) * (2 T + D) steps.
+        num_sequences = sum(live.request.n for live in self.live.values()) + request.n
+        stop = random.choice(((), random.choice(STOPS)))
+        self.live[request.request_id] = Live(
+            request=request,
+            stop=stop,
+            deadline=step + num_sequences * (2 * (MAX_PROMPT + MAX_TOKENS) + FETCH_STEPS),
+            outputs={index: OutputStream(self.tokenizer, request, stop) for index in range(request.n)},
+        )
+
+    def cancel(self) -> None:
+        if self.live:
+            request_id = self.random.choice(list(self.live))
+            self.core.cancel(request_id)
+            self.end(request_id, "cancelled")
+
+    def take(self, delta: TokenDelta) -> None:
+        live = self.live[delta.request_id]
+        if delta.failure is not None:
+            assert delta.failure.reason == "ADAPTER_LOAD_FAILED"
+            self.end(delta.request_id, "failed")
+            return
+        piece = live.outputs[delta.index].take(delta)
+        live.texts[delta.index] = live.texts.get(delta.index, "") + piece.text
+        live.tokens.setdefault(delta.index, []).extend(piece.token_ids)
+        live.scores += [(each.token_id, each.logprob) for each in delta.prompt_logprobs]
+        if piece.finish is None:
+            return
+        if delta.finish is None:
+            self.core.cancel(delta.request_id, delta.index)
+            self.ends["stopped"] += 1
+        got = Result(live.texts[delta.index], live.tokens[delta.index], piece.finish)
+        assert got == expected_result(live.request, live.stop, delta.index)
+        del live.outputs[delta.index]
+        if not live.outputs:
+            digest = live.request.adapter.digest if live.request.adapter else None
+            wanted = [] if live.request.prompt_logprobs is None else expected_scores(live.request.token_ids, digest)
+            assert live.scores == wanted
+            self.end(delta.request_id, "finished")
+
+    def end(self, request_id: str, how: str) -> None:
+        self.ends[how] += 1
+        self.ends["samples"] += self.live.pop(request_id).request.n > 1
+
+    def check(self, step: int) -> None:
+        """Every block that a sequence shares is named by what it asked for itself, and no name is two tenants' or two
+        adapters'."""
+        late = [request_id for request_id, live in self.live.items() if live.deadline < step]
+        assert not late, f"past their bound at step {step}: {late}"
+        prefix = self.core._ledger._prefix
+        for sequence in self.core._running:
+            keys = sequence.keys.first(sequence.num_keyed_blocks, sequence.token_ids)
+            user = (sequence.request.cache_salt, sequence.request.adapter)
+            for page, key in zip(sequence.block_table, keys, strict=False):
+                assert self.users.setdefault(key, user) == user, "one name for two users"
+                assert prefix._keys.get(page, key) == key, "a block of another name"
+
+
+@pytest.mark.parametrize(
+    ("seed", "run_ahead", "prefix_cache"), [(1, False, True), (2, True, True), (3, True, True), (4, True, False)]
+)
+def test_ten_thousand_random_steps(seed: int, run_ahead: bool, prefix_cache: bool) -> None:
+    random = Random(seed)
+    sizes = {f"a{index}": random.randint(2, 8) for index in range(60)}
+    delays = Random(seed) if run_ahead else None
+    core, runner = make_core(
+        sizes, seed=seed, failing=0.02, delays=delays, run_ahead=run_ahead, prefix_cache=prefix_cache
+    )
+    traffic = Traffic(core, list(sizes), random)
+    for step in range(10_000):
+        if random.random() < 0.2 and len(traffic.live) < 25:
+            traffic.arrive(step)
+        if random.random() < 0.02:
+            traffic.cancel()
+        if random.random() < 0.01:
+            core.discard(random.choice(traffic.digests))
+        for delta in core.step():
+            traffic.take(delta)
+        core.check()
+        traffic.check(step)
+    for request_id in list(traffic.live):
+        core.cancel(request_id)
+    while core.has_work():
+        assert not core.step()
+    core.check()
+    status = core.status()
+    assert (status.running, status.waiting, status.pins, status.pool.sequences) == (0, 0, 0, 0)
+    assert status.pool.free + status.pool.adapters + status.pool.prefix == NUM_PAGES
+    assert status.counters.cached_prompt_tokens > (1000 if prefix_cache else 0)
+    assert status.counters.steps == runner.num_forwards
+    assert min(traffic.ends[how] for how in ("cancelled", "finished", "failed", "stopped", "samples")) > 20
+    assert min(status.counters.adapter_evictions, status.counters.preemptions) > 20
+    assert len(runner.tiers.discarded) > 50
+
+
+def test_a_copy_that_does_not_wait_for_the_steps_is_noticed() -> None:
+    random = Random(2)
+    sizes = {f"a{index}": random.randint(2, 8) for index in range(60)}
+    core, runner = make_core(sizes, seed=2, delays=Random(2), run_ahead=True)
+    runner.tiers.waits_for_steps = False
+    traffic = Traffic(core, list(sizes), random)
+    with pytest.raises(AssertionError, match="overwritten"):
+        for step in range(1000):
+            if random.random() < 0.2 and len(traffic.live) < 25:
+                traffic.arrive(step)
+            for delta in core.step():
+                traffic.take(delta)
