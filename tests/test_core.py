@@ -309,6 +309,7 @@ def test_samples_go_on_without_those_that_ended() -> None:
             core, _ = make_core({}, run_ahead=True)
             core.add(replace(make_request("r", tuple(range(1, 7)), None, 9), n=3, ignore_eos=True))
             samples: dict[int, list[int]] = {index: [] for index in range(3)}
+            before = 0
             for step in range(40):
                 if step == num_steps:
                     core.cancel("r", cancelled)

@@ -1,6 +1,7 @@
 """Logits against transformers, whatever the chunking and the company in the batch."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from lorasrv.engine.batch import ChunkInput, SampleInput
+from drawing import GREEDY, run_greedy
+from lorasrv.engine.batch import ChunkInput, Draw, PageCopy
 from lorasrv.engine.fitting import page_layout
 from lorasrv.engine.runner import ModelRunner
 from lorasrv.memory.packing import module_geometry
@@ -18,7 +20,6 @@ from lorasrv.model.families import read_architecture
 from lorasrv.model.loader import load_weights
 from peft_models import random_llama
 
-GREEDY = SampleInput(temperature=0.0, top_p=1.0, top_k=None, seed=0, position=0)
 CONFIGS: dict[str, dict[str, Any]] = {
     "gqa": {},
     "mha": {"num_key_value_heads": 6},
@@ -52,11 +53,11 @@ class Rig:
 
     def logits(self, batch: ForwardBatch) -> torch.Tensor:
         hidden = self.decoder.forward(batch, self.storage.bytes, self.storage.kv)
-        return self.decoder.logits(hidden[batch.sample_rows])
+        return self.decoder.logits(hidden[batch.query_starts[1:].long() - 1])
 
 
 def chunk(tokens: list[int], start: int, end: int, table: tuple[int, ...]) -> ChunkInput:
-    return ChunkInput(token_ids=tuple(tokens[start:end]), start=start, block_table=table, adapter=None, sample=GREEDY)
+    return ChunkInput(token_ids=tuple(tokens[start:end]), start=start, block_table=table, adapter=None)
 
 
 def expected(model: LlamaForCausalLM, tokens: list[int]) -> torch.Tensor:
@@ -100,15 +101,38 @@ def test_prefill_chunks_and_decodes_share_a_batch(tmp_path: Path) -> None:
                 done[i] = ends[i]
 
 
-def test_only_sampling_rows_have_logits(tmp_path: Path) -> None:
+def test_only_drawing_chunks_have_tokens(tmp_path: Path) -> None:
     random_llama(tmp_path)
     rig, tokens = Rig(tmp_path), prompt(1, 12)
     table = rig.table(12)
-    silent = ChunkInput(token_ids=tuple(tokens[:6]), start=0, block_table=table, adapter=None, sample=None)
-    assert rig.logits(rig.runner.build_batch([silent])).shape == (0, 101)
-    assert rig.runner.run((silent,)).tokens == ()
-    assert rig.runner.run(()).tokens == ()
-    assert rig.runner.num_forwards == 1
+    assert run_greedy(rig.runner, [chunk(tokens, 0, 6, table)], []).tokens == ()
+    assert len(run_greedy(rig.runner, [chunk(tokens, 6, 12, table)]).tokens) == 1
+    assert rig.runner.num_forwards == 2
+
+
+def test_a_token_that_is_still_being_drawn_goes_into_the_next_step(tmp_path: Path) -> None:
+    model, rig, tokens = random_llama(tmp_path), Rig(tmp_path), prompt(1, 12)
+    other, table = rig.table(4), rig.table(13)
+    first = rig.runner.forward((chunk(tokens, 0, 4, other), chunk(tokens, 0, 12, table)))
+    first.draw((Draw(chunk=0, how=GREEDY), Draw(chunk=1, how=GREEDY)))
+    ahead = ChunkInput(token_ids=(), start=12, block_table=table, adapter=None, drawn=1)
+    second = rig.runner.forward((ahead,))
+    drawn = first.output().tokens[1]
+    assert drawn == int(expected(model, tokens)[-1].argmax())
+    second.draw((Draw(chunk=0, how=GREEDY),))
+    assert second.output().tokens == (int(expected(model, [*tokens, drawn])[-1].argmax()),)
+
+
+def test_a_copied_page_is_as_good_as_the_first(tmp_path: Path) -> None:
+    model, rig, tokens = random_llama(tmp_path), Rig(tmp_path), prompt(1, 12)
+    table, copy = rig.table(12), rig.table(8)[:1]
+    run_greedy(rig.runner, [chunk(tokens, 0, 11, table)])
+    step = rig.runner.forward((chunk(tokens, 11, 12, (table[0], *copy)),), (PageCopy(source=table[1], target=copy[0]),))
+    step.draw((Draw(chunk=0, how=replace(GREEDY, logprobs=0)),))
+    output = step.output()
+    want = expected(model, tokens)[-1].log_softmax(-1)
+    assert output.tokens == (int(want.argmax()),)
+    assert output.logprobs[0].logprob == pytest.approx(float(want.max()), abs=1e-4)
 
 
 def test_bf16_is_as_close_to_fp32_as_transformers_is(tmp_path: Path) -> None:

@@ -1,14 +1,14 @@
 """The whole engine against PEFT: mixed batches that join and leave, through large and small pools, to the token."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
-from lorasrv.engine.batch import ChunkInput, StepOutput
+from lorasrv.engine.batch import ChunkInput, PageCopy, RunningStep
 from lorasrv.engine.build import Assembly, assemble
 from lorasrv.engine.packer import Packer
 from lorasrv.engine.runner import ModelRunner
@@ -83,21 +83,21 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(folder=folder, adapters=adapters, prompts=prompts, expected=expected)
 
 
-def make_engine(case: Case, *, num_pages: int, max_step_tokens: int = 64) -> Assembly:
+def make_engine(case: Case, *, num_pages: int, max_step_tokens: int = 64, run_ahead: bool = False) -> Assembly:
     def read(name: str, packer: Packer) -> PackedAdapter:
         modules = load_peft_folder(case.adapters[name])
         return pack_adapter(modules, packer.layout, packer.module_shapes, packer.dtype)
 
     model = ModelConfig(path=str(case.folder))
-    scheduler = SchedulerConfig(max_step_tokens=max_step_tokens, max_running=16)
+    scheduler = SchedulerConfig(max_step_tokens=max_step_tokens, max_running=16, run_ahead=run_ahead)
     probe = assemble(EngineConfig(model=model, scheduler=scheduler), read)
     probe.core.close()
     pool = PoolConfig(pool_bytes=num_pages * probe.info.page_bytes)
     return assemble(EngineConfig(model=model, scheduler=scheduler, pool=pool), read)
 
 
-def serve(engine: Assembly, requests: Iterator[EngineRequest], joining: int) -> dict[str, list[int]]:
-    """Run all requests, `joining` new ones before every step; checks the engine after each."""
+def serve(engine: Assembly, requests: Iterable[EngineRequest], joining: int, sample: int = 0) -> dict[str, list[int]]:
+    """Run all requests, `joining` new ones before every step; checks the engine after each. Tokens of one sample."""
     tokens: dict[str, list[int]] = {}
     pending = list(requests)
     while pending or engine.core.has_work():
@@ -107,15 +107,16 @@ def serve(engine: Assembly, requests: Iterator[EngineRequest], joining: int) -> 
         del pending[:joining]
         for delta in engine.core.step():
             assert delta.failure is None, delta.failure
-            tokens[delta.request_id] += delta.token_ids
+            tokens[delta.request_id] += delta.token_ids if delta.index == sample else ()
         engine.core.check()
     return tokens
 
 
 @pytest.mark.parametrize("joining", [1, 27])
+@pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("max_step_tokens", [16, 512])
-def test_mixed_batches_equal_peft(case: Case, joining: int, max_step_tokens: int) -> None:
-    engine = make_engine(case, num_pages=400, max_step_tokens=max_step_tokens)
+def test_mixed_batches_equal_peft(case: Case, joining: int, run_ahead: bool, max_step_tokens: int) -> None:
+    engine = make_engine(case, num_pages=400, max_step_tokens=max_step_tokens, run_ahead=run_ahead)
     assert case.wrong(serve(engine, case.requests(), joining)) == set()
     assert engine.core.status().counters.adapter_evictions == 0
     engine.core.close()
@@ -131,8 +132,9 @@ def test_cache_hits_change_no_token(case: Case, max_step_tokens: int) -> None:
     engine.core.close()
 
 
-def test_preempted_requests_equal_peft(case: Case) -> None:
-    engine = make_engine(case, num_pages=196)  # the largest adapter takes 190
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_preempted_requests_equal_peft(case: Case, run_ahead: bool) -> None:
+    engine = make_engine(case, num_pages=196, run_ahead=run_ahead)  # the largest adapter takes 190
     assert case.wrong(serve(engine, case.requests(), 27)) == set()
     counters = engine.core.status().counters
     assert counters.preemptions > 0, counters
@@ -154,15 +156,40 @@ def test_one_forward_per_step_with_eight_adapters(case: Case) -> None:
     distinct: set[int] = set()
 
     class Watching:
-        def run(self, chunks: tuple[ChunkInput, ...]) -> StepOutput:
+        runs_ahead = False
+
+        def forward(self, chunks: tuple[ChunkInput, ...], copies: tuple[PageCopy, ...] = ()) -> RunningStep:
             before = runner.num_forwards
-            output = runner.run(chunks)
+            step = runner.forward(chunks, copies)
             assert runner.num_forwards == before + 1
             distinct.add(len({chunk.adapter for chunk in chunks if chunk.adapter}))
-            return output
+            return step
 
     engine.core._runner = Watching()
     serve(engine, case.requests(), 27)
     assert max(distinct) == 8
     assert engine.core.status().counters.steps == runner.num_forwards
     engine.core.close()
+
+
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_every_sample_equals_peft(case: Case, run_ahead: bool) -> None:
+    engine = make_engine(case, num_pages=400, run_ahead=run_ahead)
+    assert case.wrong(serve(engine, [replace(request, n=3) for request in case.requests()], 9, sample=2)) == set()
+    engine.core.close()
+
+
+def test_samples_draw_what_they_draw_alone(case: Case) -> None:
+    """The first sample is the only one of a request for one; the others have numbers of their own, however they run."""
+    requests = [replace(request, temperature=0.9, seed=7) for request in case.requests()]
+    engine = make_engine(case, num_pages=500)
+    alone = serve(engine, requests, 27)
+    several = [replace(request, n=3, request_id=f"{request.request_id}x") for request in requests]
+    first, second = (serve(engine, several, joining, sample) for joining, sample in ((27, 0), (27, 1)))
+    assert list(first.values()) == list(alone.values())
+    assert all(first[request_id] != second[request_id] for request_id in first)
+    engine.core.close()
+    ahead = make_engine(case, num_pages=210, run_ahead=True)
+    assert serve(ahead, several, 5, sample=1) == second
+    assert ahead.core.status().counters.preemptions > 0
+    ahead.core.close()

@@ -47,12 +47,12 @@ def pack(name: str, packer: Packer) -> PackedAdapter:
     return pack_adapter(modules, packer.layout, packer.module_shapes, packer.dtype)
 
 
-def generate(folder: Path, device: str) -> tuple[dict[str, list[int]], int]:
+def generate(folder: Path, device: str, run_ahead: bool) -> tuple[dict[str, list[int]], int]:
     """Tokens by request through a pool in which the adapters do not fit together, and how many were evicted."""
     config = EngineConfig(
         model=ModelConfig(path=str(folder), device=device),
         pool=PoolConfig(pool_bytes=76 * 8192),
-        scheduler=SchedulerConfig(max_step_tokens=32, max_running=8),
+        scheduler=SchedulerConfig(max_step_tokens=32, max_running=8, run_ahead=run_ahead),
     )
     core = assemble(config, pack).core
     tokens: dict[str, list[int]] = {}
@@ -80,10 +80,10 @@ def generate(folder: Path, device: str) -> tuple[dict[str, list[int]], int]:
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_device_gives_the_tokens_of_the_cpu(tmp_path: Path, device: str) -> None:
+def test_one_step_in_flight_gives_the_tokens_of_one_at_a_time(tmp_path: Path, device: str) -> None:
     save_model(tmp_path)
-    expected, _ = generate(tmp_path, "cpu")
-    tokens, evictions = generate(tmp_path, device)
+    expected, _ = generate(tmp_path, "cpu", run_ahead=False)
+    tokens, evictions = generate(tmp_path, device, run_ahead=True)
     assert tokens == expected
     assert evictions > 0
     assert len({tuple(row) for row in tokens.values()}) == len(tokens), "an adapter changes nothing"

@@ -15,15 +15,16 @@ SEQUENCE = Owner(OwnerKind.SEQUENCE, "s")
 ADAPTER = Owner(OwnerKind.ADAPTER, "a")
 
 
-def test_a_retiring_page_is_not_handed_out_before_its_step_completed() -> None:
+def test_a_page_names_the_last_step_that_may_touch_it() -> None:
     pool = PagePool(4)
     pages = pool.alloc(4, SEQUENCE)
+    assert pool.last_reader(pages) == 0
     pool.retire(pages[:2], SEQUENCE, 7)
     pool.retire(pages[2:], SEQUENCE, 8)
-    pool.reclaim(6)
-    assert pool.num_free == 0 and pool.stats().retiring == 4
-    pool.reclaim(7)
-    assert set(pool.alloc(2, ADAPTER)) == set(pages[:2])
+    again = pool.alloc(2, ADAPTER)
+    assert set(again) == set(pages[2:]) and pool.last_reader(again) == 8
+    assert pool.last_reader(pool.alloc(2, ADAPTER)) == 7
+    assert pool.last_reader([]) == 0
     pool.check()
 
 
@@ -40,28 +41,26 @@ def test_pages_are_taken_back_from_their_owner_only() -> None:
 def test_pool_against_sets() -> None:
     random, pool = Random(0), PagePool(30)
     held: dict[int, list[int]] = {}
-    retiring: list[tuple[int, set[int]]] = []
+    last_readers: dict[int, int] = {}
     for step in range(2000):
         if random.random() < 0.6 and (count := random.randint(0, pool.num_free)):
             held[step] = pool.alloc(count, Owner(OwnerKind.SEQUENCE, str(step)))
+            assert pool.last_reader(held[step]) == max(last_readers.get(page, 0) for page in held[step])
         elif held:
             key = random.choice(list(held))
-            retiring.append((step, set(held[key])))
+            last_readers |= dict.fromkeys(held[key], step)
             pool.retire(held.pop(key), Owner(OwnerKind.SEQUENCE, str(key)), step)
-        completed = step - random.randint(0, 5)
-        pool.reclaim(completed)
-        retiring = [(last, pages) for last, pages in retiring if last > completed]
         pool.check()
         used = [page for pages in held.values() for page in pages]
         assert len(used) == len(set(used)) == pool.stats().sequences
-        assert pool.num_retiring == sum(len(pages) for _, pages in retiring)
-    assert held and retiring
+    assert held and last_readers
 
 
 def test_residency_orders_idle_adapters_by_last_use() -> None:
     residency = Residency()
     for number in range(3):
-        residency.add(ResidentAdapter(digest=f"a{number}", pages=(number,), directory=number, max_rank=8), 0)
+        residency.add(ResidentAdapter(digest=f"a{number}", pages=(number,), directory=number, max_rank=8))
+        residency.loaded(f"a{number}", 0)
     residency.pin("a0")
     residency.pin("a0")
     residency.unpin("a0", 1)
@@ -74,6 +73,15 @@ def test_residency_orders_idle_adapters_by_last_use() -> None:
         residency.remove("a2")
     with pytest.raises(AssertionError, match="not pinned"):
         residency.unpin("a0", 1)
+    residency.check()
+    residency.add(ResidentAdapter(digest="a9", pages=(9,), directory=9, max_rank=8))
+    assert not residency.is_loaded("a9") and residency.is_loaded("a0")
+    residency.pin("a9")
+    residency.unpin("a9", 2)
+    residency.check()
+    assert "a9" not in [adapter.digest for adapter, _ in residency.idle()], "what is being written may not go"
+    residency.loaded("a9", 2)
+    assert "a9" in [adapter.digest for adapter, _ in residency.idle()]
     residency.check()
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from drawing import run_greedy
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig
-from lorasrv.engine.batch import AdapterInput, ChunkInput, SampleInput
+from lorasrv.engine.batch import AdapterInput, ChunkInput
 from lorasrv.engine.runner import ModelRunner, build_runner
 from lorasrv.errors import ConfigurationError
 from lorasrv.memory.packing import PackedModule, pack_adapter
@@ -94,7 +95,7 @@ class Server:
     def _load(self, name: str, modules: list[PackedModule]) -> AdapterInput:
         packed = pack_adapter(modules, self.storage.layout, self.architecture.module_shapes(), torch.float32)
         self.pages[name] = [self._free.pop() for _ in range(packed.num_pages)]
-        directory = self.storage.write_adapter(packed, self.pages[name])
+        directory = self.storage.write_adapter(packed, self.pages[name], wait_for_steps=False).directory
         return AdapterInput(directory=directory, max_rank=packed.max_rank, scale=1.0)
 
     def greedy(self, requests: Iterable[Request], max_members: int, chunk_tokens: int) -> list[list[int] | None]:
@@ -106,10 +107,10 @@ class Server:
             while waiting and len(running) < max_members:
                 running.append(waiting.pop(0))
             chunks = tuple(sequence.next_chunk(chunk_tokens) for _, sequence in running)
-            tokens = iter(self.runner.run(chunks).tokens)
-            for (index, sequence), chunk in zip(list(running), chunks, strict=True):
-                token = next(tokens) if chunk.sample is not None else None
-                alive = sequence.apply(chunk, token)
+            drawing = [number for number, (_, sequence) in enumerate(running) if sequence.ends_with(chunks[number])]
+            tokens = dict(zip(drawing, run_greedy(self.runner, chunks, drawing).tokens, strict=True))
+            for number, (index, sequence) in enumerate(list(running)):
+                alive = sequence.apply(chunks[number], number in drawing, tokens.get(number))
                 if not alive or len(sequence.tokens) == sequence.num_prompt + NUM_TOKENS:
                     answers[index] = sequence.tokens[sequence.num_prompt :] if alive else None
                     running.remove((index, sequence))
@@ -134,22 +135,22 @@ class Sequence:
 
     def next_chunk(self, chunk_tokens: int) -> ChunkInput:
         end = min(self._done + chunk_tokens, len(self.tokens))
-        last = end == len(self.tokens)
-        draw = SampleInput(temperature=0.0, top_p=1.0, top_k=None, seed=0, position=end)
         return ChunkInput(
             token_ids=tuple(self.tokens[self._done : end]),
             start=self._done,
             block_table=self._table,
             adapter=self._adapter,
-            sample=draw if last else None,
         )
 
-    def apply(self, chunk: ChunkInput, token: int | None) -> bool:
-        """False when the chunk sampled and its logits were not finite."""
+    def ends_with(self, chunk: ChunkInput) -> bool:
+        return chunk.start + chunk.num_tokens == len(self.tokens)
+
+    def apply(self, chunk: ChunkInput, drew: bool, token: int | None) -> bool:
+        """False when the chunk drew and its logits were not finite."""
         self._done += len(chunk.token_ids)
-        if chunk.sample is not None and token is not None:
+        if token is not None:
             self.tokens.append(token)
-        return chunk.sample is None or token is not None
+        return not drew or token is not None
 
 
 def differing(case: Case, modules: Modules, max_members: int = 24, chunk_tokens: int = 7) -> set[str | None]:
@@ -224,7 +225,7 @@ def test_one_forward_per_step_with_eight_adapters(case: Case, monkeypatch: pytes
     server = Server(case.folder, case.modules)
     chunks = tuple(Sequence.of(request, server).next_chunk(64) for request in case.requests)
     assert len({chunk.adapter for chunk in chunks}) == 9
-    tokens = server.runner.run(chunks).tokens
+    tokens = run_greedy(server.runner, chunks).tokens
     assert tokens == tuple(want[0] for want in case.want)
     assert len(calls) == server.runner.num_forwards == 1
 

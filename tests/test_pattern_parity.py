@@ -14,8 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
+from drawing import run_greedy
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
-from lorasrv.engine.batch import AdapterInput, ChunkInput, SampleInput
+from lorasrv.engine.batch import AdapterInput, ChunkInput
 from lorasrv.engine.build import assemble
 from lorasrv.engine.fitting import page_check
 from lorasrv.engine.packer import Packer
@@ -176,12 +177,12 @@ def test_logits_equal_peft_in_one_batch_of_all(case: Case, monkeypatch: pytest.M
         adapter: AdapterInput | None = None
         if name is not None:
             packed = packer.pack(case.read(name))
-            directory = storage.write_adapter(packed, [free.pop(0) for _ in range(packed.num_pages)])
+            pages = [free.pop(0) for _ in range(packed.num_pages)]
+            directory = storage.write_adapter(packed, pages, wait_for_steps=False).directory
             adapter = AdapterInput(directory=directory, max_rank=packed.max_rank, scale=1.0)
         for prompt, logits in zip(case.prompts[name], case.logits[name], strict=True):
-            draw = SampleInput(temperature=0.0, top_p=1.0, top_k=None, seed=0, position=len(prompt))
             table = tuple(free.pop(0) for _ in range(storage.layout.pages_for_tokens(len(prompt))))
-            chunks.append(ChunkInput(token_ids=tuple(prompt), start=0, block_table=table, adapter=adapter, sample=draw))
+            chunks.append(ChunkInput(token_ids=tuple(prompt), start=0, block_table=table, adapter=adapter))
             expected.append(logits)
     seen: list[torch.Tensor] = []
     logits_of = Decoder.logits
@@ -191,7 +192,7 @@ def test_logits_equal_peft_in_one_batch_of_all(case: Case, monkeypatch: pytest.M
         return seen[-1]
 
     monkeypatch.setattr(Decoder, "logits", recorded)
-    runner.run(tuple(chunks))
+    run_greedy(runner, chunks)
     (logits,) = seen
     assert logits.shape[0] == len(expected) == 2 * len(case.prompts)
     torch.testing.assert_close(logits, torch.stack(expected), rtol=0, atol=1e-4)

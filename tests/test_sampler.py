@@ -15,9 +15,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from drawing import draw, position_logprobs, sample_tokens
 from lorasrv.engine.batch import SampleInput
 from lorasrv.model.logit_edits import LogitEdits
-from lorasrv.model.sampler import draw, position_logprobs, sample_tokens
 from lorasrv_kernels.reference import philox
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.5, 1.7, -3.0, 0.0, 1.2, 0.5, -0.4, 1.69])
@@ -44,7 +44,7 @@ def exact_probs(
     return [weights[token] / total if token in kept else 0.0 for token in range(len(LOGITS))]
 
 
-@pytest.mark.parametrize("vary", ["seed", "position"])
+@pytest.mark.parametrize("vary", ["seed", "position", "sample"])
 @pytest.mark.parametrize(
     ("temperature", "top_p", "top_k"),
     [
@@ -76,7 +76,7 @@ def assert_fits(tokens: Sequence[int | None], probs: Sequence[float]) -> None:
     assert statistic < degrees + 4 * math.sqrt(2 * degrees) + 4  # beyond the 0.9999 quantile for 1 to 10 degrees
 
 
-@pytest.mark.parametrize("vary", ["seed", "position"])
+@pytest.mark.parametrize("vary", ["seed", "position", "sample"])
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "min_p"),
     [(1.0, None, 1.0, 0.2), (2.0, None, 1.0, 0.5), (1.5, 8, 0.95, 0.25), (0.7, None, 0.9, 0.05), (1.0, 5, 1.0, 0.01)],
@@ -116,7 +116,7 @@ def edited(edits: LogitEdits) -> list[float]:
     return logits
 
 
-@pytest.mark.parametrize("vary", ["seed", "position"])
+@pytest.mark.parametrize("vary", ["seed", "position", "sample"])
 @pytest.mark.parametrize("edits", EDITS)
 def test_edited_rows_fit_the_exact_probabilities(vary: str, edits: LogitEdits) -> None:
     rows = [row(temperature=0.9, edits=edits, **{vary: 1000 + index}) for index in range(NUM_DRAWS)]
@@ -218,11 +218,16 @@ def test_a_row_draws_the_same_whatever_else_is_in_the_batch() -> None:
     assert sample_tokens(logits[backwards], [rows[i] for i in backwards]) == tuple(reversed(together))
 
 
-def test_seed_and_position_both_matter_to_the_last_bit() -> None:
+def test_seed_sample_and_position_matter_to_the_last_bit() -> None:
     logits = torch.zeros(1, 1 << 14)
     seeds = (0, 1, 1 << 31, 1 << 32, 1 << 63, (1 << 64) - 1)
-    drawn = {sample_tokens(logits, [row(seed=seed, position=at)])[0] for seed in seeds for at in range(4)}
-    assert len(drawn) == 24
+    drawn = {
+        sample_tokens(logits, [row(seed=seed, position=at, sample=number)])[0]
+        for seed in seeds
+        for at in range(4)
+        for number in range(3)
+    }
+    assert len(drawn) == 72
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ from transformers import (
     SequenceBiasLogitsProcessor,
 )
 
+from drawing import sample_tokens
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from lorasrv.engine import runner
 from lorasrv.engine.batch import SampleInput
 from lorasrv.engine.build import assemble
 from lorasrv.engine.sampling import logit_edits
-from lorasrv.model.sampler import sample_tokens
 from lorasrv.types import EngineRequest, FinishReason, LogitRules, PositionLogprobs
 from peft_models import random_llama
 

@@ -52,7 +52,8 @@ def build_pool(dtype: torch.dtype) -> Pool:
             for index in targets
         ]
         packed = pack_adapter(modules, layout, SHAPES, dtype)
-        directory = storage.write_adapter(packed, [free.pop() for _ in range(packed.num_pages)])
+        pages = [free.pop() for _ in range(packed.num_pages)]
+        directory = storage.write_adapter(packed, pages, wait_for_steps=False).directory
         adapters[rank] = Adapter(directory=directory, modules={m.module: m for m in modules if m.layer == LAYER})
     return Pool(layout=layout, storage=storage, adapters=adapters)
 
@@ -148,7 +149,7 @@ def test_results_do_not_depend_on_where_an_adapter_lies() -> None:
     results: list[Tensor] = []
     for pages in (list(range(packed.num_pages)), list(reversed(range(3, 3 + packed.num_pages)))):
         storage = PageStorage(FP32.layout, 40, torch.float32, torch.device("cpu"))
-        address = storage.write_adapter(packed, pages)
+        address = storage.write_adapter(packed, pages, wait_for_steps=False).directory
         segments = Segments(
             starts=torch.tensor([0], dtype=torch.int32),
             ends=torch.tensor([6], dtype=torch.int32),

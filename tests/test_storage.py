@@ -57,7 +57,7 @@ def test_roundtrip_over_scattered_pages(dtype: torch.dtype) -> None:
     pages = random.Random(0).sample(range(64), packed.num_pages)
     assert packed.num_pages > 2
     assert packed.max_rank == 40
-    address = storage.write_adapter(packed, pages)
+    address = storage.write_adapter(packed, pages, wait_for_steps=False).directory
     storage.check()
 
     directory = storage.bytes[address * ALIGN_BYTES : (pages[0] + 1) * layout.page_bytes].view(torch.int32)
@@ -89,9 +89,9 @@ def test_pages_are_used_as_given() -> None:
     storage = PageStorage(LAYOUT, 8, torch.float32, CPU)
     packed = pack_adapter([module(0, 0, 1, 0)], LAYOUT, SHAPES, torch.float32)
     with pytest.raises(AssertionError):
-        storage.write_adapter(packed, [8] * packed.num_pages)
+        storage.write_adapter(packed, [8] * packed.num_pages, wait_for_steps=False)
     with pytest.raises(AssertionError):
-        storage.write_adapter(packed, [])
+        storage.write_adapter(packed, [], wait_for_steps=False)
 
 
 def test_an_empty_adapter_has_no_ranks() -> None:

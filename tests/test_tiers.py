@@ -38,13 +38,19 @@ class Storage:
     device: FakeDevice
     loaded: dict[int, ResidentAdapter] = field(default_factory=dict[int, ResidentAdapter])
 
-    def write_adapter(self, image: Image, pages: list[int]) -> int:
+    def write_adapter(self, image: Image, pages: list[int], *, wait_for_steps: bool) -> "Copied":
         assert len(pages) == image.num_pages
         self.device.write_adapter(image.digest, pages)
         self.loaded[pages[0]] = ResidentAdapter(
             digest=image.digest, pages=tuple(pages), directory=pages[0], max_rank=image.max_rank
         )
-        return pages[0]
+        return Copied(directory=pages[0])
+
+
+@dataclass(frozen=True)
+class Copied:
+    directory: int
+    ended: bool = True
 
 
 def make_core(
