@@ -145,8 +145,10 @@ class FakeTiers:
         self._reading: dict[str, int] = {}
         self._host: set[str] = set()
         self._wanted: set[str] = set()
+        self._discarded: set[str] = set()
 
     def want(self, digests: Sequence[str]) -> None:
+        self._discarded -= set(digests) - self._wanted
         self._wanted = set(digests)
         for digest in digests:
             if digest not in self._host:
@@ -167,8 +169,9 @@ class FakeTiers:
                 elif digest in self._wanted:
                     failures[digest] = AdapterLoadFailed(f"adapter {digest} could not be read")
         for digest in sorted(self._host - self._wanted):
-            if self.random.random() < 0.02:
+            if digest in self._discarded or self.random.random() < 0.02:
                 self._host.remove(digest)
+        self._discarded &= self._host | self._reading.keys()
         loaded = tuple(digest for digest, end in self._copying.items() if end <= self.device.timeline.now)
         for digest in loaded:
             del self._copying[digest]
@@ -189,7 +192,7 @@ class FakeTiers:
 
     def discard(self, digest: str) -> None:
         self.discarded.append(digest)
-        self._host.discard(digest)
+        self._discarded.add(digest)
 
     def host_tiers(self) -> dict[str, Tier]:
         return dict.fromkeys(self._host, Tier.HOST) | dict.fromkeys(self._reading, Tier.READING)

@@ -4,7 +4,8 @@ The scheduler asks (`sched.scheduler.Resources`); the core carries out what it d
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
 from heapq import merge
 from operator import itemgetter
 
@@ -16,8 +17,8 @@ from lorasrv.memory.eviction import Candidate, IdleAdapter, IdleBlock
 from lorasrv.memory.pages import Owner, OwnerKind, PagePool
 from lorasrv.memory.prefix import BlockKeys, PrefixCache
 from lorasrv.memory.residency import Residency
-from lorasrv.sched import sequence as sched
 from lorasrv.sched.plan import Admission
+from lorasrv.sched.sequence import Sequence
 from lorasrv.types import AdapterResidency, EngineRequest, PoolStats, Tier
 
 _CACHE = Owner(OwnerKind.PREFIX, "cache")
@@ -64,17 +65,17 @@ class Ledger:
         blocks = ((now, IdleBlock(page)) for page, now in self._prefix.idle())
         return (candidate for _, candidate in merge(adapters, blocks, key=itemgetter(0)))
 
-    def num_own_pages(self, sequence: sched.Sequence) -> int:
+    def num_own_pages(self, sequence: Sequence) -> int:
         return sum(page not in self._prefix for page in sequence.block_table)
 
-    def cached_blocks(self, sequence: sched.Sequence) -> list[int]:
+    def cached_blocks(self, sequence: Sequence) -> list[int]:
         if not self._shares(sequence):
             return []
         # What the request needs the logits of is computed in any case.
         count = first_needed_row(sequence) // self._block_tokens
         return self._prefix.match(sequence.keys.first(count, sequence.token_ids))
 
-    def copyable_page(self, sequence: sched.Sequence) -> int | None:
+    def copyable_page(self, sequence: Sequence) -> int | None:
         other, num_prompt = sequence.sibling, len(sequence.request.token_ids)
         if other is None or sequence.num_generated or other.num_computed < num_prompt:
             return None
@@ -111,8 +112,8 @@ class Ledger:
                 self._prefix.remove(page)
                 self._pool.retire([page], _CACHE, self.step)
 
-    def admit(self, sequence: sched.Sequence, admission: Admission) -> PageCopy | None:
-        """Give a sequence the pages of its known tokens, cached ones first; what is to be copied to them, if anything."""
+    def admit(self, sequence: Sequence, admission: Admission) -> PageCopy | None:
+        """Give a sequence the pages of its known tokens, cached ones first. Returns what is to be copied to them."""
         num_cached = admission.num_cached_blocks
         sequence.block_table = self.cached_blocks(sequence)[:num_cached]
         self._prefix.pin(sequence.block_table)
@@ -126,13 +127,13 @@ class Ledger:
         sequence.num_computed = len(sequence.token_ids) - 1
         return PageCopy(source=admission.copied_page, target=sequence.block_table[num_cached])
 
-    def grow(self, sequence: sched.Sequence, num_tokens: int) -> None:
+    def grow(self, sequence: Sequence, num_tokens: int) -> None:
         """Let the sequence's pages cover `num_tokens` tokens."""
         missing = -(-num_tokens // self._block_tokens) - len(sequence.block_table)
         if missing > 0:
             sequence.block_table += self._pool.alloc(missing, _owner(sequence))
 
-    def share_full_blocks(self, sequence: sched.Sequence, num_tokens: int) -> None:
+    def share_full_blocks(self, sequence: Sequence, num_tokens: int) -> None:
         """Give the blocks that the first `num_tokens` tokens fill to the prefix cache, where others find them."""
         if not self._shares(sequence):
             return
@@ -145,7 +146,7 @@ class Ledger:
                     self._pool.transfer(page, _owner(sequence), _CACHE)
             sequence.num_keyed_blocks = num_full
 
-    def release(self, sequence: sched.Sequence, *, forget: bool = False) -> None:
+    def release(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Take back a running sequence's pages and pins. Its full blocks stay in the prefix cache; with `forget` those
         that nobody else uses do not."""
         cached = [page for page in sequence.block_table if page in self._prefix]
@@ -206,7 +207,7 @@ class Ledger:
         }
         return tuple((below | resident).values())
 
-    def check(self, running: Sequence[sched.Sequence]) -> None:
+    def check(self, running: Seq[Sequence]) -> None:
         """Raise AssertionError unless the parts are sound and every page and pin belongs to one of `running`, to the
         cache or to an adapter."""
         self._pool.check()
@@ -231,9 +232,9 @@ class Ledger:
         for adapter in self._residency:
             assert self._residency.pins(adapter.digest) == used[adapter.digest], "pins do not match requests"
 
-    def _shares(self, sequence: sched.Sequence) -> bool:
+    def _shares(self, sequence: Sequence) -> bool:
         return self._keep_prefixes or sequence.request.n > 1
 
 
-def _owner(sequence: sched.Sequence) -> Owner:
+def _owner(sequence: Sequence) -> Owner:
     return Owner(OwnerKind.SEQUENCE, sequence.sequence_id)

@@ -58,7 +58,7 @@ class AdapterTiers(Protocol):
         ...
 
     def discard(self, digest: str) -> None:
-        """Nobody will want this digest again: forget its image."""
+        """No request uses this adapter and none is to come: `poll` drops its image. A later `want` takes this back."""
         ...
 
     def host_tiers(self) -> dict[str, Tier]:
@@ -129,6 +129,9 @@ class Tiers:
         if copy.ended:
             self._ended.set()
         return ResidentAdapter(digest=digest, pages=tuple(pages), directory=copy.directory, max_rank=image.max_rank)
+
+    def discard(self, digest: str) -> None:
+        self._host.discard(digest)
 
     def host_tiers(self) -> dict[str, Tier]:
         self._host.poll()
