@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -117,6 +117,56 @@ async def test_requests_stream_side_by_side(engine: Engine) -> None:
     assert results == [list(range(n + 1)) for n in range(20)]
 
 
+async def samples_of(deltas: AsyncGenerator[TokenDelta, None]) -> dict[int, list[int]]:
+    """The tokens by sample, of each of which nothing comes behind its finish."""
+    tokens: dict[int, list[int]] = {}
+    ended: set[int] = set()
+    async for delta in deltas:
+        assert delta.index not in ended
+        tokens.setdefault(delta.index, []).extend(delta.token_ids)
+        ended |= {delta.index} if delta.finish else set()
+    return tokens
+
+
+async def test_a_stream_ends_when_all_its_samples_have(engine: Engine) -> None:
+    wanted = replace(request("a"), n=3)
+    assert await samples_of(engine.stream(wanted)) == {n: list(range(10 * n, 10 * n + 5)) for n in range(3)}
+
+
+async def test_one_sample_is_cancelled_alone(engine: Engine) -> None:
+    neighbour = asyncio.create_task(collect(engine, request("b", max_tokens=100)))
+    stream = engine.stream(replace(request("a", fake_core.FOREVER), n=3))
+    seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    async for delta in stream:
+        seen[delta.index] += delta.token_ids
+        if all(seen.values()) and delta.index == 1:
+            break
+    engine.cancel("a", 1)
+    last = len(seen[1])
+    while min(len(seen[0]), len(seen[2])) < last + 20:
+        delta = await anext(stream)
+        seen[delta.index] += delta.token_ids
+    assert len(seen[1]) == last
+    assert seen[2] == list(range(20, 20 + len(seen[2])))
+    assert await running(engine) >= 1
+    engine.cancel("a", 0)
+    engine.cancel("a", 0)
+    engine.cancel("a", 2)
+    assert [delta async for delta in stream] == []
+    engine.cancel("a", 2)
+    assert await neighbour == list(range(100))
+    assert await running(engine) == 0
+
+
+async def test_a_sample_cancelled_behind_its_unread_end_gives_nothing_more(engine: Engine) -> None:
+    stream = engine.stream(replace(request("a", max_tokens=20), n=2))
+    first = await anext(stream)
+    await collect(engine, request("later", max_tokens=100))
+    engine.cancel("a", first.index)
+    other = 1 - first.index
+    assert await samples_of(stream) == {other: list(range(10 * other, 10 * other + 20))}
+
+
 async def test_the_last_delta_says_how_it_ended(engine: Engine) -> None:
     deltas = [delta async for delta in engine.stream(request("a"))]
     assert deltas[-1].finish == FinishReason.LENGTH
@@ -156,6 +206,7 @@ async def test_a_lagging_readers_deltas_merge(engine: Engine) -> None:
     await collect(engine, request("fast", max_tokens=200))
     rest = [delta async for delta in stream]
     assert len(rest) == 1
+    assert rest[0].index == 0
     assert (*first.token_ids, *rest[0].token_ids) == tuple(range(50))
     assert rest[0].finish == FinishReason.LENGTH
     for merged in (first, rest[0]):

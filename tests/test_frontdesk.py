@@ -1,7 +1,7 @@
 """Admission: what is refused before the engine hears of it, what the engine is asked, and what is given back."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
@@ -101,6 +101,10 @@ def asked(
     )
 
 
+def of_sample(events: Sequence[Event], index: int) -> list[Event]:
+    return [event for event in events if not isinstance(event, Started) and event.index == index]
+
+
 def text_of(events: list[Event]) -> str:
     return "".join(event.text for event in events if isinstance(event, Delta))
 
@@ -165,6 +169,37 @@ async def test_a_stop_string_across_tokens_ends_the_generation_and_the_engines_w
     assert (finished.reason, finished.stop) == (FinishReason.STOP, "stop")
     assert finished.completion_tokens == len("ab stop")
     assert len(desk.engine.ended_early) == 1
+
+
+async def test_samples_come_side_by_side_and_each_ends_once(desk: Desk) -> None:
+    started, *events = await desk.events(asked("abc", n=3, seed=7))
+    assert isinstance(started, Started) and started.seed == 7
+    assert [request.n for request in desk.engine.requests] == [3]
+    for index, text in enumerate(("abc", "bc", "c")):
+        *deltas, finished = of_sample(events, index)
+        assert text_of(deltas) == text
+        assert isinstance(finished, Finished) and finished.completion_tokens == len(text) + 1
+    assert [event.index for event in events[:3] if isinstance(event, Delta)] == [0, 1, 2]
+    assert not desk.engine.ended_early and not desk.engine.cancelled
+
+
+async def test_a_stop_string_ends_its_sample_alone(desk: Desk) -> None:
+    _, *events = await desk.events(asked("ab xyz", n=3, stop=("b",)))
+    (request,) = desk.engine.requests
+    # The third sample begins behind the "b".
+    texts = [text_of(of_sample(events, index)) for index in range(3)]
+    assert texts == ["a", "", " xyz"]
+    assert sorted(desk.engine.cancelled) == [(request.request_id, 0), (request.request_id, 1)]
+    ends = [event for event in events if isinstance(event, Finished)]
+    assert [(end.index, end.stop) for end in ends] == [(1, "b"), (0, "b"), (2, None)]
+
+
+async def test_when_every_sample_has_met_its_stop_string_nothing_runs(desk: Desk) -> None:
+    events = await desk.events(asked("abab", n=2, stop=("b",)))
+    assert [event.index for event in events if isinstance(event, Finished)] == [1, 0]
+    assert text_of(events) == "a"
+    assert len(desk.engine.cancelled) == 2
+    desk.check_idle()
 
 
 async def test_tokens_behind_a_stop_string_in_one_delta_are_dropped(desk: Desk) -> None:
@@ -330,6 +365,7 @@ BAD_KNOBS: dict[str, tuple[object, ...]] = {
     "min_tokens": (-1,),
     "logprobs": (-1, 21),
     "prompt_logprobs": (-1, 21),
+    "n": (0, -1, 65),
 }
 REFUSED: list[tuple[GenerationRequest, str]] = [
     (asked(None), "prompt"),
@@ -399,6 +435,8 @@ def test_the_edges_of_the_knobs_are_inside() -> None:
         max_tokens=3,
         logprobs=20,
         prompt_logprobs=0,
+        temperature=0.0,
+        n=64,
     )
     check_request(edges)
     assert engine_request("r", (1,), adapter=None, sampling=edges.sampling, limits=LIMITS).min_tokens == 3

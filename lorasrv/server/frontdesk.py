@@ -72,7 +72,9 @@ class FrontDesk:
         return self._adapter_ids.get(digest)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """One Started, then Deltas, then one Finished. Closing the generator early cancels the engine's work.
+        """One Started, then the Deltas of all samples, each sample's ended by its Finished.
+
+        Closing the generator early cancels the engine's work.
 
         Raises the errors of `engine.admission`, GenerationExists, EngineUnavailable, the registry's errors for the
         adapter, and what the engine raises.
@@ -173,14 +175,19 @@ class FrontDesk:
 
     async def _follow(self, admission: Admission) -> AsyncGenerator[Event, None]:
         request = admission.engine_request
-        output = OutputStream(self._tokenizer, request, admission.stop)
-        first_token_s: float | None = None
+        samples = {index: _Sample(OutputStream(self._tokenizer, request, admission.stop)) for index in range(request.n)}
         async with aclosing(self._engine.stream(request)) as deltas:
             async for delta in deltas:
-                if delta.token_ids and first_token_s is None:
-                    first_token_s = self._clock() - admission.received_s
-                piece = output.take(delta)
+                sample = samples[delta.index]
+                if delta.token_ids and sample.first_token_s is None:
+                    sample.first_token_s = self._clock() - admission.received_s
+                piece = sample.output.take(delta)
+                if piece.finish is not None:
+                    del samples[delta.index]
+                    if delta.finish is None:
+                        self._engine.cancel(request.request_id, delta.index)
                 yield Delta(
+                    index=delta.index,
                     text=piece.text,
                     token_ids=piece.token_ids,
                     logprobs=piece.logprobs,
@@ -189,12 +196,22 @@ class FrontDesk:
                 if piece.finish is None:
                     continue
                 yield Finished(
+                    index=delta.index,
                     reason=piece.finish,
                     stop=piece.stop,
                     prompt_tokens=len(request.token_ids),
-                    completion_tokens=output.num_tokens,
-                    time_to_first_token_s=first_token_s,
+                    completion_tokens=sample.output.num_tokens,
+                    time_to_first_token_s=sample.first_token_s,
                     total_s=self._clock() - admission.received_s,
                 )
-                return
+                if not samples:
+                    return
         raise EngineUnavailable("the engine ended the generation without a result")
+
+
+@dataclass
+class _Sample:
+    """One sample on its way."""
+
+    output: OutputStream
+    first_token_s: float | None = None
