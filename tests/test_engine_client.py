@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,9 @@ import pytest
 import fake_core
 from fake_core import FakeCore
 from lorasrv.config import EngineConfig, ModelConfig
+from lorasrv.engine.child import EngineChild
 from lorasrv.engine.client import Engine, ProcessEngine, ThreadEngine
+from lorasrv.engine.messages import Cancel, Configure, GetStatus, Ready, StatusReply, Step, Submit
 from lorasrv.engine.routing import EngineState
 from lorasrv.errors import (
     AdapterLoadFailed,
@@ -250,6 +253,34 @@ async def test_close_ends_streams_and_later_calls(engine: Engine) -> None:
         await engine.status()
     with pytest.raises(EngineUnavailable, match="unavailable"):
         await collect(engine, request("b"))
+
+
+async def test_a_front_process_that_stalls_finds_a_few_messages_and_every_token() -> None:
+    """The engine goes on meanwhile, and hears what it is told."""
+    child = await EngineChild.spawn("fake_core:build")
+    try:
+        child.send(Configure(EngineConfig(model=ModelConfig(path="model"))))
+        assert isinstance(await child.receive(None, time.monotonic), Ready)
+        child.send(Submit(replace(request("big", max_tokens=400), n=64)))
+        child.send(Submit(request("endless", fake_core.FOREVER)))
+        await asyncio.sleep(1.0)
+        child.send(Cancel("endless"))
+        deltas: list[TokenDelta] = []
+        while sum(delta.finish is not None for delta in deltas) < 64:
+            message = await child.receive(WAIT_S, time.monotonic)
+            deltas += message.deltas if isinstance(message, Step) else ()
+        child.send(GetStatus(1))
+        while not isinstance(message := await child.receive(WAIT_S, time.monotonic), StatusReply):
+            pass
+        assert message.status.running == 0
+    finally:
+        await child.shutdown()
+    tokens: dict[int, list[int]] = {index: [] for index in range(64)}
+    for delta in deltas:
+        if delta.request_id == "big":
+            tokens[delta.index] += delta.token_ids
+    assert tokens == {index: list(range(10 * index, 10 * index + 400)) for index in range(64)}
+    assert max(len(delta.token_ids) for delta in deltas) > 10
 
 
 async def test_a_thread_engine_closes_its_core() -> None:
