@@ -138,10 +138,11 @@ class FakeEngine:
             raise EngineUnavailable("the engine was closed")
 
 
-def server_config(data_dir: Path, listen: str = "127.0.0.1:0", grace_s: float = 0.2) -> ServerConfig:
+def server_config(data_dir: Path, listen: str = "127.0.0.1:0", grace_s: float = 0.2, **settings: float) -> ServerConfig:
     return ServerConfig(
         engine=EngineConfig(model=ModelConfig(path=str(BASE_MODEL))),
         data_dir=str(data_dir),
         listen=listen,
         grace_s=grace_s,
+        **settings,
     )

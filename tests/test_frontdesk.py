@@ -1,12 +1,15 @@
 """Admission: what is refused before the engine hears of it, what the engine is asked, and what is given back."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from tokenizers import Encoding
 
 from fake_engine import BASE_MODEL, EOS, INFO, FakeEngine
 from lorasrv.engine.admission import TokenLimits, check_request, check_tokens, engine_request
@@ -50,18 +53,38 @@ class FakeVersions:
         self.pins -= 1
 
 
+class SlowTokenizer:
+    """The base model's; a prompt that begins with "slow" takes until `gate` is set."""
+
+    def __init__(self) -> None:
+        self._tokenizer = load_tokenizer(BASE_MODEL)
+        self.gate = threading.Event()
+        self.num_waiting = 0
+
+    def encode(self, text: str) -> Encoding:
+        if text.startswith("slow"):
+            self.num_waiting += 1
+            assert self.gate.wait(60)
+        return self._tokenizer.encode(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
 class Desk:
     """A front desk with its surroundings."""
 
-    def __init__(self, workers: ThreadPoolExecutor) -> None:
+    def __init__(self, workers: ThreadPoolExecutor, pinning: ThreadPoolExecutor) -> None:
         self.engine = FakeEngine()
         self.versions = FakeVersions()
+        self.tokenizer = SlowTokenizer()
         self.desk = FrontDesk(
             engine=self.engine,
             limits=LIMITS,
             versions=self.versions,
-            tokenizer=load_tokenizer(BASE_MODEL),
+            tokenizer=self.tokenizer,
             workers=workers,
+            pinning=pinning,
         )
 
     async def events(self, request: GenerationRequest) -> list[Event]:
@@ -74,15 +97,11 @@ class Desk:
 
 
 @pytest.fixture
-def workers() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(2) as pool:
-        yield pool
-
-
-@pytest.fixture
-async def desk(workers: ThreadPoolExecutor) -> AsyncIterator[Desk]:
-    desk = Desk(workers)
-    yield desk
+async def desk() -> AsyncIterator[Desk]:
+    with ThreadPoolExecutor(2) as workers, ThreadPoolExecutor(2) as pinning:
+        desk = Desk(workers, pinning)
+        yield desk
+        desk.tokenizer.gate.set()
     desk.check_idle()
 
 
@@ -154,6 +173,25 @@ async def test_token_ids_are_used_as_they_are(desk: Desk) -> None:
     events = await desk.events(asked((71, 72)))
     assert desk.engine.requests[0].token_ids == (71, 72)
     assert text_of(events) == "i"
+
+
+async def test_tokenizing_holds_up_nobody_who_needs_none(desk: Desk) -> None:
+    """Two prompts fill the worker threads; a running neighbour goes on, and prompts of tokens are admitted."""
+    alone = await desk.events(asked("neighbour"))
+    async with aclosing(desk.desk.generate(asked("neighbour"))) as neighbour:
+        seen = [await anext(neighbour), await anext(neighbour)]
+        slow = [asyncio.create_task(desk.events(asked("slow"))) for _ in range(4)]
+        while desk.tokenizer.num_waiting < 2:
+            await asyncio.sleep(0.001)
+        async with asyncio.timeout(30):
+            seen += [event async for event in neighbour]
+            assert text_of(await desk.events(asked((71, 72)))) == "i"
+        assert not any(task.done() for task in slow)
+    desk.tokenizer.gate.set()
+    assert [text_of(events) for events in await asyncio.gather(*slow)] == ["slow"] * 4
+    assert [event.token_ids for event in seen if isinstance(event, Delta)] == [
+        event.token_ids for event in alone if isinstance(event, Delta)
+    ]
 
 
 async def test_unset_max_tokens_is_what_is_left_of_the_context(desk: Desk) -> None:
@@ -455,6 +493,7 @@ def test_the_edges_of_the_limits_are_inside() -> None:
         ((-1,), None, "prompt.tokens", "260"),
         ((1,) * 64, None, "prompt", "64"),
         ((1,) * 60, 5, "sampling.max_tokens", "64"),
+        ((260,) * 64, None, "prompt", "64"),
     ],
 )
 def test_tokens_over_a_limit_are_refused_with_it(

@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from adapter_folders import write_adapter
-from fake_engine import FakeEngine, server_config
+from fake_engine import FakeEngine, echo, server_config
 from lorasrv.client.messages import CHUNK_BYTES, upload_files, write_requests
 from lorasrv.errors import ConfigurationError, QueueFull
 from lorasrv.server.server import Server
@@ -274,6 +274,34 @@ async def test_a_deadline_ends_the_work(running: Running, generation: Any) -> No
         await generation.Generate(asked(), timeout=0.2)
     assert caught.value.code() is Code.DEADLINE_EXCEEDED
     await until(lambda: len(running.engine.ended_early) == 1)
+
+
+async def test_a_reader_that_stalls_is_ended_and_a_neighbour_goes_on(tmp_path: Path) -> None:
+    def flood(request: EngineRequest) -> Iterator[TokenDelta | Exception]:
+        scores = (PositionLogprobs(token_id=71, logprob=-0.5, top=((71, -0.5),) * 20),) * 50
+        while request.prompt_logprobs is not None:
+            yield TokenDelta(request_id=request.request_id, token_ids=(71,), prompt_logprobs=scores)
+        yield from echo(request)
+
+    # A small window, so that little has to be written before flow control holds.
+    options = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
+    async with running_server(tmp_path / "data", stall_timeout_s=0.3) as running:
+        running.engine.script = flood
+        async with grpc.aio.insecure_channel(running.address, options=options) as channel:
+            stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+            stalled = stub.GenerateStream(asked(prompt_logprobs=20))
+            await until(lambda: bool(running.engine.running))
+            neighbour: Any = generation_pb2_grpc.GenerationServiceStub(running.channel)
+            while running.engine.running:
+                (sample,) = (await neighbour.Generate(asked("neighbour"))).samples
+                assert (sample.text, len(sample.token_ids)) == ("neighbour", 10)
+            assert len(running.engine.ended_early) == 1
+            await refused(drained(stalled), Code.RESOURCE_EXHAUSTED, "SLOW_READER")
+
+
+async def drained(call: Any) -> None:
+    async for _ in call:
+        pass
 
 
 async def test_an_engine_failure_is_the_calls_status_and_a_neighbour_goes_on(running: Running, generation: Any) -> None:

@@ -78,7 +78,6 @@ def check_tokens(token_ids: tuple[int, ...], max_tokens: int | None, limits: Tok
     if not token_ids:
         raise InvalidRequest("prompt", "has no tokens; at least one is needed")
     _check_max_tokens(max_tokens)
-    _check_vocabulary("prompt.tokens", token_ids, limits)
     room = limits.sequence_tokens - len(token_ids)
     wanted = 1 if max_tokens is None else max_tokens
     if wanted > room:
@@ -88,6 +87,8 @@ def check_tokens(token_ids: tuple[int, ...], max_tokens: int | None, limits: Tok
             field,
             f"{asked} exceeds the limit: context {limits.context_tokens} tokens, pool {limits.pool_tokens} tokens",
         )
+    # Behind the length, which bounds what this costs.
+    _check_vocabulary("prompt.tokens", token_ids, limits)
     return min(DEFAULT_MAX_TOKENS, room) if max_tokens is None else max_tokens
 
 

@@ -39,7 +39,10 @@ class Admission:
 
 
 class FrontDesk:
-    """Follows generations from the call to the last event. Belongs to the event loop; what blocks goes to `workers`."""
+    """Follows generations from the call to the last event. Belongs to the event loop; what blocks goes to threads.
+
+    Text has `workers`, the registry `pinning`: however long prompts take to tokenize, admissions of tokens go on.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class FrontDesk:
         versions: Versions,
         tokenizer: Tokenizer,
         workers: Executor,
+        pinning: Executor,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
@@ -56,6 +60,7 @@ class FrontDesk:
         self._versions = versions
         self._tokenizer = tokenizer
         self._workers = workers
+        self._pinning = pinning
         self._clock = clock
         self._running: set[tuple[str, str]] = set()
         self._adapter_ids: dict[str, str] = {}
@@ -132,14 +137,14 @@ class FrontDesk:
         if adapter.name == BASE_ID:
             yield None
             return
-        pinning = self._workers.submit(self._versions.acquire, tenant, adapter.name)
+        pinning = self._pinning.submit(self._versions.acquire, tenant, adapter.name)
         try:
             version = await asyncio.shield(asyncio.wrap_future(pinning))
             self._adapter_ids[version.digest] = version.adapter_id
             yield AdapterUse(digest=version.digest, scale=1.0 if adapter.scale is None else adapter.scale)
         finally:
             # Shielded, and waiting for `pinning` in the worker: a cancelled call gives its pin back too.
-            await asyncio.shield(asyncio.wrap_future(self._workers.submit(self._unpin, pinning)))
+            await asyncio.shield(asyncio.wrap_future(self._pinning.submit(self._unpin, pinning)))
 
     def _unpin(self, pinning: Future[ResolvedVersion]) -> None:
         if pinning.exception() is None:
@@ -169,9 +174,10 @@ class FrontDesk:
     async def _tokenize(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return prompt
-        encode = self._tokenizer.encode
-        encoding = await asyncio.get_running_loop().run_in_executor(self._workers, encode, prompt)
-        return tuple(encoding.ids)
+        return await asyncio.get_running_loop().run_in_executor(self._workers, self._encode, prompt)
+
+    def _encode(self, prompt: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(prompt).ids)
 
     async def _follow(self, admission: Admission) -> AsyncGenerator[Event, None]:
         request = admission.engine_request
