@@ -53,6 +53,12 @@ class QueueFull(ResourceExhausted):
     reason = "QUEUE_FULL"
 
 
+class SlowReader(ResourceExhausted):
+    """A stream's reader took nothing for the stall time-out while output waited for it."""
+
+    reason = "SLOW_READER"
+
+
 class AdapterLoadFailed(LorasrvError):
     """An adapter's weights could not be brought to the device; only its own requests fail."""
 

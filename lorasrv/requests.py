@@ -49,21 +49,27 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """What followed: whole characters, and the tokens they came from or will come from.
+    """What followed in sample `index`: whole characters, and the tokens they came from or will come from.
 
-    `logprobs`, when asked for, has one for each token; `prompt_logprobs` those that are computed by now.
+    `logprobs`, when asked for, has one for each token; `prompt_logprobs` those that are computed by now: they come with
+    sample 0.
     """
 
     text: str
     token_ids: tuple[int, ...]
+    index: int = 0
     logprobs: tuple[PositionLogprobs, ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finished:
-    """The end. `stop` is the string or the token id that matched; times count from the receipt of the call."""
+    """The end of sample `index`. `stop` is the string or the token id that matched.
 
+    Times count from the receipt of the call.
+    """
+
+    index: int = 0
     reason: FinishReason
     stop: str | int | None
     prompt_tokens: int

@@ -18,7 +18,7 @@ from lorasrv.types import (
     TokenDelta,
 )
 
-COUNT = 1  # 0, 1, 2 … up to max_tokens, one a step
+COUNT = 1  # 0, 1, 2 … up to max_tokens, one a step; sample i begins at 10 i
 REFUSE = 2  # `add` raises
 FAIL = 3  # one token, then a failure
 BREAK = 4  # `step` raises
@@ -36,26 +36,28 @@ class FakeCore:
 
     step_s: float = 0.0
     requests: dict[str, EngineRequest] = field(default_factory=dict)
-    num_sent: dict[str, int] = field(default_factory=dict)
-    cancelled: list[str] = field(default_factory=list)
+    samples: dict[tuple[str, int], int] = field(default_factory=dict)  # how many tokens each running one was sent
+    cancelled: list[str | tuple[str, int]] = field(default_factory=list)
     closed: bool = False
 
     def add(self, request: EngineRequest) -> None:
         if request.token_ids[0] == REFUSE:
             raise QueueFull("0 requests may wait")
         self.requests[request.request_id] = request
-        self.num_sent[request.request_id] = 0
+        self.samples |= {(request.request_id, index): 0 for index in range(request.n)}
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
-        self.cancelled.append(request_id)
-        self.requests.pop(request_id, None)
+        self.cancelled.append(request_id if index is None else (request_id, index))
+        for key in list(self.samples):
+            if key[0] == request_id and index in (None, key[1]):
+                self._end(key)
 
     def has_work(self) -> bool:
         return bool(self.requests)
 
     def step(self) -> tuple[TokenDelta, ...]:
         time.sleep(self.step_s)
-        return tuple(self._advance(request) for request in list(self.requests.values()))
+        return tuple(self._advance(key) for key in list(self.samples) if key in self.samples)
 
     def status(self) -> EngineStatus:
         pool = PoolStats(num_pages=8, free=8, sequences=0, prefix=0, adapters=0)
@@ -64,29 +66,38 @@ class FakeCore:
     def close(self) -> None:
         self.closed = True
 
-    def _advance(self, request: EngineRequest) -> TokenDelta:
-        kind, sent = request.token_ids[0], self.num_sent[request.request_id]
+    def _advance(self, key: tuple[str, int]) -> TokenDelta:
+        request_id, index = key
+        request, sent = self.requests[request_id], self.samples[key]
+        kind = request.token_ids[0]
         if kind == BREAK:
             raise RuntimeError("broken on request")
         if kind == HANG:
             time.sleep(3600)
         if kind == FAIL and sent == 1:
-            del self.requests[request.request_id]
+            self.cancel(request_id)
             failure = Failure(reason="ADAPTER_LOAD_FAILED", message="adapter abc is damaged")
-            return TokenDelta(request_id=request.request_id, failure=failure)
-        self.num_sent[request.request_id] += 1
+            return TokenDelta(request_id=request_id, failure=failure)
+        self.samples[key] += 1
         finish = None
         if kind == COUNT and sent + 1 == request.max_tokens:
             finish = FinishReason.LENGTH
-            del self.requests[request.request_id]
-        score = (PositionLogprobs(token_id=sent, logprob=-1.0),)
+            self._end(key)
+        token_id = 10 * index + sent
+        score = (PositionLogprobs(token_id=token_id, logprob=-1.0),)
         return TokenDelta(
-            request_id=request.request_id,
-            token_ids=(sent,),
+            request_id=request_id,
+            index=index,
+            token_ids=(token_id,),
             logprobs=() if request.logprobs is None else score,
-            prompt_logprobs=() if request.prompt_logprobs is None else score,
+            prompt_logprobs=() if request.prompt_logprobs is None or index else score,
             finish=finish,
         )
+
+    def _end(self, key: tuple[str, int]) -> None:
+        del self.samples[key]
+        if all(request_id != key[0] for request_id, _ in self.samples):
+            del self.requests[key[0]]
 
 
 def build(config: EngineConfig) -> tuple[FakeCore, EngineInfo]:

@@ -1,7 +1,9 @@
 """An engine without a model: it answers with the prompt, a token a step, and remembers what it was asked."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 from lorasrv.config import EngineConfig, ModelConfig
@@ -32,16 +34,22 @@ INFO = EngineInfo(
 )
 
 
-def echo(request: EngineRequest) -> Iterable[TokenDelta | Exception]:
-    """The prompt behind its first token, then the end of sequence; shorter when max_tokens is."""
-    answer = request.token_ids[1:]
-    for index, token in enumerate(answer):
-        last = index + 1 == request.max_tokens
-        finish = FinishReason.LENGTH if last else None
-        yield TokenDelta(request_id=request.request_id, token_ids=(token,), finish=finish)
-        if last:
-            return
-    yield TokenDelta(request_id=request.request_id, token_ids=(EOS,), finish=FinishReason.EOS)
+def echo(request: EngineRequest) -> Iterator[TokenDelta | Exception]:
+    """The prompt behind its first token, then the end of sequence; shorter when max_tokens is.
+
+    Sample i leaves out the first i tokens. The samples take turns.
+    """
+    answers = [list(_answer(request, index)) for index in range(request.n)]
+    for turn in zip_longest(*answers):
+        yield from (delta for delta in turn if delta is not None)
+
+
+def _answer(request: EngineRequest, index: int) -> Iterator[TokenDelta]:
+    delta = TokenDelta(request_id=request.request_id, index=index)
+    tokens = (*request.token_ids[1 + index :], EOS)[: request.max_tokens]
+    for number, token in enumerate(tokens, start=1):
+        at_end = FinishReason.EOS if token == EOS else FinishReason.LENGTH
+        yield replace(delta, token_ids=(token,), finish=at_end if number == len(tokens) else None)
 
 
 class FakeEngine:
@@ -51,6 +59,7 @@ class FakeEngine:
         self.script = script
         self.requests: list[EngineRequest] = []
         self.ended_early: list[str] = []
+        self.cancelled: list[tuple[str, int]] = []
         self.running: set[str] = set()
         self.gate = asyncio.Event()
         self.gate.set()
@@ -77,20 +86,26 @@ class FakeEngine:
     async def stream(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         self.requests.append(request)
         self.running.add(request.request_id)
-        finished = False
+        running = set(range(request.n))
         try:
-            for index, delta in enumerate(self.script(request)):
-                if index:
+            for turn, delta in enumerate(self.script(request)):
+                if turn:
                     await self._pass_gate()
                 await asyncio.sleep(0)
                 if isinstance(delta, Exception):
                     raise delta
-                finished = delta.finish is not None
+                if (request.request_id, delta.index) in self.cancelled:
+                    continue
+                if delta.finish is not None:
+                    running.remove(delta.index)
                 yield delta
         finally:
             self.running.remove(request.request_id)
-            if not finished:
+            if running:
                 self.ended_early.append(request.request_id)
+
+    def cancel(self, request_id: str, index: int) -> None:
+        self.cancelled.append((request_id, index))
 
     async def status(self) -> EngineStatus:
         if self._state != "ready":
@@ -121,10 +136,11 @@ class FakeEngine:
             raise EngineUnavailable("the engine was closed")
 
 
-def server_config(data_dir: Path, listen: str = "127.0.0.1:0", grace_s: float = 0.2) -> ServerConfig:
+def server_config(data_dir: Path, listen: str = "127.0.0.1:0", grace_s: float = 0.2, **settings: float) -> ServerConfig:
     return ServerConfig(
         engine=EngineConfig(model=ModelConfig(path=str(BASE_MODEL))),
         data_dir=str(data_dir),
         listen=listen,
         grace_s=grace_s,
+        **settings,
     )

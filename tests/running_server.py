@@ -24,9 +24,9 @@ class Running:
 
 
 @asynccontextmanager
-async def running_server(data_dir: Path) -> AsyncIterator[Running]:
+async def running_server(data_dir: Path, **settings: float) -> AsyncIterator[Running]:
     engine = FakeEngine()
-    server = Server(server_config(data_dir), lambda config: engine)
+    server = Server(server_config(data_dir, **settings), lambda config: engine)
     address = await server.start()
     async with grpc.aio.insecure_channel(address) as channel:
         try:

@@ -119,6 +119,17 @@ async def test_generate_passes_every_knob_on(running: Running) -> None:
     assert len(running.engine.requests) == 2
 
 
+async def test_generate_tells_samples_apart(running: Running) -> None:
+    one = "--- prompt 0, sample 0 ---\nabc\n--- prompt 0, sample 1 ---\nbc\n"
+    assert (await in_thread("generate", "abc", "--n", 2)).stdout == one
+    lines = "\n".join(["abc", json.dumps({"prompt": "d", "n": 1})])
+    assert (await in_thread("generate", "-f", "-", "--n", 2, stdin=lines)).stdout == one + "d\n"
+    for arguments, stdin in ((("abc",), None), (("-f", "-"), "abc")):
+        result = await in_thread("generate", *arguments, "--n", 2, "--json", stdin=stdin)
+        records = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [(each["index"], each["sample"], each["text"]) for each in records] == [(0, 0, "abc"), (0, 1, "bc")]
+
+
 async def test_generate_prints_logprobs_as_json(running: Running) -> None:
     scores = (PositionLogprobs(token_id=71, logprob=-0.5, top=((9, -0.25),)),)
     running.engine.script = lambda request: [

@@ -72,6 +72,17 @@ async def test_a_stream_in_both_clients(running: Running) -> None:
     )
 
 
+async def test_several_samples_have_no_text_of_their_own(running: Running) -> None:
+    async with AsyncClient(running.address) as client:
+        one = await client.generate("hi", adapter="base")
+        two = await client.generate("hi", adapter="base", n=2)
+    assert (one.text, list(one.token_ids), one.finished.usage.completion_tokens) == ("hi", [71, 72, 257], 3)
+    assert [sample.text for sample in two.samples] == ["hi", "i"]
+    for name in ("text", "token_ids", "logprobs", "finished"):
+        with pytest.raises(ValueError, match="2 samples"):
+            getattr(two, name)
+
+
 async def test_closing_a_stream_cancels(running: Running) -> None:
     running.engine.gate.clear()
 

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +18,9 @@ import pytest
 import fake_core
 from fake_core import FakeCore
 from lorasrv.config import EngineConfig, ModelConfig
+from lorasrv.engine.child import EngineChild
 from lorasrv.engine.client import Engine, ProcessEngine, ThreadEngine
+from lorasrv.engine.messages import Cancel, Configure, GetStatus, Ready, StatusReply, Step, Submit
 from lorasrv.engine.routing import EngineState
 from lorasrv.errors import (
     AdapterLoadFailed,
@@ -117,6 +120,56 @@ async def test_requests_stream_side_by_side(engine: Engine) -> None:
     assert results == [list(range(n + 1)) for n in range(20)]
 
 
+async def samples_of(deltas: AsyncGenerator[TokenDelta, None]) -> dict[int, list[int]]:
+    """The tokens by sample, of each of which nothing comes behind its finish."""
+    tokens: dict[int, list[int]] = {}
+    ended: set[int] = set()
+    async for delta in deltas:
+        assert delta.index not in ended
+        tokens.setdefault(delta.index, []).extend(delta.token_ids)
+        ended |= {delta.index} if delta.finish else set()
+    return tokens
+
+
+async def test_a_stream_ends_when_all_its_samples_have(engine: Engine) -> None:
+    wanted = replace(request("a"), n=3)
+    assert await samples_of(engine.stream(wanted)) == {n: list(range(10 * n, 10 * n + 5)) for n in range(3)}
+
+
+async def test_one_sample_is_cancelled_alone(engine: Engine) -> None:
+    neighbour = asyncio.create_task(collect(engine, request("b", max_tokens=100)))
+    stream = engine.stream(replace(request("a", fake_core.FOREVER), n=3))
+    seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    async for delta in stream:
+        seen[delta.index] += delta.token_ids
+        if all(seen.values()) and delta.index == 1:
+            break
+    engine.cancel("a", 1)
+    last = len(seen[1])
+    while min(len(seen[0]), len(seen[2])) < last + 20:
+        delta = await anext(stream)
+        seen[delta.index] += delta.token_ids
+    assert len(seen[1]) == last
+    assert seen[2] == list(range(20, 20 + len(seen[2])))
+    assert await running(engine) >= 1
+    engine.cancel("a", 0)
+    engine.cancel("a", 0)
+    engine.cancel("a", 2)
+    assert [delta async for delta in stream] == []
+    engine.cancel("a", 2)
+    assert await neighbour == list(range(100))
+    assert await running(engine) == 0
+
+
+async def test_a_sample_cancelled_behind_its_unread_end_gives_nothing_more(engine: Engine) -> None:
+    stream = engine.stream(replace(request("a", max_tokens=20), n=2))
+    first = await anext(stream)
+    await collect(engine, request("later", max_tokens=100))
+    engine.cancel("a", first.index)
+    other = 1 - first.index
+    assert await samples_of(stream) == {other: list(range(10 * other, 10 * other + 20))}
+
+
 async def test_the_last_delta_says_how_it_ended(engine: Engine) -> None:
     deltas = [delta async for delta in engine.stream(request("a"))]
     assert deltas[-1].finish == FinishReason.LENGTH
@@ -156,6 +209,7 @@ async def test_a_lagging_readers_deltas_merge(engine: Engine) -> None:
     await collect(engine, request("fast", max_tokens=200))
     rest = [delta async for delta in stream]
     assert len(rest) == 1
+    assert rest[0].index == 0
     assert (*first.token_ids, *rest[0].token_ids) == tuple(range(50))
     assert rest[0].finish == FinishReason.LENGTH
     for merged in (first, rest[0]):
@@ -199,6 +253,34 @@ async def test_close_ends_streams_and_later_calls(engine: Engine) -> None:
         await engine.status()
     with pytest.raises(EngineUnavailable, match="unavailable"):
         await collect(engine, request("b"))
+
+
+async def test_a_front_process_that_stalls_finds_a_few_messages_and_every_token() -> None:
+    """The engine goes on meanwhile, and hears what it is told."""
+    child = await EngineChild.spawn("fake_core:build")
+    try:
+        child.send(Configure(EngineConfig(model=ModelConfig(path="model"))))
+        assert isinstance(await child.receive(None, time.monotonic), Ready)
+        child.send(Submit(replace(request("big", max_tokens=400), n=64)))
+        child.send(Submit(request("endless", fake_core.FOREVER)))
+        await asyncio.sleep(1.0)
+        child.send(Cancel("endless"))
+        deltas: list[TokenDelta] = []
+        while sum(delta.finish is not None for delta in deltas) < 64:
+            message = await child.receive(WAIT_S, time.monotonic)
+            deltas += message.deltas if isinstance(message, Step) else ()
+        child.send(GetStatus(1))
+        while not isinstance(message := await child.receive(WAIT_S, time.monotonic), StatusReply):
+            pass
+        assert message.status.running == 0
+    finally:
+        await child.shutdown()
+    tokens: dict[int, list[int]] = {index: [] for index in range(64)}
+    for delta in deltas:
+        if delta.request_id == "big":
+            tokens[delta.index] += delta.token_ids
+    assert tokens == {index: list(range(10 * index, 10 * index + 400)) for index in range(64)}
+    assert max(len(delta.token_ids) for delta in deltas) > 10
 
 
 async def test_a_thread_engine_closes_its_core() -> None:

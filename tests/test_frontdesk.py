@@ -1,12 +1,15 @@
 """Admission: what is refused before the engine hears of it, what the engine is asked, and what is given back."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from tokenizers import Encoding
 
 from fake_engine import BASE_MODEL, EOS, INFO, FakeEngine
 from lorasrv.engine.admission import TokenLimits, check_request, check_tokens, engine_request
@@ -50,18 +53,38 @@ class FakeVersions:
         self.pins -= 1
 
 
+class SlowTokenizer:
+    """The base model's; a prompt that begins with "slow" takes until `gate` is set."""
+
+    def __init__(self) -> None:
+        self._tokenizer = load_tokenizer(BASE_MODEL)
+        self.gate = threading.Event()
+        self.num_waiting = 0
+
+    def encode(self, text: str) -> Encoding:
+        if text.startswith("slow"):
+            self.num_waiting += 1
+            assert self.gate.wait(60)
+        return self._tokenizer.encode(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
 class Desk:
     """A front desk with its surroundings."""
 
-    def __init__(self, workers: ThreadPoolExecutor) -> None:
+    def __init__(self, workers: ThreadPoolExecutor, pinning: ThreadPoolExecutor) -> None:
         self.engine = FakeEngine()
         self.versions = FakeVersions()
+        self.tokenizer = SlowTokenizer()
         self.desk = FrontDesk(
             engine=self.engine,
             limits=LIMITS,
             versions=self.versions,
-            tokenizer=load_tokenizer(BASE_MODEL),
+            tokenizer=self.tokenizer,
             workers=workers,
+            pinning=pinning,
         )
 
     async def events(self, request: GenerationRequest) -> list[Event]:
@@ -74,15 +97,11 @@ class Desk:
 
 
 @pytest.fixture
-def workers() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(2) as pool:
-        yield pool
-
-
-@pytest.fixture
-async def desk(workers: ThreadPoolExecutor) -> AsyncIterator[Desk]:
-    desk = Desk(workers)
-    yield desk
+async def desk() -> AsyncIterator[Desk]:
+    with ThreadPoolExecutor(2) as workers, ThreadPoolExecutor(2) as pinning:
+        desk = Desk(workers, pinning)
+        yield desk
+        desk.tokenizer.gate.set()
     desk.check_idle()
 
 
@@ -99,6 +118,10 @@ def asked(
         prompt=prompt,
         sampling=SamplingParams(**sampling),  # pyright: ignore[reportArgumentType]
     )
+
+
+def of_sample(events: Sequence[Event], index: int) -> list[Event]:
+    return [event for event in events if not isinstance(event, Started) and event.index == index]
 
 
 def text_of(events: list[Event]) -> str:
@@ -152,6 +175,25 @@ async def test_token_ids_are_used_as_they_are(desk: Desk) -> None:
     assert text_of(events) == "i"
 
 
+async def test_tokenizing_holds_up_nobody_who_needs_none(desk: Desk) -> None:
+    """Two prompts fill the worker threads; a running neighbour goes on, and prompts of tokens are admitted."""
+    alone = await desk.events(asked("neighbour"))
+    async with aclosing(desk.desk.generate(asked("neighbour"))) as neighbour:
+        seen = [await anext(neighbour), await anext(neighbour)]
+        slow = [asyncio.create_task(desk.events(asked("slow"))) for _ in range(4)]
+        while desk.tokenizer.num_waiting < 2:
+            await asyncio.sleep(0.001)
+        async with asyncio.timeout(30):
+            seen += [event async for event in neighbour]
+            assert text_of(await desk.events(asked((71, 72)))) == "i"
+        assert not any(task.done() for task in slow)
+    desk.tokenizer.gate.set()
+    assert [text_of(events) for events in await asyncio.gather(*slow)] == ["slow"] * 4
+    assert [event.token_ids for event in seen if isinstance(event, Delta)] == [
+        event.token_ids for event in alone if isinstance(event, Delta)
+    ]
+
+
 async def test_unset_max_tokens_is_what_is_left_of_the_context(desk: Desk) -> None:
     await desk.events(asked((71,) * 60))
     assert desk.engine.requests[0].max_tokens == 4
@@ -165,6 +207,37 @@ async def test_a_stop_string_across_tokens_ends_the_generation_and_the_engines_w
     assert (finished.reason, finished.stop) == (FinishReason.STOP, "stop")
     assert finished.completion_tokens == len("ab stop")
     assert len(desk.engine.ended_early) == 1
+
+
+async def test_samples_come_side_by_side_and_each_ends_once(desk: Desk) -> None:
+    started, *events = await desk.events(asked("abc", n=3, seed=7))
+    assert isinstance(started, Started) and started.seed == 7
+    assert [request.n for request in desk.engine.requests] == [3]
+    for index, text in enumerate(("abc", "bc", "c")):
+        *deltas, finished = of_sample(events, index)
+        assert text_of(deltas) == text
+        assert isinstance(finished, Finished) and finished.completion_tokens == len(text) + 1
+    assert [event.index for event in events[:3] if isinstance(event, Delta)] == [0, 1, 2]
+    assert not desk.engine.ended_early and not desk.engine.cancelled
+
+
+async def test_a_stop_string_ends_its_sample_alone(desk: Desk) -> None:
+    _, *events = await desk.events(asked("ab xyz", n=3, stop=("b",)))
+    (request,) = desk.engine.requests
+    # The third sample begins behind the "b".
+    texts = [text_of(of_sample(events, index)) for index in range(3)]
+    assert texts == ["a", "", " xyz"]
+    assert sorted(desk.engine.cancelled) == [(request.request_id, 0), (request.request_id, 1)]
+    ends = [event for event in events if isinstance(event, Finished)]
+    assert [(end.index, end.stop) for end in ends] == [(1, "b"), (0, "b"), (2, None)]
+
+
+async def test_when_every_sample_has_met_its_stop_string_nothing_runs(desk: Desk) -> None:
+    events = await desk.events(asked("abab", n=2, stop=("b",)))
+    assert [event.index for event in events if isinstance(event, Finished)] == [1, 0]
+    assert text_of(events) == "a"
+    assert len(desk.engine.cancelled) == 2
+    desk.check_idle()
 
 
 async def test_tokens_behind_a_stop_string_in_one_delta_are_dropped(desk: Desk) -> None:
@@ -330,6 +403,7 @@ BAD_KNOBS: dict[str, tuple[object, ...]] = {
     "min_tokens": (-1,),
     "logprobs": (-1, 21),
     "prompt_logprobs": (-1, 21),
+    "n": (0, -1, 65),
 }
 REFUSED: list[tuple[GenerationRequest, str]] = [
     (asked(None), "prompt"),
@@ -399,6 +473,8 @@ def test_the_edges_of_the_knobs_are_inside() -> None:
         max_tokens=3,
         logprobs=20,
         prompt_logprobs=0,
+        temperature=0.0,
+        n=64,
     )
     check_request(edges)
     assert engine_request("r", (1,), adapter=None, sampling=edges.sampling, limits=LIMITS).min_tokens == 3
@@ -417,6 +493,7 @@ def test_the_edges_of_the_limits_are_inside() -> None:
         ((-1,), None, "prompt.tokens", "260"),
         ((1,) * 64, None, "prompt", "64"),
         ((1,) * 60, 5, "sampling.max_tokens", "64"),
+        ((260,) * 64, None, "prompt", "64"),
     ],
 )
 def test_tokens_over_a_limit_are_refused_with_it(

@@ -1,6 +1,7 @@
 """The engine's loop, turned by hand: a script of messages, a fake core, a fake clock."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -19,6 +20,7 @@ from lorasrv.engine.messages import (
     Step,
     Submit,
 )
+from lorasrv.engine.outbox import Outbox
 from lorasrv.types import EngineRequest, Failure, FinishReason, TokenDelta
 
 
@@ -106,6 +108,73 @@ def test_the_heart_beats_when_idle_and_when_busy() -> None:
     core.step = slow_step
     busy.run(core)
     assert [message.steps for message in busy.sent if isinstance(message, Heartbeat)] == [1, 3, 5, 7, 9]
+
+
+class Reader:
+    """Takes what the outbox sends while it has room."""
+
+    def __init__(self) -> None:
+        self.room = 0
+        self.got: list[FromEngine] = []
+
+    def try_send(self, message: FromEngine) -> bool:
+        if self.room == 0:
+            return False
+        self.room -= 1
+        self.got.append(message)
+        return True
+
+
+def test_a_reader_that_stalls_delays_no_step_and_no_cancel_and_gets_one_message() -> None:
+    core, reader = FakeCore(), Reader()
+    outbox = Outbox(reader.try_send)
+    a = replace(request("a", max_tokens=3), n=2)
+    turns = [[Submit(a), Submit(request("b", fake_core.FOREVER))], [], [], [Cancel("b"), GetStatus(1)]]
+    host = Host(turns)
+    serve_loop(core, host.receive, outbox.send, lambda: host.now_s)
+    assert (core.cancelled, core.requests) == (["b"], {})
+    assert not reader.got and not outbox.is_empty
+    reader.room = 1
+    outbox.flush()
+    assert not outbox.is_empty
+    assert reader.got == [
+        Step(
+            (
+                TokenDelta(request_id="a", token_ids=(0, 1, 2), finish=FinishReason.LENGTH),
+                TokenDelta(request_id="a", index=1, token_ids=(10, 11, 12), finish=FinishReason.LENGTH),
+                TokenDelta(request_id="b", token_ids=(0, 1, 2)),
+            )
+        )
+    ]
+    reader.room = 9
+    outbox.send(Heartbeat(7))
+    assert [type(message) for message in reader.got[1:]] == [StatusReply, Heartbeat]
+    assert outbox.is_empty
+
+
+def test_what_waits_for_a_stalled_reader_is_what_the_requests_may_produce() -> None:
+    core, reader = FakeCore(), Reader()
+    outbox = Outbox(reader.try_send)
+    host = Host([[Submit(request(f"r{n}", max_tokens=50))] for n in range(20)] + [[]] * 1000)
+    serve_loop(core, host.receive, outbox.send, lambda: host.now_s)
+    reader.room = 2
+    outbox.flush()
+    assert outbox.is_empty
+    (step,) = reader.got
+    assert isinstance(step, Step)
+    assert [delta.token_ids for delta in step.deltas] == [tuple(range(50))] * 20
+
+
+def test_a_failure_merges_behind_the_tokens_before_it() -> None:
+    reader = Reader()
+    outbox = Outbox(reader.try_send)
+    for each in (delta("a", 1), TokenDelta(request_id="a", failure=Failure(reason="INTERNAL", message="m"))):
+        outbox.send(Step((each,)))
+    reader.room = 1
+    outbox.flush()
+    assert reader.got == [
+        Step((TokenDelta(request_id="a", token_ids=(1,), failure=Failure(reason="INTERNAL", message="m")),))
+    ]
 
 
 def test_shutdown_ends_the_loop_at_once() -> None:

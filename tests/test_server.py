@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
 from adapter_folders import write_adapter
-from fake_engine import FakeEngine, server_config
+from fake_engine import FakeEngine, echo, server_config
 from lorasrv.client.messages import CHUNK_BYTES, upload_files, write_requests
 from lorasrv.errors import ConfigurationError, QueueFull
 from lorasrv.server.server import Server
@@ -101,10 +101,31 @@ async def test_a_stream_is_started_deltas_finished(generation: Any) -> None:
 
 async def test_a_unary_answer_is_the_stream_put_together(generation: Any) -> None:
     response = await generation.Generate(asked("ab stop", stop=["stop"], max_tokens=20))
-    assert response.text == "ab "
-    assert response.finished.reason == generation_pb2.FINISH_REASON_STOP
-    assert response.finished.stop == "stop"
-    assert len(response.token_ids) == response.finished.usage.completion_tokens == 7
+    (sample,) = response.samples
+    assert sample.text == "ab "
+    assert sample.finished.reason == generation_pb2.FINISH_REASON_STOP
+    assert sample.finished.stop == "stop"
+    assert len(sample.token_ids) == sample.finished.usage.completion_tokens == 7
+
+
+async def test_samples_are_told_apart(generation: Any) -> None:
+    request = asked("abc", n=3, stop=["b"], max_tokens=20)
+    response = await generation.Generate(request)
+    texts = [sample.text for sample in response.samples]
+    assert texts == ["a", "", "c"]
+    finished = [sample.finished for sample in response.samples]
+    assert [each.index for each in finished] == [0, 1, 2]
+    assert [each.stop for each in finished] == ["b", "b", ""]
+    assert [each.usage.completion_tokens for each in finished] == [2, 1, 2]
+    streamed = ["", "", ""]
+    ends: list[int] = []
+    async for event in generation.GenerateStream(request):
+        if event.WhichOneof("event") == "delta":
+            assert event.delta.index not in ends
+            streamed[event.delta.index] += event.delta.text
+        if event.WhichOneof("event") == "finished":
+            ends.append(event.finished.index)
+    assert (streamed, sorted(ends)) == (texts, [0, 1, 2])
 
 
 async def test_zero_is_not_the_default(running: Running, generation: Any) -> None:
@@ -125,9 +146,10 @@ async def test_logprobs_echo_and_stop_token_reach_the_caller(running: Running, g
     request.echo = True
     response = await generation.Generate(request)
     assert (response.started.prompt_text, list(response.started.prompt_token_ids)) == ("h", [256, 71])
-    assert (response.text, response.finished.stop, response.finished.stop_token_id) == ("", "", 71)
-    assert (len(response.prompt_logprobs), len(response.logprobs)) == (2, 1)
-    each = response.logprobs[0]
+    (sample,) = response.samples
+    assert (sample.text, sample.finished.stop, sample.finished.stop_token_id) == ("", "", 71)
+    assert (len(response.prompt_logprobs), len(sample.logprobs)) == (2, 1)
+    each = sample.logprobs[0]
     assert (each.token.token_id, each.token.logprob) == (71, -0.5)
     assert [(top.token_id, top.logprob) for top in each.top] == [(71, -0.5), (9, -2.0)]
     events = [event async for event in generation.GenerateStream(request)]
@@ -193,6 +215,8 @@ async def test_knobs_reach_the_engine_and_unset_ones_change_nothing(running: Run
         (asked(min_tokens=3, max_tokens=2), "sampling.min_tokens"),
         (asked(logprobs=21), "sampling.logprobs"),
         (asked(prompt_logprobs=2**32 - 1), "sampling.prompt_logprobs"),
+        (asked(n=0), "sampling.n"),
+        (asked(n=65), "sampling.n"),
         (
             generation_pb2.GenerateRequest(
                 adapter=[generation_pb2.AdapterRef(name="base")], tokens=generation_pb2.TokenIds(ids=[260])
@@ -252,6 +276,34 @@ async def test_a_deadline_ends_the_work(running: Running, generation: Any) -> No
     await until(lambda: len(running.engine.ended_early) == 1)
 
 
+async def test_a_reader_that_stalls_is_ended_and_a_neighbour_goes_on(tmp_path: Path) -> None:
+    def flood(request: EngineRequest) -> Iterator[TokenDelta | Exception]:
+        scores = (PositionLogprobs(token_id=71, logprob=-0.5, top=((71, -0.5),) * 20),) * 50
+        while request.prompt_logprobs is not None:
+            yield TokenDelta(request_id=request.request_id, token_ids=(71,), prompt_logprobs=scores)
+        yield from echo(request)
+
+    # A small window, so that little has to be written before flow control holds.
+    options = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
+    async with running_server(tmp_path / "data", stall_timeout_s=0.3) as running:
+        running.engine.script = flood
+        async with grpc.aio.insecure_channel(running.address, options=options) as channel:
+            stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
+            stalled = stub.GenerateStream(asked(prompt_logprobs=20))
+            await until(lambda: bool(running.engine.running))
+            neighbour: Any = generation_pb2_grpc.GenerationServiceStub(running.channel)
+            while running.engine.running:
+                (sample,) = (await neighbour.Generate(asked("neighbour"))).samples
+                assert (sample.text, len(sample.token_ids)) == ("neighbour", 10)
+            assert len(running.engine.ended_early) == 1
+            await refused(drained(stalled), Code.RESOURCE_EXHAUSTED, "SLOW_READER")
+
+
+async def drained(call: Any) -> None:
+    async for _ in call:
+        pass
+
+
 async def test_an_engine_failure_is_the_calls_status_and_a_neighbour_goes_on(running: Running, generation: Any) -> None:
     running.engine.gate.clear()
     neighbour = generation.Generate(asked("neighbour"))
@@ -260,7 +312,7 @@ async def test_an_engine_failure_is_the_calls_status_and_a_neighbour_goes_on(run
     error = await refused(generation.Generate(asked()), Code.RESOURCE_EXHAUSTED, "QUEUE_FULL")
     assert "2048" in str(error.details())
     running.engine.gate.set()
-    assert (await neighbour).text == "neighbour"
+    assert (await neighbour).samples[0].text == "neighbour"
 
 
 async def test_defects_are_masked_and_logged(
@@ -344,7 +396,7 @@ async def test_deleting_an_adapter_does_not_end_its_streams(
     await until(lambda: bool(running.engine.running))
     await adapters.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(name=f"{TENANT}/adapters/upper"))
     running.engine.gate.set()
-    assert (await call).text == "hé>"
+    assert (await call).samples[0].text == "hé>"
 
 
 async def test_an_upload_continues_at_its_committed_offset(adapters: Any, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +50,7 @@ def generate(
         int | None, typer.Option(help="With --json: log-probabilities, and the k likeliest tokens'.", min=0)
     ] = None,
     prompt_logprobs: Annotated[int | None, typer.Option(help="The same for the prompt's tokens.", min=0)] = None,
+    n: Annotated[int | None, typer.Option("--n", help="So many samples of each prompt.", min=1)] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its output.")] = False,
     file: Annotated[
         str | None, typer.Option("--file", "-f", help="One prompt a line; .jsonl or lines of JSON objects; - is stdin.")
@@ -82,6 +83,7 @@ def generate(
         "ignore_eos": ignore_eos or None,
         "logprobs": logprobs,
         "prompt_logprobs": prompt_logprobs,
+        "n": n,
         "echo": echo or None,
     }
     sampling = {key: value for key, value in given.items() if value is not None}
@@ -175,6 +177,7 @@ _FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "ignore_eos": _is_flag,
     "logprobs": _is_count,
     "prompt_logprobs": _is_count,
+    "n": _is_count,
     "echo": _is_flag,
 }
 
@@ -197,9 +200,9 @@ def _read_object(text: str, number: int, adapter: str, sampling: Mapping[str, An
 
 def _generate_one(job: Job, url: str | None, as_json: bool) -> None:
     with connect(url) as client:
-        if as_json:
-            response = client.generate(job.prompt, adapter=job.adapter, **job.sampling)
-            print_json(_record(0, job, response))
+        if as_json or job.sampling.get("n", 1) > 1:
+            result = client.generate(job.prompt, adapter=job.adapter, **job.sampling)
+            _print_result(Outcome(index=0, job=job, result=result), as_json)
             return
         for event in client.stream(job.prompt, adapter=job.adapter, **job.sampling):
             if isinstance(event, generation_pb2.Started):
@@ -217,11 +220,7 @@ async def _generate_many(jobs: list[Job], concurrency: int, url: str, as_json: b
         if isinstance(outcome.result, ClientError):
             codes.append(exit_code(outcome.result))
             print(f"lorasrv: prompt {outcome.index}: {one_line(outcome.result)}", file=sys.stderr)
-        if as_json:
-            print_json(_record(outcome.index, outcome.job, outcome.result))
-        else:
-            result = outcome.result
-            print("" if isinstance(result, ClientError) else result.started.prompt_text + result.text, flush=True)
+        _print_result(outcome, as_json)
 
     with progress(*Progress.get_default_columns()) as bar:
         task = bar.add_task("generating", total=len(jobs))
@@ -230,27 +229,45 @@ async def _generate_many(jobs: list[Job], concurrency: int, url: str, as_json: b
     return codes[0] if codes else 0
 
 
-def _record(index: int, job: Job, result: generation_pb2.GenerateResponse | ClientError) -> dict[str, Any]:
-    asked = {"index": index, "prompt": job.prompt, "adapter": job.adapter}
+def _print_result(outcome: Outcome, as_json: bool) -> None:
+    """A line for each sample; as text, several samples of one prompt have a line in front of each that says which."""
+    if as_json:
+        for record in _records(outcome):
+            print_json(record)
+    elif isinstance(outcome.result, ClientError):
+        print(flush=True)
+    else:
+        for index, sample in enumerate(outcome.result.samples):
+            if len(outcome.result.samples) > 1:
+                print(f"--- prompt {outcome.index}, sample {index} ---")
+            print(outcome.result.started.prompt_text + sample.text, flush=True)
+
+
+def _records(outcome: Outcome) -> Iterator[dict[str, Any]]:
+    asked = {"index": outcome.index, "prompt": outcome.job.prompt, "adapter": outcome.job.adapter}
+    result = outcome.result
     if isinstance(result, ClientError):
-        return {**asked, "error": {"code": result.code.name, "reason": result.reason, "message": result.message}}
-    finished, logprobs = result.finished, {}
-    if result.logprobs:
-        logprobs["logprobs"] = _positions(result.logprobs)
-    if result.prompt_logprobs:
-        logprobs["prompt_logprobs"] = _positions(result.prompt_logprobs)
-    return {
-        **asked,
-        "text": result.started.prompt_text + result.text,
-        **logprobs,
-        "finish_reason": generation_pb2.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower(),
-        "version_digest": result.started.version_digest or None,
-        "seed": result.started.seed,
-        "prompt_tokens": finished.usage.prompt_tokens,
-        "completion_tokens": finished.usage.completion_tokens,
-        "time_to_first_token_s": finished.timings.time_to_first_token.ToTimedelta().total_seconds(),
-        "total_s": finished.timings.total.ToTimedelta().total_seconds(),
-    }
+        yield {**asked, "error": {"code": result.code.name, "reason": result.reason, "message": result.message}}
+        return
+    for index, sample in enumerate(result.samples):
+        finished, logprobs = sample.finished, {}
+        if sample.logprobs:
+            logprobs["logprobs"] = _positions(sample.logprobs)
+        if result.prompt_logprobs and index == 0:
+            logprobs["prompt_logprobs"] = _positions(result.prompt_logprobs)
+        yield {
+            **asked,
+            "sample": index,
+            "text": result.started.prompt_text + sample.text,
+            **logprobs,
+            "finish_reason": generation_pb2.FinishReason.Name(finished.reason).removeprefix("FINISH_REASON_").lower(),
+            "version_digest": result.started.version_digest or None,
+            "seed": result.started.seed,
+            "prompt_tokens": finished.usage.prompt_tokens,
+            "completion_tokens": finished.usage.completion_tokens,
+            "time_to_first_token_s": finished.timings.time_to_first_token.ToTimedelta().total_seconds(),
+            "total_s": finished.timings.total.ToTimedelta().total_seconds(),
+        }
 
 
 def _positions(logprobs: Sequence[generation_pb2.PositionLogprobs]) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ def serve(
     heartbeat_timeout_s: Annotated[
         float, typer.Option(min=1, help="An engine whose step takes longer is taken for hung and restarted.")
     ] = 30.0,
+    stall_timeout_s: Annotated[float, typer.Option(min=1, help="A stream not read for so long is ended.")] = 30.0,
     as_json: JsonOption = False,
 ) -> None:
     """Serve a base model and the adapters pushed to it; prints one READY line and stays until SIGTERM or SIGINT."""
@@ -51,6 +52,7 @@ def serve(
             listen=listen,
             grace_s=grace_s,
             heartbeat_timeout_s=heartbeat_timeout_s,
+            stall_timeout_s=stall_timeout_s,
         )
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         run(config, lambda line: print(line, flush=True), as_json=as_json)

@@ -7,8 +7,16 @@ from typing import Any, Self
 import grpc
 
 from lorasrv.client.errors import error_from_call
-from lorasrv.client.messages import CHANNEL_OPTIONS, DEFAULT_URL, Event, event_of, generate_request, target_of
-from lorasrv.v1 import generation_pb2, generation_pb2_grpc
+from lorasrv.client.messages import (
+    CHANNEL_OPTIONS,
+    DEFAULT_URL,
+    Event,
+    Generation,
+    event_of,
+    generate_request,
+    target_of,
+)
+from lorasrv.v1 import generation_pb2_grpc
 
 
 class AsyncClient:
@@ -27,13 +35,11 @@ class AsyncClient:
     ) -> None:
         await self._channel.close()
 
-    async def generate(
-        self, prompt: str | Sequence[int], *, adapter: str, **sampling: Any
-    ) -> generation_pb2.GenerateResponse:
+    async def generate(self, prompt: str | Sequence[int], *, adapter: str, **sampling: Any) -> Generation:
         """As `Client.generate`."""
         request = generate_request(prompt, adapter=adapter, **sampling)
         try:
-            return await self._generation.Generate(request, timeout=self._timeout_s)
+            return Generation(await self._generation.Generate(request, timeout=self._timeout_s))
         except grpc.RpcError as error:
             raise error_from_call(error) from None
 

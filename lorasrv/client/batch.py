@@ -7,7 +7,7 @@ from typing import Any
 
 from lorasrv.client.aio import AsyncClient
 from lorasrv.client.errors import ClientError, PermissionDenied, Unauthenticated, Unavailable
-from lorasrv.v1 import generation_pb2
+from lorasrv.client.messages import Generation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Outcome:
 
     index: int
     job: Job
-    result: generation_pb2.GenerateResponse | ClientError
+    result: Generation | ClientError
 
 
 async def generate_all(

@@ -14,6 +14,7 @@ from lorasrv.client.messages import (
     DEFAULT_TENANT,
     DEFAULT_URL,
     Event,
+    Generation,
     committed_bytes,
     event_of,
     generate_request,
@@ -24,7 +25,6 @@ from lorasrv.client.messages import (
 from lorasrv.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
-    generation_pb2,
     generation_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
@@ -63,14 +63,16 @@ class Client:
     def close(self) -> None:
         self._channel.close()
 
-    def generate(
-        self, prompt: str | Sequence[int], *, adapter: str, **sampling: Any
-    ) -> generation_pb2.GenerateResponse:
-        """The whole text at once. `adapter` "base" is the base model; `sampling` as in `messages.generate_request`."""
-        return self._call(self._generation.Generate, generate_request(prompt, adapter=adapter, **sampling))
+    def generate(self, prompt: str | Sequence[int], *, adapter: str, **sampling: Any) -> Generation:
+        """All samples at once. `adapter` "base" is the base model; `sampling` as in `messages.generate_request`."""
+        request = generate_request(prompt, adapter=adapter, **sampling)
+        return Generation(self._call(self._generation.Generate, request))
 
     def stream(self, prompt: str | Sequence[int], *, adapter: str, **sampling: Any) -> Iterator[Event]:
-        """One Started, then Deltas, then one Finished. Closing the iterator cancels the generation."""
+        """One Started, then the Deltas of all samples, each sample's ended by its Finished; all tell their `index`.
+
+        Closing the iterator cancels the generation.
+        """
         request = generate_request(prompt, adapter=adapter, **sampling)
         with _translated():
             call = self._generation.GenerateStream(request, timeout=self._timeout_s)

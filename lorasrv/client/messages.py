@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorasrv.v1 import adapter_pb2, generation_pb2
@@ -18,6 +19,50 @@ CHANNEL_OPTIONS = (
     # Channels of one process would otherwise share one connection, and its flow control.
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answer to one prompt. `text`, `token_ids`, `logprobs` and `finished` are those of its only sample.
+
+    They raise ValueError where there are several: `samples` has them all, by index.
+    """
+
+    response: generation_pb2.GenerateResponse
+
+    @property
+    def started(self) -> generation_pb2.Started:
+        return self.response.started
+
+    @property
+    def samples(self) -> Sequence[generation_pb2.Sample]:
+        return self.response.samples
+
+    @property
+    def prompt_logprobs(self) -> Sequence[generation_pb2.PositionLogprobs]:
+        return self.response.prompt_logprobs
+
+    @property
+    def text(self) -> str:
+        return self._only.text
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        return self._only.token_ids
+
+    @property
+    def logprobs(self) -> Sequence[generation_pb2.PositionLogprobs]:
+        return self._only.logprobs
+
+    @property
+    def finished(self) -> generation_pb2.Finished:
+        return self._only.finished
+
+    @property
+    def _only(self) -> generation_pb2.Sample:
+        if len(self.samples) != 1:
+            raise ValueError(f"there are {len(self.samples)} samples; `samples` has them")
+        return self.samples[0]
 
 
 def target_of(url: str) -> str:
@@ -51,6 +96,7 @@ def generate_request(
     ignore_eos: bool | None = None,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    n: int | None = None,
     echo: bool = False,
     generation_id: str = "",
 ) -> generation_pb2.GenerateRequest:
@@ -74,6 +120,7 @@ def generate_request(
             min_tokens=min_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            n=n,
         ),
         generation_id=generation_id,
         echo=echo,

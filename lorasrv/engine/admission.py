@@ -30,6 +30,7 @@ MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 16
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
+MAX_SAMPLES = 64
 
 _GENERATION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
@@ -77,7 +78,6 @@ def check_tokens(token_ids: tuple[int, ...], max_tokens: int | None, limits: Tok
     if not token_ids:
         raise InvalidRequest("prompt", "has no tokens; at least one is needed")
     _check_max_tokens(max_tokens)
-    _check_vocabulary("prompt.tokens", token_ids, limits)
     room = limits.sequence_tokens - len(token_ids)
     wanted = 1 if max_tokens is None else max_tokens
     if wanted > room:
@@ -87,6 +87,8 @@ def check_tokens(token_ids: tuple[int, ...], max_tokens: int | None, limits: Tok
             field,
             f"{asked} exceeds the limit: context {limits.context_tokens} tokens, pool {limits.pool_tokens} tokens",
         )
+    # Behind the length, which bounds what this costs.
+    _check_vocabulary("prompt.tokens", token_ids, limits)
     return min(DEFAULT_MAX_TOKENS, room) if max_tokens is None else max_tokens
 
 
@@ -129,6 +131,7 @@ def engine_request(
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
+        n=sampling.n,
         cache_salt=cache_salt,
     )
 
@@ -172,6 +175,7 @@ def _check_sampling(sampling: SamplingParams) -> None:
     _check_range("frequency_penalty", sampling.frequency_penalty, -MAX_COUNT_PENALTY, MAX_COUNT_PENALTY)
     _check_range("logprobs", sampling.logprobs or 0, 0, MAX_LOGPROBS)
     _check_range("prompt_logprobs", sampling.prompt_logprobs or 0, 0, MAX_LOGPROBS)
+    _check_range("n", sampling.n, 1, MAX_SAMPLES)
     _check_lists(sampling)
 
 

@@ -23,6 +23,9 @@ from lorasrv.engine.messages import (
     Submit,
 )
 
+# So many messages of the engine wait at each end of the channel; behind them they merge (`engine.outbox`).
+MESSAGES_AHEAD = 4
+
 # A message's tag is its place here: append, never reorder.
 _TYPES: tuple[type[Message], ...] = (
     Configure,

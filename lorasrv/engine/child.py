@@ -13,7 +13,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 
-from lorasrv.engine.channel import decode, encode
+from lorasrv.engine.channel import MESSAGES_AHEAD, decode, encode
 from lorasrv.engine.messages import Message, Shutdown, ToEngine
 from lorasrv.errors import ConfigurationError
 
@@ -49,6 +49,7 @@ class EngineChild:
         socket = context.socket(zmq.PAIR)
         # Requests are counted at admission already. A bound here would make Cancel wait while a step runs.
         socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, MESSAGES_AHEAD)
         socket.setsockopt(zmq.LINGER, 0)
         try:
             address = str(directory / "engine")

@@ -34,11 +34,16 @@ class Engine(Protocol):
         ...
 
     def stream(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
-        """The request's deltas; the last one has `finish`. Closing the generator early cancels the request.
+        """The deltas of the request's samples; each sample's last one has `finish`, and when all have ended it is over.
 
-        A reader that lags gets fewer, longer deltas. Raises the request's failure, GenerationExists for a request id
+        Closing the generator early cancels the request. A reader that lags gets fewer, longer deltas: what waits for
+        it is at most what the request may produce. Raises the request's failure, GenerationExists for a request id
         that is running, and EngineUnavailable when the engine is not ready or goes away.
         """
+        ...
+
+    def cancel(self, request_id: str, index: int) -> None:
+        """End one sample of a running stream, which has no more deltas of it; one that has ended is no error."""
         ...
 
     async def status(self) -> EngineStatus:

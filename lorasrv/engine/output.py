@@ -1,4 +1,4 @@
-"""The output of one running request: the engine's token deltas in, text and tokens for its caller out."""
+"""The output of one sample of a running request: the engine's token deltas in, text and tokens for its caller out."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from lorasrv.types import EngineRequest, FinishReason, PositionLogprobs, TokenDe
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """What a delta gave. With `finish` it is the last one; the engine's request is to be cancelled if still running.
+    """What a delta gave. With `finish` it is the last one; the engine's sample is to be cancelled if still running.
 
     `stop` is the stop string or the stop token id that ended the output.
     """

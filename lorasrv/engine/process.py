@@ -12,9 +12,10 @@ from collections.abc import Callable
 import zmq
 
 from lorasrv.config import EngineConfig
-from lorasrv.engine.channel import decode, encode
+from lorasrv.engine.channel import MESSAGES_AHEAD, decode, encode
 from lorasrv.engine.loop import Core, serve_loop
 from lorasrv.engine.messages import Configure, FromEngine, Message, Ready, StartFailed, failure_of
+from lorasrv.engine.outbox import Outbox
 from lorasrv.errors import InternalError, LorasrvError
 from lorasrv.types import EngineInfo
 
@@ -36,29 +37,37 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine[%(process)d] %(message)s")
     threading.Thread(target=_end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.setsockopt(zmq.SNDHWM, MESSAGES_AHEAD)
         socket.connect(arguments.address)
         return _serve(socket, arguments.factory)
 
 
 def _serve(socket: zmq.Socket[bytes], factory: str) -> int:
-    def receive(timeout_s: float) -> Message | None:
-        return decode(socket.recv()) if socket.poll(int(timeout_s * 1000)) else None
+    def try_send(message: FromEngine) -> bool:
+        has_room = bool(socket.poll(0, zmq.POLLOUT))
+        if has_room:
+            socket.send(encode(message))
+        return has_room
 
-    def send(message: FromEngine) -> None:
-        socket.send(encode(message))
+    outbox = Outbox(try_send)
+
+    def receive(timeout_s: float) -> Message | None:
+        outbox.flush()
+        wanted = zmq.POLLIN if outbox.is_empty else zmq.POLLIN | zmq.POLLOUT
+        return decode(socket.recv()) if socket.poll(int(timeout_s * 1000), wanted) & zmq.POLLIN else None
 
     try:
         core, info = _build(factory, decode(socket.recv()))
     except LorasrvError as error:
-        send(StartFailed(failure_of(error)))
+        outbox.send(StartFailed(failure_of(error)))
         return 1
     except Exception:
         _log.exception("the engine could not be built")
-        send(StartFailed(failure_of(InternalError("the engine could not be built; its log says why"))))
+        outbox.send(StartFailed(failure_of(InternalError("the engine could not be built; its log says why"))))
         return 1
     try:
-        send(Ready(info))
-        serve_loop(core, receive, send, time.monotonic)
+        outbox.send(Ready(info))
+        serve_loop(core, receive, outbox.send, time.monotonic)
         return 0
     except Exception:
         _log.exception("the engine broke")

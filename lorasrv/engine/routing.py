@@ -7,37 +7,43 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from typing import Literal
 
+from lorasrv.engine.merging import MergingDelta
 from lorasrv.engine.messages import Cancel, GetStatus, Message, StatusReply, Step, Submit, ToEngine
 from lorasrv.errors import EngineUnavailable, GenerationExists, LorasrvError, error_from_reason
-from lorasrv.types import EngineRequest, EngineStatus, FinishReason, PositionLogprobs, TokenDelta
+from lorasrv.types import EngineRequest, EngineStatus, TokenDelta
 
 EngineState = Literal["starting", "ready", "unavailable"]
 
 
 class Mailbox:
-    """What has come for one request and is not read yet: one delta's worth, however far the reader lags."""
+    """What has come for one request and is not read yet: one delta for each sample, however far the reader lags.
 
-    def __init__(self, request_id: str) -> None:
-        self._request_id = request_id
-        self._token_ids: list[int] = []
-        self._logprobs: list[PositionLogprobs] = []
-        self._prompt_logprobs: list[PositionLogprobs] = []
-        self._finish: FinishReason | None = None
+    So it holds at most what the request may produce.
+    """
+
+    def __init__(self, num_samples: int) -> None:
+        self._open = set(range(num_samples))
+        self._waiting: dict[int, MergingDelta] = {}
         self._error: LorasrvError | None = None
         self._filled = asyncio.Event()
 
     @property
     def ended(self) -> bool:
         """Nothing more will come."""
-        return self._finish is not None or self._error is not None
+        return not self._open or self._error is not None
 
     def put(self, delta: TokenDelta) -> None:
-        self._token_ids.extend(delta.token_ids)
-        self._logprobs.extend(delta.logprobs)
-        self._prompt_logprobs.extend(delta.prompt_logprobs)
-        self._finish = delta.finish
+        if delta.index not in self._open:
+            return  # on its way when the sample was closed
+        if delta.finish is not None:
+            self._open.remove(delta.index)
         if delta.failure is not None:
             self._error = error_from_reason(delta.failure.reason, delta.failure.message)
+            delta = replace(delta, failure=None)
+        if (waiting := self._waiting.get(delta.index)) is not None:
+            waiting.add(delta)
+        elif delta.token_ids or delta.prompt_logprobs or delta.finish is not None:
+            self._waiting[delta.index] = MergingDelta(delta)
         self._filled.set()
 
     def fail(self, error: LorasrvError) -> None:
@@ -45,23 +51,24 @@ class Mailbox:
             self._error = error
             self._filled.set()
 
-    async def take(self) -> TokenDelta:
-        """All that has come; tokens that came before a failure are given before it is raised."""
-        await self._filled.wait()
-        if self._error is not None and not self._token_ids:
-            raise self._error
-        taken = TokenDelta(
-            request_id=self._request_id,
-            token_ids=tuple(self._token_ids),
-            logprobs=tuple(self._logprobs),
-            prompt_logprobs=tuple(self._prompt_logprobs),
-            finish=self._finish,
-        )
-        for given in (self._token_ids, self._logprobs, self._prompt_logprobs):
-            given.clear()
-        if self._error is None:
+    def close(self, index: int) -> bool:
+        """Nothing of this sample is wanted any more; whether more might have come."""
+        was_open = index in self._open
+        self._open.discard(index)
+        self._waiting.pop(index, None)
+        self._filled.set()
+        return was_open
+
+    async def take(self) -> TokenDelta | None:
+        """All that has come for one sample; None at the end. What came before a failure comes before it is raised."""
+        while not self._waiting:
+            if self._error is not None:
+                raise self._error
+            if not self._open:
+                return None
             self._filled.clear()
-        return taken
+            await self._filled.wait()
+        return self._waiting.pop(next(iter(self._waiting))).delta()
 
 
 class RoutingEngine(ABC):
@@ -70,7 +77,7 @@ class RoutingEngine(ABC):
     def __init__(self) -> None:
         self._state: EngineState = "starting"
         self._callbacks: list[Callable[[EngineState], None]] = []
-        self._running: set[str] = set()
+        self._engine_ids: dict[str, str] = {}
         self._mailboxes: dict[str, Mailbox] = {}
         self._queries: dict[int, asyncio.Future[EngineStatus]] = {}
         self._serial = itertools.count()
@@ -84,25 +91,30 @@ class RoutingEngine(ABC):
 
     async def stream(self, request: EngineRequest) -> AsyncGenerator[TokenDelta, None]:
         self._require_ready()
-        if request.request_id in self._running:
+        if request.request_id in self._engine_ids:
             raise GenerationExists(f"generation {request.request_id!r} is running")
         # The engine knows the request by an id used once: deltas of a cancelled request may still be on their way
         # when its id is used again.
         engine_id = f"{request.request_id}#{next(self._serial)}"
-        mailbox = self._mailboxes[engine_id] = Mailbox(request.request_id)
-        self._running.add(request.request_id)
+        mailbox = self._mailboxes[engine_id] = Mailbox(request.n)
+        self._engine_ids[request.request_id] = engine_id
         try:
             self._send(Submit(replace(request, request_id=engine_id)))
-            finish = None
-            while finish is None:
-                delta = await mailbox.take()
-                finish = delta.finish
-                yield delta
+            while (delta := await mailbox.take()) is not None:
+                yield replace(delta, request_id=request.request_id)
         finally:
-            self._running.remove(request.request_id)
+            del self._engine_ids[request.request_id]
             del self._mailboxes[engine_id]
             if not mailbox.ended:
                 self._send(Cancel(engine_id))
+
+    def cancel(self, request_id: str, index: int) -> None:
+        engine_id = self._engine_ids.get(request_id)
+        if engine_id is None:
+            return
+        mailbox = self._mailboxes[engine_id]
+        if mailbox.close(index):
+            self._send(Cancel(engine_id, None if mailbox.ended else index))
 
     async def status(self) -> EngineStatus:
         self._require_ready()
@@ -116,7 +128,7 @@ class RoutingEngine(ABC):
 
     def check(self) -> None:
         """Raises AssertionError on a broken invariant."""
-        assert len(self._running) == len(self._mailboxes), (self._running, self._mailboxes.keys())
+        assert set(self._engine_ids.values()) == self._mailboxes.keys(), "a stream without its mailbox"
         if self._state != "ready":
             assert all(mailbox.ended for mailbox in self._mailboxes.values()), (
                 "a stream waits for an engine that is gone"

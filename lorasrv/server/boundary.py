@@ -1,5 +1,6 @@
 """The edge of the server: every call of ours is parsed, run and answered here, so that each failure is described."""
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -8,7 +9,7 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from lorasrv.errors import InvalidRequest
+from lorasrv.errors import InvalidRequest, SlowReader
 from lorasrv.server.status import describe, is_described
 
 log = logging.getLogger(__name__)
@@ -19,8 +20,13 @@ PACKAGE_PREFIX = "/lorasrv.v1."
 class Boundary(grpc.aio.ServerInterceptor):
     """Takes parsing out of gRPC's hands, whose answer to malformed bytes is UNKNOWN, and maps errors to statuses.
 
-    An error of ours becomes its status; any other is logged with its traceback and masked as INTERNAL.
+    An error of ours becomes its status; any other is logged with its traceback and masked as INTERNAL. A stream whose
+    reader takes nothing for `stall_timeout_s` while a message waits to be written ends with SlowReader: what gRPC and
+    the network hold in front of that message is bounded by their flow control.
     """
+
+    def __init__(self, stall_timeout_s: float) -> None:
+        self._stall_timeout_s = stall_timeout_s
 
     async def intercept_service(
         self,
@@ -34,7 +40,7 @@ class Boundary(grpc.aio.ServerInterceptor):
             call = _stream_unary(handler.stream_unary, handler.request_deserializer)
             return grpc.stream_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
         if handler.response_streaming:
-            call = _unary_stream(handler.unary_stream, handler.request_deserializer)
+            call = _unary_stream(handler.unary_stream, handler.request_deserializer, self._stall_timeout_s)
             return grpc.unary_stream_rpc_method_handler(call, response_serializer=handler.response_serializer)
         call = _unary_unary(handler.unary_unary, handler.request_deserializer)
         return grpc.unary_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
@@ -51,15 +57,22 @@ def _unary_unary(behaviour: Callable[..., Awaitable[Any]], parse: Callable[[byte
 
 
 def _unary_stream(
-    behaviour: Callable[..., AsyncGenerator[Any, None]], parse: Callable[[bytes], Any]
+    behaviour: Callable[..., AsyncGenerator[Any, None]], parse: Callable[[bytes], Any], stall_timeout_s: float
 ) -> Callable[..., Any]:
+    async def write(context: grpc.aio.ServicerContext[Any, Any], response: Any) -> None:
+        try:
+            async with asyncio.timeout(stall_timeout_s):  # on the loop's monotonic clock
+                await context.write(response)
+        except TimeoutError:
+            raise SlowReader(f"the stream was not read for {stall_timeout_s:g} s") from None
+
     async def call(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
         try:
             # Written here rather than yielded: when the client is gone the generator is closed now, not by the
             # garbage collector.
             async with aclosing(behaviour(_parsed(data, parse), context)) as responses:
                 async for response in responses:
-                    await context.write(response)
+                    await write(context, response)
         except Exception as error:
             await _fail(context, error)
 

@@ -82,6 +82,7 @@ def sampling_params(sampling: generation_pb2.SamplingParams) -> SamplingParams:
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
+        n=sampling.n if sampling.HasField("n") else 1,
     )
 
 
@@ -91,6 +92,7 @@ def stream_response(event: Event) -> generation_pb2.GenerateStreamResponse:
             return generation_pb2.GenerateStreamResponse(started=started(event))
         case Delta():
             delta = generation_pb2.Delta(
+                index=event.index,
                 text=event.text,
                 token_ids=event.token_ids,
                 logprobs=logprobs(event.logprobs),
@@ -125,6 +127,7 @@ def logprobs(positions: Iterable[PositionLogprobs]) -> list[generation_pb2.Posit
 def finished(event: Finished) -> generation_pb2.Finished:
     first = event.time_to_first_token_s
     return generation_pb2.Finished(
+        index=event.index,
         reason=FINISH_REASONS[event.reason],
         stop=event.stop if isinstance(event.stop, str) else "",
         stop_token_id=event.stop if isinstance(event.stop, int) else None,

@@ -39,7 +39,10 @@ class Admission:
 
 
 class FrontDesk:
-    """Follows generations from the call to the last event. Belongs to the event loop; what blocks goes to `workers`."""
+    """Follows generations from the call to the last event. Belongs to the event loop; what blocks goes to threads.
+
+    Text has `workers`, the registry `pinning`: however long prompts take to tokenize, admissions of tokens go on.
+    """
 
     def __init__(
         self,
@@ -49,6 +52,7 @@ class FrontDesk:
         versions: Versions,
         tokenizer: Tokenizer,
         workers: Executor,
+        pinning: Executor,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
@@ -56,6 +60,7 @@ class FrontDesk:
         self._versions = versions
         self._tokenizer = tokenizer
         self._workers = workers
+        self._pinning = pinning
         self._clock = clock
         self._running: set[tuple[str, str]] = set()
         self._adapter_ids: dict[str, str] = {}
@@ -72,7 +77,9 @@ class FrontDesk:
         return self._adapter_ids.get(digest)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """One Started, then Deltas, then one Finished. Closing the generator early cancels the engine's work.
+        """One Started, then the Deltas of all samples, each sample's ended by its Finished.
+
+        Closing the generator early cancels the engine's work.
 
         Raises the errors of `engine.admission`, GenerationExists, EngineUnavailable, the registry's errors for the
         adapter, and what the engine raises.
@@ -130,14 +137,14 @@ class FrontDesk:
         if adapter.name == BASE_ID:
             yield None
             return
-        pinning = self._workers.submit(self._versions.acquire, tenant, adapter.name)
+        pinning = self._pinning.submit(self._versions.acquire, tenant, adapter.name)
         try:
             version = await asyncio.shield(asyncio.wrap_future(pinning))
             self._adapter_ids[version.digest] = version.adapter_id
             yield AdapterUse(digest=version.digest, scale=1.0 if adapter.scale is None else adapter.scale)
         finally:
             # Shielded, and waiting for `pinning` in the worker: a cancelled call gives its pin back too.
-            await asyncio.shield(asyncio.wrap_future(self._workers.submit(self._unpin, pinning)))
+            await asyncio.shield(asyncio.wrap_future(self._pinning.submit(self._unpin, pinning)))
 
     def _unpin(self, pinning: Future[ResolvedVersion]) -> None:
         if pinning.exception() is None:
@@ -167,20 +174,26 @@ class FrontDesk:
     async def _tokenize(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
         if not isinstance(prompt, str):
             return prompt
-        encode = self._tokenizer.encode
-        encoding = await asyncio.get_running_loop().run_in_executor(self._workers, encode, prompt)
-        return tuple(encoding.ids)
+        return await asyncio.get_running_loop().run_in_executor(self._workers, self._encode, prompt)
+
+    def _encode(self, prompt: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(prompt).ids)
 
     async def _follow(self, admission: Admission) -> AsyncGenerator[Event, None]:
         request = admission.engine_request
-        output = OutputStream(self._tokenizer, request, admission.stop)
-        first_token_s: float | None = None
+        samples = {index: _Sample(OutputStream(self._tokenizer, request, admission.stop)) for index in range(request.n)}
         async with aclosing(self._engine.stream(request)) as deltas:
             async for delta in deltas:
-                if delta.token_ids and first_token_s is None:
-                    first_token_s = self._clock() - admission.received_s
-                piece = output.take(delta)
+                sample = samples[delta.index]
+                if delta.token_ids and sample.first_token_s is None:
+                    sample.first_token_s = self._clock() - admission.received_s
+                piece = sample.output.take(delta)
+                if piece.finish is not None:
+                    del samples[delta.index]
+                    if delta.finish is None:
+                        self._engine.cancel(request.request_id, delta.index)
                 yield Delta(
+                    index=delta.index,
                     text=piece.text,
                     token_ids=piece.token_ids,
                     logprobs=piece.logprobs,
@@ -189,12 +202,22 @@ class FrontDesk:
                 if piece.finish is None:
                     continue
                 yield Finished(
+                    index=delta.index,
                     reason=piece.finish,
                     stop=piece.stop,
                     prompt_tokens=len(request.token_ids),
-                    completion_tokens=output.num_tokens,
-                    time_to_first_token_s=first_token_s,
+                    completion_tokens=sample.output.num_tokens,
+                    time_to_first_token_s=sample.first_token_s,
                     total_s=self._clock() - admission.received_s,
                 )
-                return
+                if not samples:
+                    return
         raise EngineUnavailable("the engine ended the generation without a result")
+
+
+@dataclass
+class _Sample:
+    """One sample on its way."""
+
+    output: OutputStream
+    first_token_s: float | None = None

@@ -1,5 +1,6 @@
 """GenerationService: convert, ask the front desk, convert."""
 
+from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -25,20 +26,22 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> generation_pb2.GenerateResponse:
         response = generation_pb2.GenerateResponse()
-        text: list[str] = []
+        texts: defaultdict[int, list[str]] = defaultdict(list)
         async with aclosing(self._desk.generate(convert.generation_request(request, self._tenant))) as events:
             async for event in events:
                 match event:
                     case Started():
                         response.started.CopyFrom(convert.started(event))
                     case Delta():
-                        text.append(event.text)
-                        response.token_ids.extend(event.token_ids)
-                        response.logprobs.extend(convert.logprobs(event.logprobs))
+                        texts[event.index].append(event.text)
+                        sample = _sample(response, event.index)
+                        sample.token_ids.extend(event.token_ids)
+                        sample.logprobs.extend(convert.logprobs(event.logprobs))
                         response.prompt_logprobs.extend(convert.logprobs(event.prompt_logprobs))
                     case Finished():
-                        response.finished.CopyFrom(convert.finished(event))
-        response.text = "".join(text)
+                        _sample(response, event.index).finished.CopyFrom(convert.finished(event))
+        for index, sample in enumerate(response.samples):
+            sample.text = "".join(texts[index])
         return response
 
     async def GenerateStream(
@@ -47,3 +50,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         async with aclosing(self._desk.generate(convert.generation_request(request, self._tenant))) as events:
             async for event in events:
                 yield convert.stream_response(event)
+
+
+def _sample(response: generation_pb2.GenerateResponse, index: int) -> generation_pb2.Sample:
+    """Sample number `index`, there from now on; the first thing of a sample may come before that of one before it."""
+    while len(response.samples) <= index:
+        response.samples.add()
+    return response.samples[index]

@@ -53,7 +53,8 @@ class ServerConfig:
 
     `listen` is HOST:PORT, port 0 picks a free one; without credentials the host has to be a loopback address.
     `grace_s` is how long streams may go on once the server has been told to stop. An engine that says nothing for
-    `heartbeat_timeout_s` is taken for hung and replaced; it speaks between steps, so one step has to take less.
+    `heartbeat_timeout_s` is taken for hung and replaced; it speaks between steps, so one step has to take less. A
+    stream that is not read for `stall_timeout_s` ends.
     """
 
     engine: EngineConfig
@@ -62,6 +63,7 @@ class ServerConfig:
     tenant: str = "default"
     grace_s: float = 10.0
     heartbeat_timeout_s: float = 30.0
+    stall_timeout_s: float = 30.0
 
     def __post_init__(self) -> None:
         host, colon, port = self.listen.rpartition(":")
@@ -75,6 +77,8 @@ class ServerConfig:
             raise ConfigurationError(f"grace_s {self.grace_s} is negative")
         if self.heartbeat_timeout_s < 1:
             raise ConfigurationError(f"heartbeat_timeout_s {self.heartbeat_timeout_s} is below 1")
+        if not self.stall_timeout_s > 0:
+            raise ConfigurationError(f"stall_timeout_s {self.stall_timeout_s} is not above 0")
 
 
 class Server:
@@ -82,8 +86,9 @@ class Server:
 
     def __init__(self, config: ServerConfig, make_engine: Callable[[EngineConfig], Engine]) -> None:
         self._config = config
-        # Two pools: validating uploads takes seconds and must not hold up admissions.
-        self._workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="lorasrv-admission")
+        # Three pools: neither validating uploads nor tokenizing long prompts, which take seconds, may hold up pins.
+        self._text_workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="lorasrv-text")
+        self._pin_workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="lorasrv-pins")
         self._registry_workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="lorasrv-registry")
         model = config.engine.model
         self._architecture = read_architecture(model.path)
@@ -100,7 +105,7 @@ class Server:
 
     async def start(self) -> str:
         """Serve; returns the bound address. The port is taken first: a server that cannot have it loads no model."""
-        server = grpc.aio.server(interceptors=[Boundary()], options=_OPTIONS)
+        server = grpc.aio.server(interceptors=[Boundary(self._config.stall_timeout_s)], options=_OPTIONS)
         host = self._config.listen.rpartition(":")[0]
         try:
             port = server.add_insecure_port(self._config.listen)
@@ -112,7 +117,8 @@ class Server:
             limits=TokenLimits.of(info),
             versions=self._registry,
             tokenizer=self._tokenizer,
-            workers=self._workers,
+            workers=self._text_workers,
+            pinning=self._pin_workers,
         )
         self._add_services(server, self._desk, info)
         await self._health.start()
@@ -138,7 +144,8 @@ class Server:
             await self._desk.drain(grace_s=LAST_WORDS_S)
         if self._grpc is not None:
             await self._grpc.stop(grace=LAST_WORDS_S)
-        self._workers.shutdown(wait=True)
+        self._text_workers.shutdown(wait=True)
+        self._pin_workers.shutdown(wait=True)
         self._registry_workers.shutdown(wait=True)
         self._registry.close()
 

@@ -59,7 +59,8 @@ class GenerationServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Sends one Started, then deltas, then one Finished. A failure is the call's status.
+        """Sends one Started, then the deltas of all samples as they come, and behind those of a sample its Finished. A failure
+        is the call's status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
