@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jinja2.exceptions import SecurityError, TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils import chat_template_utils
 
 from lorasrv.errors import ConfigurationError, InvalidRequest, UnsupportedModel
 from lorasrv.requests import Chat
@@ -26,7 +26,7 @@ class ChatTemplate:
     """A compiled template. `special_tokens` are what it knows by names such as `bos_token`. Safe in any thread.
 
     A template is the operator's and trusted not to loop for long; what it reads is the caller's and plain text. Special
-    tokens spelled out in a message are tokenized as such, which is what transformers does.
+    tokens spelled out in a message are tokenized as such, as transformers does unless told otherwise.
     """
 
     source: str
@@ -34,7 +34,7 @@ class ChatTemplate:
 
     def __post_init__(self) -> None:
         try:
-            render_jinja_template([], chat_template=self.source)
+            _render(self.source, [], {})
         except Exception as error:  # jinja2's own, and what Python says of the code that it made
             raise ConfigurationError(f"the base model's chat template cannot be compiled: {error}") from error
 
@@ -45,9 +45,7 @@ class ChatTemplate:
         """
         messages = [{"role": message.role, "content": message.content} for message in chat.messages]
         try:
-            rendered, _ = render_jinja_template(
-                [messages], chat_template=self.source, add_generation_prompt=True, **self.special_tokens
-            )
+            (text,) = _render(self.source, [messages], self.special_tokens)
         except SecurityError as error:
             raise _template_fails(error) from error
         except TemplateError as error:
@@ -56,7 +54,6 @@ class ChatTemplate:
             ) from None
         except Exception as error:  # a template is a program; what it raises is its own
             raise _template_fails(error) from error
-        text: str = rendered[0]
         if len(text) > MAX_CHAT_CHARS:
             raise InvalidRequest(
                 "messages", f"{len(text)} characters when rendered; at most {MAX_CHAT_CHARS} are accepted"
@@ -96,6 +93,13 @@ def check_chat(chat: Chat) -> None:
         raise InvalidRequest("messages", f"{num_chars} characters; at most {MAX_CHAT_CHARS} are accepted")
 
 
+def _render(source: str, chats: list[list[dict[str, str]]], names: Mapping[str, Any]) -> list[str]:
+    """The chats as text; compiles the template, once, also when there are none."""
+    render: Any = chat_template_utils.render_jinja_template  # pyright: ignore[reportUnknownMemberType]
+    rendered, _ = render(chats, chat_template=source, add_generation_prompt=True, **names)
+    return rendered
+
+
 def _template_fails(error: Exception) -> UnsupportedModel:
     reason = f"{type(error).__name__}: {error}"[:_MAX_REASON_CHARS]
     return UnsupportedModel(f"the base model's chat template fails: {reason}")
@@ -119,16 +123,18 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """The model's special tokens by name, from the files that transformers looks into."""
     legacy = {} if "added_tokens_decoder" in config else _read_json(folder / "special_tokens_map.json")
     fields = {**config, **legacy}
-    extra = fields.get("extra_special_tokens")
     own = {name: token for name, token in fields.items() if name.endswith("_token") and isinstance(token, str)}
-    named = {name: _spelling(fields.get(name)) for name in _SPECIAL_TOKENS}
-    named |= {name: _spelling(token) for name, token in extra.items()} if isinstance(extra, dict) else {}
-    return own | {name: token for name, token in named.items() if token is not None}
+    extra = fields.get("extra_special_tokens")
+    if isinstance(extra, dict):
+        own |= cast(dict[str, Any], extra)
+    own |= {name: fields.get(name) for name in _SPECIAL_TOKENS}
+    spelled = {name: _spelling(token) for name, token in own.items()}
+    return {name: token for name, token in spelled.items() if token is not None}
 
 
 def _spelling(token: Any) -> str | None:
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
+    text = cast(dict[str, Any], token).get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -140,4 +146,4 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigurationError(f"{path.parent.name}/{path.name} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigurationError(f"{path.parent.name}/{path.name} is not a JSON object")
-    return value
+    return cast(dict[str, Any], value)
