@@ -95,8 +95,9 @@ def check_chat(chat: Chat) -> None:
 
 def _render(source: str, chats: list[list[dict[str, str]]], names: Mapping[str, Any]) -> list[str]:
     """The chats as text; compiles the template, once, also when there are none."""
-    render: Any = chat_template_utils.render_jinja_template  # pyright: ignore[reportUnknownMemberType]
-    rendered, _ = render(chats, chat_template=source, add_generation_prompt=True, **names)
+    rendered, _ = cast(Any, chat_template_utils).render_jinja_template(
+        chats, chat_template=source, add_generation_prompt=True, **names
+    )
     return rendered
 
 
