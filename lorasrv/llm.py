@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from lorasrv.engine.admission import TokenLimits, check_request, engine_request
 from lorasrv.engine.build import assemble
-from lorasrv.engine.fitting import page_check
+from lorasrv.engine.defaults import VersionDefaults, adapter_check, read_defaults
 from lorasrv.engine.output import OutputStream
 from lorasrv.engine.text import load_tokenizer
 from lorasrv.errors import InvalidRequest, error_from_reason
@@ -82,8 +82,9 @@ class LLM:
         self._tokenizer = load_tokenizer(Path(model))
         self._base = base_shapes(model, dtype)
         self._max_rank = config.max_rank
-        self._check = page_check(config)
+        self._check = adapter_check(config)
         self._images: dict[str, PackedAdapter] = {}
+        self._defaults: dict[str, VersionDefaults] = {}
         assembly = assemble(config, lambda digest, _: self._images[digest])
         self._core, self._packer = assembly.core, assembly.packer
         self._limits = TokenLimits.of(assembly.info)
@@ -100,6 +101,7 @@ class LLM:
             raise InvalidRequest("name", f"{BASE_ID!r} is the base model's")
         files = open_folder(Path(folder), self._base, self._max_rank, self._check)
         self._images[files.digest] = self._packer.pack(files)
+        self._defaults[files.digest] = read_defaults(files.spec.serving)
         self._digests[name] = files.digest
         self._drop_unnamed()
         return files.digest
@@ -129,7 +131,7 @@ class LLM:
             raise InvalidRequest("adapter", f"{len(names)} adapters for {len(prompts)} prompts")
         params = sampling or SamplingParams()
         runs = [
-            _Run(self._request(prompt, name, scale, params), params.stop, self._tokenizer)
+            _Run(self._request(prompt, name, scale, params), params.over(self._sampling_of(name)).stop, self._tokenizer)
             for prompt, name in zip(prompts, names, strict=True)
         ]
         try:
@@ -165,13 +167,24 @@ class LLM:
         token_ids = tuple(self._tokenizer.encode(given).ids) if isinstance(given, str) else given
         self._num_requests += 1
         return engine_request(
-            str(self._num_requests), token_ids, adapter=self._use(ref), sampling=sampling, limits=self._limits
+            str(self._num_requests),
+            token_ids,
+            adapter=self._use(ref),
+            sampling=sampling,
+            limits=self._limits,
+            defaults=self._sampling_of(name),
         )
+
+    def _sampling_of(self, name: str) -> SamplingParams:
+        """The defaults of what `name` means now."""
+        digest = self._digests.get(name)
+        return SamplingParams() if digest is None else self._defaults[digest].sampling
 
     def _drop_unnamed(self) -> None:
         """Forget the images that no name means any more; no request runs between calls."""
         named = set(self._digests.values())
         self._images = {digest: image for digest, image in self._images.items() if digest in named}
+        self._defaults = {digest: defaults for digest, defaults in self._defaults.items() if digest in named}
 
     def _use(self, ref: AdapterRef) -> AdapterUse | None:
         if ref.name == BASE_ID:

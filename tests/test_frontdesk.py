@@ -83,6 +83,7 @@ class Desk:
             limits=LIMITS,
             versions=self.versions,
             tokenizer=self.tokenizer,
+            chat_template=None,
             workers=workers,
             pinning=pinning,
         )

@@ -10,6 +10,7 @@ from lorasrv_adapters.manifest import (
     CONFIG_FILE,
     FILE_NAMES,
     MAX_MANIFEST_BYTES,
+    SERVING_FILE,
     WEIGHTS_FILE,
     Manifest,
     ManifestFile,
@@ -18,6 +19,7 @@ from lorasrv_adapters.manifest import (
 )
 from lorasrv_adapters.peft_format import (
     MAX_CONFIG_BYTES,
+    MAX_SERVING_BYTES,
     AdapterSpec,
     SpecCheck,
     accept_all,
@@ -46,6 +48,9 @@ def open_version(blobs: BlobStore, digest: str, base: BaseShapes, max_rank: int)
     manifest = read_manifest(blobs, digest)
     config_file, weights_file = manifest.file(CONFIG_FILE), manifest.file(WEIGHTS_FILE)
     config_bytes = blobs.read_verified(config_file.sha256, MAX_CONFIG_BYTES)
+    if manifest.has(SERVING_FILE):
+        # What it says was the front end's to read; its bytes are the version's all the same.
+        blobs.read_verified(manifest.file(SERVING_FILE).sha256, MAX_SERVING_BYTES)
     blobs.verify(weights_file.sha256, weights_file.size_bytes)
     with blobs.open(weights_file.sha256) as weights:
         spec = read_spec(config_bytes, weights, base, max_rank)
@@ -61,7 +66,7 @@ def open_folder(folder: Path, base: BaseShapes, max_rank: int, check: SpecCheck 
     """
     spec = validate_folder(folder, base, max_rank, check)
     files: list[ManifestFile] = []
-    for name in FILE_NAMES:
+    for name in FILE_NAMES if spec.serving is None else (*FILE_NAMES, SERVING_FILE):
         with open_regular(folder / name) as file:
             files.append(ManifestFile(name=name, sha256=file_sha256(file), size_bytes=file.tell()))
     manifest = make_manifest(files)

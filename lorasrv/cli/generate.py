@@ -52,6 +52,9 @@ def generate(
     prompt_logprobs: Annotated[int | None, typer.Option(help="The same for the prompt's tokens.", min=0)] = None,
     n: Annotated[int | None, typer.Option("--n", help="So many samples of each prompt.", min=1)] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its output.")] = False,
+    ignore_version_defaults: Annotated[
+        bool, typer.Option("--ignore-version-defaults", help="As if the adapter version had no defaults.")
+    ] = False,
     file: Annotated[
         str | None, typer.Option("--file", "-f", help="One prompt a line; .jsonl or lines of JSON objects; - is stdin.")
     ] = None,
@@ -85,6 +88,7 @@ def generate(
         "prompt_logprobs": prompt_logprobs,
         "n": n,
         "echo": echo or None,
+        "ignore_version_defaults": ignore_version_defaults or None,
     }
     sampling = {key: value for key, value in given.items() if value is not None}
     with reported_errors():
@@ -112,7 +116,7 @@ def _token_ids(option: str) -> list[int]:
 
 
 def read_jobs(lines: Iterable[str], adapter: str, sampling: Mapping[str, Any], *, jsonl: bool) -> list[Job]:
-    """A prompt per line, or a JSON object {prompt, adapter?, max_tokens?, …}; raises ConfigurationError."""
+    """A prompt per line, or a JSON object {prompt or messages, adapter?, max_tokens?, …}; raises ConfigurationError."""
     jobs: list[Job] = []
     for number, line in enumerate(lines, start=1):
         text = line.rstrip("\r\n")
@@ -156,8 +160,13 @@ def _are_biases(value: Any) -> bool:
     return all(key.isdecimal() and _is_count(int(key)) and _is_number(bias) for key, bias in value.items())
 
 
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"role", "content"} and all(map(_is_text, value.values()))
+
+
 _FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "prompt": _is_text,
+    "messages": _list_of(_is_message),
     "adapter": _is_text,
     "max_tokens": _is_count,
     "temperature": _is_number,
@@ -179,6 +188,7 @@ _FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "prompt_logprobs": _is_count,
     "n": _is_count,
     "echo": _is_flag,
+    "ignore_version_defaults": _is_flag,
 }
 
 
@@ -187,12 +197,13 @@ def _read_object(text: str, number: int, adapter: str, sampling: Mapping[str, An
         fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigurationError(f"line {number}: {error}") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
-        raise ConfigurationError(f"line {number}: not an object with a prompt")
+    if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
+        raise ConfigurationError(f"line {number}: not an object with a prompt or messages")
     for key, value in fields.items():
         if key not in _FIELDS or not _FIELDS[key](value):
             raise ConfigurationError(f"line {number}: {key!r} with value {value!r} is not a known field of that kind")
-    prompt, adapter = fields.pop("prompt"), fields.pop("adapter", adapter)
+    prompt = fields.pop("prompt" if "prompt" in fields else "messages")
+    adapter = fields.pop("adapter", adapter)
     if "logit_bias" in fields:
         fields["logit_bias"] = {int(key): bias for key, bias in fields["logit_bias"].items()}
     return Job(prompt=prompt, adapter=adapter, sampling={**sampling, **fields})
@@ -244,7 +255,8 @@ def _print_result(outcome: Outcome, as_json: bool) -> None:
 
 
 def _records(outcome: Outcome) -> Iterator[dict[str, Any]]:
-    asked = {"index": outcome.index, "prompt": outcome.job.prompt, "adapter": outcome.job.adapter}
+    kind = "prompt" if isinstance(outcome.job.prompt, str) else "messages"
+    asked = {"index": outcome.index, kind: outcome.job.prompt, "adapter": outcome.job.adapter}
     result = outcome.result
     if isinstance(result, ClientError):
         yield {**asked, "error": {"code": result.code.name, "reason": result.reason, "message": result.message}}

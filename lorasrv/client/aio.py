@@ -1,6 +1,6 @@
 """The client for programs that keep many generations going at once."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ from lorasrv.client.messages import (
     DEFAULT_URL,
     Event,
     Generation,
+    Prompt,
     event_of,
     generate_request,
     target_of,
@@ -35,7 +36,7 @@ class AsyncClient:
     ) -> None:
         await self._channel.close()
 
-    async def generate(self, prompt: str | Sequence[int], *, adapter: str, **sampling: Any) -> Generation:
+    async def generate(self, prompt: Prompt, *, adapter: str, **sampling: Any) -> Generation:
         """As `Client.generate`."""
         request = generate_request(prompt, adapter=adapter, **sampling)
         try:
@@ -43,9 +44,7 @@ class AsyncClient:
         except grpc.RpcError as error:
             raise error_from_call(error) from None
 
-    async def stream(
-        self, prompt: str | Sequence[int], *, adapter: str, **sampling: Any
-    ) -> AsyncGenerator[Event, None]:
+    async def stream(self, prompt: Prompt, *, adapter: str, **sampling: Any) -> AsyncGenerator[Event, None]:
         """As `Client.stream`; closing the generator or cancelling its task cancels the generation."""
         request = generate_request(prompt, adapter=adapter, **sampling)
         call = self._generation.GenerateStream(request, timeout=self._timeout_s)

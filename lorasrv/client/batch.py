@@ -7,14 +7,14 @@ from typing import Any
 
 from lorasrv.client.aio import AsyncClient
 from lorasrv.client.errors import ClientError, PermissionDenied, Unauthenticated, Unavailable
-from lorasrv.client.messages import Generation
+from lorasrv.client.messages import Generation, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One generation to do; `sampling` as in `messages.generate_request`."""
 
-    prompt: str
+    prompt: Prompt
     adapter: str
     sampling: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
