@@ -246,6 +246,12 @@ def test_a_tiny_temperature_is_greedy_and_not_nan() -> None:
     assert set(sample_tokens(LOGITS.flip(0).expand(20, -1), rows)) == {len(LOGITS) - 1}
 
 
+def test_a_tiny_temperature_draws_evenly_among_equals() -> None:
+    rows = [row(temperature=1e-30, seed=seed) for seed in range(400)]
+    drawn = sample_tokens(torch.tensor([1.0, 3.0, 3.0]).expand(400, -1), rows)
+    assert set(drawn) == {1, 2} and 150 < drawn.count(1) < 250
+
+
 @pytest.mark.parametrize(
     ("counter", "key", "want"),
     [
