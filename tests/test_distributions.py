@@ -26,7 +26,7 @@ from exact_probs import (
     transformers_probs,
 )
 
-NUM_DRAWS = 5000
+NUM_DRAWS = 3000
 
 # What tells one draw from the next: for an index, its seed and position.
 STREAMS: dict[str, Callable[[int], dict[str, int]]] = {

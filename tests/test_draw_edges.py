@@ -13,7 +13,7 @@ from lorasrv.engine.sampling import logit_edits
 from lorasrv.model.logit_edits import LogitEdits
 from lorasrv.model.sampler import sample_tokens
 
-NUM_DRAWS = 4000
+NUM_DRAWS = 2500
 MASKED = -math.inf
 TIES = [1.0, 0.0, 1.0, 2.0, 1.0, -1.0, 1.0, 2.0]
 EQUAL = [0.5] * 8  # shares of exactly 1/8

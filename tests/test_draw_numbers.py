@@ -13,7 +13,7 @@ from lorasrv.model.logit_edits import LogitEdits
 from lorasrv.model.sampler import sample_tokens
 
 LOGITS = [0.3, -0.5, 0.8, 0.0, 0.5, -0.2, -1.0]
-NUM_DRAWS = 20000
+NUM_DRAWS = 10000
 PLAIN = moment(prompt=(0,))
 
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1, -1, -(2**63), 0x0123456789ABCDEF)
