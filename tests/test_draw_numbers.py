@@ -1,5 +1,6 @@
 """The numbers behind the draws: right to the token, independent in every direction, even over a large vocabulary."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import permutations, product
 
@@ -34,6 +35,7 @@ PAIRS: dict[str, Pair] = {
     "successive positions": lambda i: ((5, 2 * i), (5, 2 * i + 1)),
     "positions 4 apart": lambda i: ((6, i + i // 4 * 4), (6, i + i // 4 * 4 + 4)),
     "positions 2^16 apart": lambda i: ((7, i), (7, i + 2**16)),
+    "positions 2^31 apart": lambda i: ((7, i), (7, i + 2**31)),
     "adjacent seeds": lambda i: ((2 * i, 9), (2 * i + 1, 9)),
     "seeds that differ in bit 32": lambda i: ((i, 9), (i + 2**32, 9)),
     "seeds that differ in the last bit": lambda i: ((i, 8), (i + 2**63, 8)),
@@ -100,6 +102,19 @@ def test_the_noise_of_token_ids_is_independent(places: int) -> None:
     assert p_value(counts, [prob(order) for order in orders]) > ACCEPTED
     twice = [weights[order[0]] / len(orders) * len(LOGITS) for order in orders]  # what follows is drawn evenly
     assert p_value(counts, twice) < REJECTED
+
+
+@pytest.mark.parametrize(
+    ("counts", "probs", "want"),
+    [
+        ([60, 40], [0.5, 0.5], math.erfc(2**0.5)),  # 4 at one degree of freedom
+        ([50, 30, 20, 0], [0.4, 0.4, 0.2, 0.0], math.exp(-2.5)),  # 5 at two
+        ([97, 1, 2], [0.94, 0.03, 0.03], math.erfc(math.sqrt((9 / 94 + 9 / 6) / 2))),  # the rare ones joined
+        ([99, 1], [1.0, 0.0], 0.0),
+    ],
+)
+def test_the_p_value_is_that_of_the_closed_forms(counts: list[int], probs: list[float], want: float) -> None:
+    assert p_value(counts, probs) == pytest.approx(want)
 
 
 def test_p_values_of_many_batches_are_even() -> None:
