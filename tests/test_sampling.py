@@ -279,25 +279,3 @@ def test_greedy_generation_is_transformers(model: Model, min_tokens: int) -> Non
     assert answer.tokens == out[0, len(ids) :].tolist()
     assert (len(answer.tokens) > 12) == (min_tokens == 12), "min_tokens made no difference"
     assert answer.finish is (FinishReason.EOS if answer.tokens[-1] in EOS else FinishReason.STOP)
-
-
-def test_the_same_seed_draws_the_same_in_any_company(model: Model) -> None:
-    """Alone, among others, in small chunks and preempted; requests with and without knobs side by side."""
-    knobs: list[dict[str, Any]] = [
-        {},
-        {"rules": ALL_RULES},
-        {"min_p": 0.1},
-        {"min_tokens": 20, "stop_token_ids": tuple(range(50, 90))},
-        {"ignore_eos": True, "rules": ALL_RULES, "min_p": 0.02, "top_k": 30, "top_p": 0.95},
-        {"logprobs": 4, "prompt_logprobs": 2},
-    ]
-    requests = [
-        request(prompt(i, 20 + i), f"r{i}", temperature=1.1, seed=100 + i, max_tokens=24, **knobs[i % len(knobs)])
-        for i in range(12)
-    ]
-    alone = {each.request_id: model.serve([each])[0][each.request_id].tokens for each in requests}
-    for step_tokens, num_pages in ((512, 400), (13, 400), (64, 30)):
-        answers, preemptions = model.serve(requests, step_tokens=step_tokens, num_pages=num_pages, max_running=12)
-        assert {name: answer.tokens for name, answer in answers.items()} == alone
-        assert (preemptions > 0) == (num_pages == 30)
-    assert len({tuple(tokens) for tokens in alone.values()}) == 12

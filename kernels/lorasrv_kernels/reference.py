@@ -261,7 +261,9 @@ def sample(
     tokens = logits.argmax(-1)
     drawn = (valid & (temperature > 0)).nonzero().squeeze(1)
     if drawn.numel():
-        scaled = logits[drawn].double() / temperature[drawn].double().unsqueeze(1)
+        own = logits[drawn].double()
+        # From the largest one, beside which the noise would be lost where the temperature is tiny.
+        scaled = (own - own.amax(-1, keepdim=True)) / temperature[drawn].double().unsqueeze(1)
         scaled = _mask_unlikely(scaled, top_p[drawn], top_k[drawn])
         if min_p is not None:
             _mask_below(scaled, min_p[drawn])
