@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from lorasrv.engine.admission import TokenLimits, check_request, engine_request
 from lorasrv.engine.client import Engine
 from lorasrv.engine.output import OutputStream
+from lorasrv.engine.vocabulary import Vocabulary
 from lorasrv.errors import EngineUnavailable, GenerationExists
 from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Prompt, Started
 from lorasrv.types import BASE_ID, AdapterUse, EngineRequest
@@ -59,6 +60,7 @@ class FrontDesk:
         self._limits = limits
         self._versions = versions
         self._tokenizer = tokenizer
+        self._vocabulary = Vocabulary(tokenizer)
         self._workers = workers
         self._pinning = pinning
         self._clock = clock
@@ -181,7 +183,9 @@ class FrontDesk:
 
     async def _follow(self, admission: Admission) -> AsyncGenerator[Event, None]:
         request = admission.engine_request
-        samples = {index: _Sample(OutputStream(self._tokenizer, request, admission.stop)) for index in range(request.n)}
+        samples = {
+            index: _Sample(OutputStream(self._vocabulary, request, admission.stop)) for index in range(request.n)
+        }
         async with aclosing(self._engine.stream(request)) as deltas:
             async for delta in deltas:
                 sample = samples[delta.index]
