@@ -122,13 +122,13 @@ class Expected:
     def __init__(self, setup: Setup) -> None:
         self.seeds = [setup.seed * 1_000_003 + index for index in range(setup.streams)]
         answers, tokenizer = answers_of(setup.model), load_tokenizer(Path(setup.model))
-        self._tokens = {s: tuple(answer_token(answers, s, i) for i in range(setup.tokens)) for s in self.seeds}
-        self._texts = {seed: _text_behind_prompt(tokenizer, tokens) for seed, tokens in self._tokens.items()}
+        self.tokens = {s: tuple(answer_token(answers, s, i) for i in range(setup.tokens)) for s in self.seeds}
+        self.texts = {seed: _text_behind_prompt(tokenizer, tokens) for seed, tokens in self.tokens.items()}
 
     def check(self, tokens: dict[int, tuple[int, ...]], texts: dict[int, str]) -> None:
-        if tokens != self._tokens:
+        if tokens != self.tokens:
             raise WrongOutput("a stream's tokens")
-        if texts != self._texts:
+        if texts != self.texts:
             raise WrongOutput("a stream's text")
 
 
