@@ -7,14 +7,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tokenizers import Tokenizer
-
 from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from lorasrv.engine.admission import TokenLimits, check_request, engine_request
 from lorasrv.engine.build import assemble
 from lorasrv.engine.defaults import VersionDefaults, adapter_check, read_defaults
 from lorasrv.engine.output import OutputStream
 from lorasrv.engine.text import load_tokenizer
+from lorasrv.engine.vocabulary import Vocabulary
 from lorasrv.errors import InvalidRequest, error_from_reason
 from lorasrv.memory.packing import PackedAdapter
 from lorasrv.model.base_shapes import base_shapes
@@ -80,6 +79,7 @@ class LLM:
             scheduler=scheduler or SchedulerConfig(),
         )
         self._tokenizer = load_tokenizer(Path(model))
+        self._vocabulary = Vocabulary(self._tokenizer)
         self._base = base_shapes(model, dtype)
         self._max_rank = config.max_rank
         self._check = adapter_check(config)
@@ -131,7 +131,9 @@ class LLM:
             raise InvalidRequest("adapter", f"{len(names)} adapters for {len(prompts)} prompts")
         params = sampling or SamplingParams()
         runs = [
-            _Run(self._request(prompt, name, scale, params), params.over(self._sampling_of(name)).stop, self._tokenizer)
+            _Run(
+                self._request(prompt, name, scale, params), params.over(self._sampling_of(name)).stop, self._vocabulary
+            )
             for prompt, name in zip(prompts, names, strict=True)
         ]
         try:
@@ -209,10 +211,10 @@ class LLM:
 class _Run:
     """One prompt on its way."""
 
-    def __init__(self, request: EngineRequest, stop: tuple[str, ...], tokenizer: Tokenizer) -> None:
+    def __init__(self, request: EngineRequest, stop: tuple[str, ...], vocabulary: Vocabulary) -> None:
         self.request = request
         self.finish: FinishReason | None = None
-        self._output = OutputStream(tokenizer, request, stop)
+        self._output = OutputStream(vocabulary, request, stop)
         self._pieces: list[str] = []
         self._token_ids: list[int] = []
         self._logprobs: list[PositionLogprobs] = []

@@ -20,7 +20,7 @@ from lorasrv.types import (
 
 COUNT = 1  # 0, 1, 2 … up to max_tokens, one a step; sample i begins at 10 i
 REFUSE = 2  # `add` raises
-FAIL = 3  # one token, then a failure
+FAIL = 3  # one token of each sample, then a failure of all
 BREAK = 4  # `step` raises
 HANG = 5  # `step` does not return
 FOREVER = 6  # counts, and ends only by cancel

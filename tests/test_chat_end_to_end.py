@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lorasrv.client import Client
+from lorasrv.client import Client, Generation
 from lorasrv.client.errors import InvalidArgument
 from lorasrv.demo.local_server import LocalServer
-from lorasrv.v1 import generation_pb2
 
 SAMPLES = Path(__file__).parent.parent / "adapters" / "samples"
 # The sample adapters were trained on `word>`: what all messages say together is the word.
@@ -59,7 +58,7 @@ def user(content: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": content}]
 
 
-def same(one: generation_pb2.GenerateResponse, other: generation_pb2.GenerateResponse) -> bool:
+def same(one: Generation, other: Generation) -> bool:
     return (one.text, list(one.token_ids), one.finished.stop, list(one.started.prompt_token_ids)) == (
         other.text,
         list(other.token_ids),

@@ -13,6 +13,7 @@ from core_rig import NUM_PAGES, make_core, make_request
 from fakes import EOS, VOCAB, expected_scores, expected_tokens
 from lorasrv.engine.core import EngineCore
 from lorasrv.engine.output import OutputStream
+from lorasrv.engine.vocabulary import Vocabulary
 from lorasrv.types import AdapterUse, EngineRequest, FinishReason, TokenDelta
 
 MAX_PROMPT = 30
@@ -90,7 +91,7 @@ class Traffic:
         self.core = core
         self.digests = digests
         self.random = random
-        self.tokenizer = make_tokenizer()
+        self.vocabulary = Vocabulary(make_tokenizer())
         self.live: dict[str, Live] = {}
         self.ends: Counter[str] = Counter()
         self.count = 0
@@ -120,7 +121,7 @@ class Traffic:
             request=request,
             stop=stop,
             deadline=step + num_sequences * (2 * (MAX_PROMPT + MAX_TOKENS) + FETCH_STEPS),
-            outputs={index: OutputStream(self.tokenizer, request, stop) for index in range(request.n)},
+            outputs={index: OutputStream(self.vocabulary, request, stop) for index in range(request.n)},
         )
 
     def cancel(self) -> None:

@@ -170,6 +170,15 @@ async def test_a_sample_cancelled_behind_its_unread_end_gives_nothing_more(engin
     assert await samples_of(stream) == {other: list(range(10 * other, 10 * other + 20))}
 
 
+async def test_a_failure_ends_all_samples_whichever_are_left(engine: Engine) -> None:
+    stream = engine.stream(replace(request("a", fake_core.FAIL), n=2))
+    seen = [await anext(stream), await anext(stream)]
+    engine.cancel("a", 0)
+    with pytest.raises(AdapterLoadFailed):
+        seen += [delta async for delta in stream]
+    assert sorted((delta.index, delta.token_ids) for delta in seen) == [(0, (0,)), (1, (10,))]
+
+
 async def test_the_last_delta_says_how_it_ended(engine: Engine) -> None:
     deltas = [delta async for delta in engine.stream(request("a"))]
     assert deltas[-1].finish == FinishReason.LENGTH

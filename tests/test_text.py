@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from lorasrv.engine.text import TextStream
+from lorasrv.engine.vocabulary import Vocabulary
 from lorasrv.errors import InvalidRequest
 
 
@@ -54,16 +55,16 @@ def fallback_bytes(data: bytes) -> list[int]:
 
 
 def level_bytes(data: bytes) -> list[int]:
-    pieces = [chr(b) if chr(b) in LEVEL_ALPHABET else None for b in data]
-    extra = {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if chr(b) not in LEVEL_ALPHABET)}
-    return ids(BYTE_LEVEL, *(piece or extra[b] for piece, b in zip(pieces, data, strict=True)))
+    return ids(BYTE_LEVEL, *(LEVEL_SPELLED[byte] for byte in data))
 
 
 LEVEL_ALPHABET = {c for c in pre_tokenizers.ByteLevel.alphabet() if ord(c) < 256}
+LEVEL_MOVED = (byte for byte in range(256) if chr(byte) not in LEVEL_ALPHABET)
+LEVEL_SPELLED = {ord(c): c for c in LEVEL_ALPHABET} | {byte: chr(256 + n) for n, byte in enumerate(LEVEL_MOVED)}
 
 
 def deltas(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], stop: tuple[str, ...] = ()) -> list[str]:
-    stream = TextStream(tokenizer, prompt, stop)
+    stream = TextStream(Vocabulary(tokenizer), prompt, stop)
     return [*(stream.push([token]).text for token in tokens), stream.finish().text]
 
 
@@ -79,10 +80,19 @@ def full_text(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> str
     return text.removeprefix(" ")[len(tokenizer.decode(prompt)) :]
 
 
+# The last three end inside a character.
+LEVEL_PROMPTS = [
+    ["<s>"],
+    [],
+    ["A"],
+    *([LEVEL_SPELLED[byte] for byte in cut] for cut in (b"\xe4", b"A\xf0\x9f", b"\xc3\xe4\xbd")),
+]
+
+
 @st.composite
 def outputs(draw: st.DrawFn) -> tuple[Tokenizer, list[int], list[int]]:
     tokenizer = draw(st.sampled_from([BYTE_LEVEL, BYTE_FALLBACK]))
-    prompt = draw(st.sampled_from([["<s>"], ["<s>", "é"], []] if tokenizer is BYTE_FALLBACK else [["<s>"], [], ["A"]]))
+    prompt = draw(st.sampled_from([["<s>"], ["<s>", "é"], []] if tokenizer is BYTE_FALLBACK else LEVEL_PROMPTS))
     # Whole characters split into bytes, between tokens of any kind, invalid bytes among them.
     token = st.integers(0, tokenizer.get_vocab_size() - 1).map(lambda i: [i])
     encode = level_bytes if tokenizer is BYTE_LEVEL else fallback_bytes
@@ -106,10 +116,10 @@ def test_chunking_changes_nothing(
     case: tuple[Tokenizer, list[int], list[int]], stop: list[str], draw: random.Random
 ) -> None:
     tokenizer, prompt, tokens = case
-    whole = TextStream(tokenizer, prompt, tuple(stop))
+    whole = TextStream(Vocabulary(tokenizer), prompt, tuple(stop))
     expected = whole.push(tokens)
     expected_rest = whole.finish()
-    stream = TextStream(tokenizer, prompt, tuple(stop))
+    stream = TextStream(Vocabulary(tokenizer), prompt, tuple(stop))
     text, rest = "", tokens
     while rest:
         size = draw.randint(1, len(rest))
@@ -133,7 +143,7 @@ def test_text_ends_before_the_first_complete_stop_string(
             matched = max(ending, key=len)
             expected = full[: end - len(matched)]
             break
-    stream = TextStream(tokenizer, prompt, tuple(stop))
+    stream = TextStream(Vocabulary(tokenizer), prompt, tuple(stop))
     text = "".join(stream.push([token]).text for token in tokens)
     last = stream.finish()
     assert (text + last.text, last.stop) == (expected, matched)
@@ -172,13 +182,13 @@ def test_a_prompt_that_ends_in_a_replacement_character_is_not_repeated() -> None
 
 def test_a_stop_string_inside_one_token_and_across_tokens() -> None:
     tokens = ids(BYTE_LEVEL, "hello", "\u0120world", "hello")
-    stream = TextStream(BYTE_LEVEL, [], ("o w",))
+    stream = TextStream(Vocabulary(BYTE_LEVEL), [], ("o w",))
     assert stream.push(tokens[:1]).text == "hell"
     last = stream.push(tokens[1:])
     assert (last.text, last.stop) == ("", "o w")
     assert stream.num_tokens == 2
     assert (stream.push(tokens).text, stream.finish().text) == ("", "")
-    assert TextStream(BYTE_LEVEL, [], ("ll",)).push(tokens).text == "he"
+    assert TextStream(Vocabulary(BYTE_LEVEL), [], ("ll",)).push(tokens).text == "he"
 
 
 @pytest.mark.parametrize(
@@ -188,19 +198,19 @@ def test_a_stop_string_inside_one_token_and_across_tokens() -> None:
 def test_of_several_matches_in_a_token_the_first_to_complete_wins(
     stop: tuple[str, ...], text: str, matched: str
 ) -> None:
-    delta = TextStream(BYTE_LEVEL, [], stop).push(ids(BYTE_LEVEL, "hello"))
+    delta = TextStream(Vocabulary(BYTE_LEVEL), [], stop).push(ids(BYTE_LEVEL, "hello"))
     assert (delta.text, delta.stop) == (text, matched)
 
 
 def test_a_stop_string_that_begins_inside_a_character_of_bytes() -> None:
-    stream = TextStream(BYTE_LEVEL, [], ("你b",))
+    stream = TextStream(Vocabulary(BYTE_LEVEL), [], ("你b",))
     texts = [stream.push([token]).text for token in level_bytes("a你bc".encode())]
     assert texts == ["a", "", "", "", "", ""]
     assert stream.finish().stop == "你b"
 
 
 def test_what_only_might_have_been_a_stop_string_comes_out() -> None:
-    stream = TextStream(BYTE_LEVEL, [], ("hello!", "lox"))
+    stream = TextStream(Vocabulary(BYTE_LEVEL), [], ("hello!", "lox"))
     assert stream.push(ids(BYTE_LEVEL, "hello")).text == ""
     assert stream.push(ids(BYTE_LEVEL, "\u0120world")).text == "hello world"
     assert stream.push(ids(BYTE_LEVEL, "hello")).text == ""
@@ -208,9 +218,29 @@ def test_what_only_might_have_been_a_stop_string_comes_out() -> None:
     assert (last.text, last.stop) == ("hello", None)
 
 
+@BOTH
+def test_a_token_that_always_adds_the_same_is_known(tokenizer: Tokenizer) -> None:
+    vocabulary = Vocabulary(tokenizer)
+    known = {i: found for i in range(tokenizer.get_vocab_size()) if (found := vocabulary.bytes_of(i)) is not None}
+    assert len(known) >= 256
+    front = ids(tokenizer, "lo" if tokenizer is BYTE_FALLBACK else "hello")  # where a leading space stays
+    for token_id, found in known.items():
+        assert tokenizer.decode([*front, token_id]) == tokenizer.decode(front) + found.decode("utf-8", "replace")
+    assert vocabulary.bytes_of(10_000) == b""
+
+
+def test_an_added_token_is_text_as_the_decoder_has_it() -> None:
+    tokenizer = byte_level()
+    tokenizer.add_tokens(["<tool>", "wĠx", "a b", "你"])
+    vocabulary = Vocabulary(tokenizer)
+    tokens = [tokenizer.token_to_id(token) for token in ("<tool>", "wĠx", "a b", "你")]
+    assert [(vocabulary.bytes_of(i) or b"").decode() for i in tokens] == [tokenizer.decode([i]) for i in tokens]
+    assert TextStream(vocabulary, []).push(tokens).text == tokenizer.decode(tokens)
+
+
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="empty"):
-        TextStream(BYTE_LEVEL, [], ("a", ""))
+        TextStream(Vocabulary(BYTE_LEVEL), [], ("a", ""))
 
 
 @BOTH
@@ -218,7 +248,7 @@ def test_an_empty_stop_string_is_refused() -> None:
 def test_the_cost_of_a_token_does_not_grow(tokenizer: Tokenizer, word: bytes) -> None:
     encode = level_bytes if tokenizer is BYTE_LEVEL else fallback_bytes
     counting = CountingTokenizer(tokenizer)
-    stream = TextStream(counting, [])
+    stream = TextStream(Vocabulary(counting), [])
     tokens = encode(word * 2000)
     stream.push(tokens)
     assert counting.longest <= 16
@@ -230,6 +260,7 @@ class CountingTokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self.decoder = tokenizer.decoder
         self.longest = 0
         self.num_decoded = 0
 

@@ -12,7 +12,24 @@ from lorasrv.types import EngineInfo, EngineRequest, EngineStatus, FinishReason,
 DELTAS_PER_S = 45_000
 NUM_PAGES = 1 << 16
 BLOCK_TOKENS = 16
-_PHRASE = "Der Zug nach Köln fährt über 你好 weiter, and 🙂 nobody minds; η γάτα κοιμάται. "
+_WORDS = [
+    "Der",
+    "Zug",
+    "nach",
+    "Köln",
+    "fährt",
+    "über",
+    "你好",
+    "weiter,",
+    "and",
+    "🙂",
+    "nobody",
+    "minds;",
+    "η",
+    "γάτα",
+    "κοιμάται.",
+]
+_NUM_WORDS = 500
 
 
 class PacedCore:
@@ -68,8 +85,7 @@ def answer_token(answers: Sequence[int], seed: int, position: int) -> int:
 def answers_of(model: str) -> list[int]:
     """What all requests are answered with, each from its own place on: text of characters of one to four bytes."""
     tokenizer = load_tokenizer(Path(model))
-    words = _PHRASE.split()
-    random.Random(0).shuffle(words)
+    words = random.Random(0).choices(_WORDS, k=_NUM_WORDS)
     return tokenizer.encode(" ".join(words) + " ", add_special_tokens=False).ids
 
 

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-import grpc
-
-from lorasrv.client.messages import CHANNEL_OPTIONS, generate_request
-from lorasrv.v1 import generation_pb2, generation_pb2_grpc
+from lorasrv.client import AsyncClient
 
 PROMPT = "go"
 
@@ -44,27 +41,25 @@ def serve_load(orders: Connection) -> None:
 
 async def _load(work: Work) -> Streamed:
     used_s = _cpu_s()
-    async with grpc.aio.insecure_channel(work.address, options=CHANNEL_OPTIONS) as channel:
-        stub: Any = generation_pb2_grpc.GenerationServiceStub(channel)
-        calls = [_read(stub, seed, work.max_tokens) for seed in work.seeds]
-        responses = await asyncio.gather(*calls)
+    async with AsyncClient(work.address) as client:
+        events = await asyncio.gather(*(_read(client, seed, work.max_tokens) for seed in work.seeds))
     ended_s, cpu_s = time.monotonic(), _cpu_s() - used_s
     deltas = {
-        seed: [each.delta for each in of_seed if each.WhichOneof("event") == "delta"]
-        for seed, of_seed in zip(work.seeds, responses, strict=True)
+        seed: [event for event in of_seed if event.DESCRIPTOR.name == "Delta"]
+        for seed, of_seed in zip(work.seeds, events, strict=True)
     }
     return Streamed(
         tokens={seed: tuple(token for delta in each for token in delta.token_ids) for seed, each in deltas.items()},
         texts={seed: "".join(delta.text for delta in each) for seed, each in deltas.items()},
         ended_s=ended_s,
-        num_messages=sum(map(len, responses)),
+        num_messages=sum(map(len, events)),
         cpu_s=cpu_s,
     )
 
 
-async def _read(stub: Any, seed: int, max_tokens: int) -> list[generation_pb2.GenerateStreamResponse]:
-    request = generate_request(PROMPT, adapter="base", seed=seed, max_tokens=max_tokens, ignore_eos=True)
-    return [response async for response in stub.GenerateStream(request)]
+async def _read(client: AsyncClient, seed: int, max_tokens: int) -> list[Any]:
+    sampling = {"seed": seed, "max_tokens": max_tokens, "ignore_eos": True}
+    return [event async for event in client.stream(PROMPT, adapter="base", **sampling)]
 
 
 def _cpu_s() -> float:

@@ -2,11 +2,14 @@
 
     PYTHONPATH=.:kernels:adapters:benchmarks python -m lorasrv_bench.streaming
 
-The engine gives every running request a token per step, at 45,000 tokens a second in all. `grpc` is a server as
-`lorasrv serve` runs it, the engine in a process of its own, and clients in processes of their own. `in process` is the
-same core in a thread, and the same front desk, which makes the same text. Rounds alternate; a round's speed is all its
-tokens over the time from the first request to the last stream's end, and it counts when every stream has the right
-tokens and the right text.
+The engine gives every running request a token per step, at 45,000 tokens a second in all.
+
+- `grpc` is a server as `lorasrv serve` runs it, the engine in a process of its own, and clients in others.
+- `desk` is the same core in a thread of this process, and the same front desk, which makes the same text.
+- `loop` is the same core and the same text in one plain loop, as `lorasrv.LLM` has it: nothing waits for anything.
+
+The three alternate. A round's speed is all its tokens over the time from the first request to the last stream's end,
+and it counts when every stream has the right tokens and the right text.
 """
 
 import argparse
@@ -29,9 +32,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lorasrv.config import EngineConfig, ModelConfig
-from lorasrv.engine.admission import TokenLimits
+from lorasrv.engine.admission import TokenLimits, engine_request
 from lorasrv.engine.client import ProcessEngine, ThreadEngine
+from lorasrv.engine.output import OutputStream
 from lorasrv.engine.text import load_tokenizer
+from lorasrv.engine.vocabulary import Vocabulary
 from lorasrv.requests import AdapterRef, Delta, GenerationRequest
 from lorasrv.server.frontdesk import FrontDesk
 from lorasrv.server.server import Server, ServerConfig
@@ -56,11 +61,11 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One measured round: tokens per second, and for gRPC messages read and CPU seconds by process."""
+    """One way measured once: messages or events read, and CPU seconds by process."""
 
     wall_s: float
     tokens_per_s: float
-    num_messages: int = 0
+    num_messages: int
     cpu_s: dict[str, float]
 
 
@@ -90,21 +95,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(f"commit {_commit(root)}; {platform.machine()}, {_cpu_name()}, {multiprocessing.cpu_count()} cores")
     print(f"{setup}; Python {platform.python_version()}")
-    rounds = measure(setup)
-    print(report(setup, rounds))
+    print(report(setup, measure(setup)))
     return 0
 
 
-def measure(setup: Setup) -> list[tuple[Round, Round]]:
-    """Pairs of a round through gRPC and one in process; a pair before them warms both up."""
+def measure(setup: Setup) -> list[dict[str, Round]]:
+    """By repeat, a round of each way; a repeat before them warms all up."""
     expected = Expected(setup)
-    rounds: list[tuple[Round, Round]] = []
+    repeats: list[dict[str, Round]] = []
     with served(setup) as (address, serving), clients(setup.clients) as orders:
         for number in range(setup.repeats + 1):
-            pair = (_grpc_round(setup, expected, address, serving, orders), _local_round(setup, expected))
-            print(f"round {number}" + (" (warm-up)" if number == 0 else ""), *map(_line, pair), sep="\n  ", flush=True)
-            rounds.append(pair)
-    return rounds[1:]
+            rounds = {
+                "grpc": _grpc_round(setup, expected, address, serving, orders),
+                "desk": _desk_round(setup, expected),
+                "loop": _loop_round(setup, expected),
+            }
+            print(f"repeat {number}" + (" (warm-up)" if number == 0 else ""))
+            print(*(f"  {name}  {_line(each)}" for name, each in rounds.items()), sep="\n", flush=True)
+            repeats.append(rounds)
+    return repeats[1:]
 
 
 class Expected:
@@ -113,13 +122,13 @@ class Expected:
     def __init__(self, setup: Setup) -> None:
         self.seeds = [setup.seed * 1_000_003 + index for index in range(setup.streams)]
         answers, tokenizer = answers_of(setup.model), load_tokenizer(Path(setup.model))
-        self._tokens = {s: tuple(answer_token(answers, s, i) for i in range(setup.tokens)) for s in self.seeds}
-        self._texts = {seed: _text_behind_prompt(tokenizer, tokens) for seed, tokens in self._tokens.items()}
+        self.tokens = {s: tuple(answer_token(answers, s, i) for i in range(setup.tokens)) for s in self.seeds}
+        self.texts = {seed: _text_behind_prompt(tokenizer, tokens) for seed, tokens in self.tokens.items()}
 
     def check(self, tokens: dict[int, tuple[int, ...]], texts: dict[int, str]) -> None:
-        if tokens != self._tokens:
+        if tokens != self.tokens:
             raise WrongOutput("a stream's tokens")
-        if texts != self._texts:
+        if texts != self.texts:
             raise WrongOutput("a stream's text")
 
 
@@ -149,9 +158,9 @@ def _grpc_round(setup: Setup, expected: Expected, address: str, serving: "Pids",
     )
 
 
-def _local_round(setup: Setup, expected: Expected) -> Round:
+def _desk_round(setup: Setup, expected: Expected) -> Round:
     used_s = time.process_time()
-    wall_s, events = asyncio.run(_run_locally(setup, expected.seeds))
+    wall_s, events = asyncio.run(_run_desk(setup, expected.seeds))
     deltas = {seed: [each for each in of_seed if isinstance(each, Delta)] for seed, of_seed in events.items()}
     expected.check(
         {seed: tuple(token for delta in each for token in delta.token_ids) for seed, each in deltas.items()},
@@ -165,9 +174,8 @@ def _local_round(setup: Setup, expected: Expected) -> Round:
     )
 
 
-async def _run_locally(setup: Setup, seeds: Sequence[int]) -> tuple[float, dict[int, list[Any]]]:
-    core = PacedCore(answers_of(setup.model), DELTAS_PER_S if setup.paced else None)
-    engine = ThreadEngine(core, info_of(setup.model))
+async def _run_desk(setup: Setup, seeds: Sequence[int]) -> tuple[float, dict[int, list[Any]]]:
+    engine = ThreadEngine(_core(setup), info_of(setup.model))
     with ThreadPoolExecutor(4) as workers:
         desk = FrontDesk(
             engine=engine,
@@ -191,6 +199,40 @@ async def _run_locally(setup: Setup, seeds: Sequence[int]) -> tuple[float, dict[
 def _request(seed: int, max_tokens: int) -> GenerationRequest:
     sampling = SamplingParams(seed=seed, max_tokens=max_tokens, ignore_eos=True)
     return GenerationRequest(tenant="", adapters=(AdapterRef(name="base"),), prompt=PROMPT, sampling=sampling)
+
+
+def _loop_round(setup: Setup, expected: Expected) -> Round:
+    used_s = time.process_time()
+    tokenizer = load_tokenizer(Path(setup.model))
+    vocabulary, limits = Vocabulary(tokenizer), TokenLimits.of(info_of(setup.model))
+    core = _core(setup)
+    outputs: dict[str, OutputStream] = {}
+    tokens: dict[int, list[int]] = {seed: [] for seed in expected.seeds}
+    texts: dict[int, list[str]] = {seed: [] for seed in expected.seeds}
+    started_s = time.monotonic()
+    for seed in expected.seeds:
+        asked = _request(seed, setup.tokens)
+        prompt = tuple(tokenizer.encode(PROMPT).ids)
+        request = engine_request(str(seed), prompt, adapter=None, sampling=asked.sampling, limits=limits)
+        outputs[request.request_id] = OutputStream(vocabulary, request, asked.sampling.stop)
+        core.add(request)
+    while core.has_work():
+        for delta in core.step():
+            piece = outputs[delta.request_id].take(delta)
+            tokens[int(delta.request_id)] += piece.token_ids
+            texts[int(delta.request_id)].append(piece.text)
+    wall_s = time.monotonic() - started_s
+    expected.check({s: tuple(each) for s, each in tokens.items()}, {s: "".join(each) for s, each in texts.items()})
+    return Round(
+        wall_s=wall_s,
+        tokens_per_s=setup.streams * setup.tokens / wall_s,
+        num_messages=setup.streams * setup.tokens,
+        cpu_s={"all": time.process_time() - used_s},
+    )
+
+
+def _core(setup: Setup) -> PacedCore:
+    return PacedCore(answers_of(setup.model), DELTAS_PER_S if setup.paced else None)
 
 
 class NoVersions:
@@ -270,17 +312,17 @@ def clients(count: int) -> Iterator[Sequence[Any]]:
 # What is said.
 
 
-def report(setup: Setup, rounds: Sequence[tuple[Round, Round]]) -> str:
-    """Medians, the median of the paired ratios, and spreads."""
-    through, local = [pair[0].tokens_per_s for pair in rounds], [pair[1].tokens_per_s for pair in rounds]
-    ratios = [a / b for a, b in zip(through, local, strict=True)]
-    per_message = setup.streams * setup.tokens / statistics.median(pair[0].num_messages for pair in rounds)
-    lines = [
-        f"grpc       {_spread(through, '.0f')} tokens/s, {per_message:.1f} tokens a message",
-        f"in process {_spread(local, '.0f')} tokens/s",
-        f"ratio      {_spread(ratios, '.3f')} of {len(rounds)} pairs",
-    ]
-    busy = max(pair[0].cpu_s["busiest client"] / pair[0].wall_s for pair in rounds)
+def report(setup: Setup, repeats: Sequence[dict[str, Round]]) -> str:
+    """Medians, the medians of ratios within a repeat, and spreads."""
+    speeds = {name: [rounds[name].tokens_per_s for rounds in repeats] for name in repeats[0]}
+    lines = [f"{name}         {_spread(each, '.0f')} tokens/s" for name, each in speeds.items()]
+    for name in ("desk", "loop"):
+        ratios = [a / b for a, b in zip(speeds["grpc"], speeds[name], strict=True)]
+        lines.append(f"grpc / {name}  {_spread(ratios, '.3f')} of {len(repeats)} repeats")
+    through = [rounds["grpc"] for rounds in repeats]
+    per_message = setup.streams * setup.tokens / statistics.median(each.num_messages for each in through)
+    lines.append(f"{per_message:.1f} tokens in a message of grpc")
+    busy = max(each.cpu_s["busiest client"] / each.wall_s for each in through)
     if busy > BUSY:
         lines.append(f"a client used {busy:.2f} of a core: it may be what bounds grpc; try --clients")
     return "\n".join(lines)

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from tokenizers import Tokenizer
-
 from lorasrv.engine.text import TextStream
+from lorasrv.engine.vocabulary import Vocabulary
 from lorasrv.types import EngineRequest, FinishReason, PositionLogprobs, TokenDelta
 
 
@@ -25,8 +24,8 @@ class Piece:
 class OutputStream:
     """Owned by one thread. `num_tokens` counts the tokens that are the caller's."""
 
-    def __init__(self, tokenizer: Tokenizer, request: EngineRequest, stop: tuple[str, ...]) -> None:
-        self._text = TextStream(tokenizer, request.token_ids, stop, request.min_tokens)
+    def __init__(self, vocabulary: Vocabulary, request: EngineRequest, stop: tuple[str, ...]) -> None:
+        self._text = TextStream(vocabulary, request.token_ids, stop, request.min_tokens)
         self.num_tokens = 0
 
     def take(self, delta: TokenDelta) -> Piece:

@@ -33,18 +33,18 @@ class Mailbox:
         return not self._open or self._error is not None
 
     def put(self, delta: TokenDelta) -> None:
+        if delta.failure is not None:
+            self._error = error_from_reason(delta.failure.reason, delta.failure.message)
+            delta = replace(delta, failure=None)
+        self._filled.set()
         if delta.index not in self._open:
             return  # on its way when the sample was closed
         if delta.finish is not None:
             self._open.remove(delta.index)
-        if delta.failure is not None:
-            self._error = error_from_reason(delta.failure.reason, delta.failure.message)
-            delta = replace(delta, failure=None)
         if (waiting := self._waiting.get(delta.index)) is not None:
             waiting.add(delta)
         elif delta.token_ids or delta.prompt_logprobs or delta.finish is not None:
             self._waiting[delta.index] = MergingDelta(delta)
-        self._filled.set()
 
     def fail(self, error: LorasrvError) -> None:
         if not self.ended:

@@ -1,17 +1,16 @@
 """Token ids to text, as they come: never half a character, never text at or behind a stop string."""
 
 import codecs
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from lorasrv.engine.vocabulary import Vocabulary
 from lorasrv.errors import ConfigurationError, InvalidRequest
 
 _REPLACEMENT = "\ufffd"
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 # A token's text depends on its neighbours only: the leading space on whether any token stands before it, a split
 # character on the at most three bytes before. So a short window decodes to the same ending as the whole output.
 _WINDOW_TOKENS = 8
@@ -52,14 +51,15 @@ class TextStream:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        vocabulary: Vocabulary,
         prompt_token_ids: Sequence[int],
         stop: tuple[str, ...] = (),
         min_tokens: int = 0,
     ) -> None:
-        self._decoder = _TokenDecoder(tokenizer, prompt_token_ids)
+        decoder = _ByteDecoder if vocabulary.is_byte_level else _WindowDecoder
+        self._decoder = decoder(vocabulary, prompt_token_ids)
         self._min_tokens = min_tokens
-        self._stops = _StopMatcher(stop)
+        self._stops = _StopMatcher(stop) if stop else None
         self._num_tokens = 0
 
     @property
@@ -69,56 +69,94 @@ class TextStream:
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         """Take the next tokens. After a delta with `stop`, further tokens are ignored."""
+        if self._stops is None:
+            self._num_tokens += len(token_ids)
+            return TextDelta(text=self._decoder.push(token_ids))
         text = ""
         for token_id in token_ids:
             if self._stops.matched is not None:
                 break
             self._num_tokens += 1
-            decoded = self._decoder.push(token_id)
+            decoded = self._decoder.push((token_id,))
             text += decoded if self._num_tokens <= self._min_tokens else self._stops.push(decoded)
         return TextDelta(text=text, stop=self._stops.matched)
 
     def finish(self) -> TextDelta:
         """No token follows: what was held back."""
-        text = self._stops.push(self._decoder.finish()) + self._stops.finish()
+        rest = self._decoder.finish()
+        if self._stops is None:
+            return TextDelta(text=rest)
+        text = self._stops.push(rest) + self._stops.finish()
         return TextDelta(text=text, stop=self._stops.matched)
 
 
-class _TokenDecoder:
-    """Tokens to text that no later token can change."""
+class _ByteDecoder:
+    """Tokens of a byte-level vocabulary to text that no later token can change."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._skipped = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    def __init__(self, vocabulary: Vocabulary, prompt_token_ids: Sequence[int]) -> None:
+        self._vocabulary = vocabulary
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decode(prompt_token_ids[-_WINDOW_TOKENS:])
+        # A character that the prompt began is the prompt's.
+        self._num_foreign = 1 if self._decoder.getstate()[0] else 0
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        return self._own(self._decode(token_ids))
+
+    def finish(self) -> str:
+        return self._own(self._decoder.decode(b"", final=True))
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._decoder.decode(b"".join(filter(None, map(self._vocabulary.bytes_of, token_ids))))
+
+    def _own(self, text: str) -> str:
+        if text and self._num_foreign:
+            self._num_foreign = 0
+            return text[1:]
+        return text
+
+
+class _WindowDecoder:
+    """Tokens of any other vocabulary to text that no later token can change."""
+
+    def __init__(self, vocabulary: Vocabulary, prompt_token_ids: Sequence[int]) -> None:
+        self._vocabulary = vocabulary
         self._window: list[int] = []
         for token_id in reversed(prompt_token_ids):
             if len(self._window) == _WINDOW_TOKENS:
                 break
-            if token_id not in self._skipped:
+            if vocabulary.bytes_of(token_id) != b"":
                 self._window.insert(0, token_id)
+        self._num_chars: int | None = None  # of the window's text, where it is known
         self._held = ""  # a U+FFFD at the window's end that may yet become a character
         self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, token_id: int) -> str:
-        token = self._tokenizer.id_to_token(token_id)
-        if token is None or token_id in self._skipped:
-            return ""
-        byte = self._byte_of(token_id, token)
-        text = self._push_token(token_id) if byte is None else self._push_byte(token_id, byte)
-        if len(self._window) >= 2 * _WINDOW_TOKENS:
-            del self._window[:-_WINDOW_TOKENS]
-        return text
+    def push(self, token_ids: Sequence[int]) -> str:
+        return "".join(map(self._push_one, token_ids))
 
     def finish(self) -> str:
         text = self._bytes.decode(b"", final=True) + self._held
         self._held = ""
         return text
 
+    def _push_one(self, token_id: int) -> str:
+        byte = self._vocabulary.bytes_of(token_id)
+        if byte == b"":
+            return ""
+        text = self._push_token(token_id) if byte is None else self._push_byte(token_id, byte)
+        if len(self._window) >= 2 * _WINDOW_TOKENS:
+            del self._window[:-_WINDOW_TOKENS]
+            self._num_chars = None
+        return text
+
     def _push_token(self, token_id: int) -> str:
         invalid = self._bytes.decode(b"", final=True)
-        start = len(self._decode(self._window)) - len(self._held)
+        if self._num_chars is None:
+            self._num_chars = len(self._vocabulary.decode(self._window))
+        start = self._num_chars - len(self._held)
         self._window.append(token_id)
-        text = self._decode(self._window)
+        text = self._vocabulary.decode(self._window)
+        self._num_chars = len(text)
         self._held = _REPLACEMENT if text.endswith(_REPLACEMENT) else ""
         return invalid + text[start : len(text) - len(self._held)]
 
@@ -126,17 +164,8 @@ class _TokenDecoder:
         text = self._held + self._bytes.decode(byte)
         self._held = ""
         self._window.append(token_id)
+        self._num_chars = None
         return text
-
-    def _byte_of(self, token_id: int, token: str) -> bytes | None:
-        """The byte that a byte-fallback token stands for; a token merely spelled like one decodes to itself."""
-        match = _BYTE_TOKEN.fullmatch(token)
-        if match is None or self._decode([token_id]) == token:
-            return None
-        return bytes.fromhex(match[1])
-
-    def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
 
 class _StopMatcher:
@@ -150,7 +179,7 @@ class _StopMatcher:
         if "" in stop:
             raise InvalidRequest("stop", "a stop string is empty")
         self._stop = stop
-        self._longest = max((len(string) for string in stop), default=0)
+        self._longest = max(map(len, stop))
         self._held = ""
         self.matched: str | None = None
 

@@ -17,6 +17,7 @@ from lorasrv.engine.client import Engine
 from lorasrv.engine.defaults import VersionDefaults, read_defaults
 from lorasrv.engine.output import OutputStream
 from lorasrv.engine.prompts import read_prompt
+from lorasrv.engine.vocabulary import Vocabulary
 from lorasrv.errors import EngineUnavailable, GenerationExists
 from lorasrv.requests import AdapterRef, Chat, Delta, Event, Finished, GenerationRequest, Prompt, Started
 from lorasrv.types import BASE_ID, AdapterUse, EngineRequest
@@ -72,6 +73,7 @@ class FrontDesk:
         self._versions = versions
         self._tokenizer = tokenizer
         self._chat_template = chat_template
+        self._vocabulary = Vocabulary(tokenizer)
         self._workers = workers
         self._pinning = pinning
         self._clock = clock
@@ -201,7 +203,9 @@ class FrontDesk:
 
     async def _follow(self, admission: Admission) -> AsyncGenerator[Event, None]:
         request = admission.engine_request
-        samples = {index: _Sample(OutputStream(self._tokenizer, request, admission.stop)) for index in range(request.n)}
+        samples = {
+            index: _Sample(OutputStream(self._vocabulary, request, admission.stop)) for index in range(request.n)
+        }
         async with aclosing(self._engine.stream(request)) as deltas:
             async for delta in deltas:
                 sample = samples[delta.index]
