@@ -182,6 +182,7 @@ async def _run_desk(setup: Setup, seeds: Sequence[int]) -> tuple[float, dict[int
             limits=TokenLimits.of(await engine.start()),
             versions=NoVersions(),
             tokenizer=load_tokenizer(Path(setup.model)),
+            chat_template=None,
             workers=workers,
             pinning=workers,
         )
