@@ -87,8 +87,10 @@ class FakeTiers:
         self._reading: dict[str, int] = {}
         self._host: set[str] = set()
         self._wanted: set[str] = set()
+        self._discarded: set[str] = set()
 
     def want(self, digests: Sequence[str]) -> None:
+        self._discarded -= set(digests) - self._wanted
         self._wanted = set(digests)
         for digest in digests:
             if digest not in self._host:
@@ -108,8 +110,9 @@ class FakeTiers:
                 elif digest in self._wanted:
                     failures[digest] = AdapterLoadFailed(f"adapter {digest} could not be read")
         for digest in sorted(self._host - self._wanted):
-            if self.random.random() < 0.02:
+            if digest in self._discarded or self.random.random() < 0.02:
                 self._host.remove(digest)
+        self._discarded &= self._host | self._reading.keys()
         return failures
 
     def load(self, digest: str, pages: list[int]) -> ResidentAdapter:
@@ -118,6 +121,9 @@ class FakeTiers:
         adapter = ResidentAdapter(digest=digest, pages=tuple(pages), directory=pages[0], max_rank=1)
         self.loaded[pages[0]] = adapter
         return adapter
+
+    def discard(self, digest: str) -> None:
+        self._discarded.add(digest)
 
     def host_tiers(self) -> dict[str, Tier]:
         return dict.fromkeys(self._host, Tier.HOST) | dict.fromkeys(self._reading, Tier.READING)

@@ -205,6 +205,9 @@ def test_random_use_keeps_every_invariant(make: Make, loader: Loader, seed: int)
         digest = rng.choice(digests)
         cache.poll()
         cache.request(digest)
+        if rng.random() < 0.2:
+            cache.discard(rng.choice(digests))
+            cache.check()
         if rng.random() < 0.3 and cache.state(digest) is HostState.READY:
             cache.pin(digest)
             pinned.append(digest)
@@ -240,3 +243,105 @@ def test_close_drops_everything(make: Make, loader: Loader) -> None:
     cache.poll()
     cache.check()
     assert (cache.snapshot().states, cache.snapshot().used_bytes) == ({}, 0)
+
+
+def test_a_discarded_image_goes_with_the_next_poll_and_no_other(make: Make, loader: Loader) -> None:
+    cache = make(10)
+    for digest in "ab":
+        assert read(cache, loader, digest)
+    cache.discard("a")
+    cache.discard("z")
+    cache.check()
+    assert cache.get("a") == b"a"
+    cache.poll()
+    cache.check()
+    assert (cache.state("a"), cache.get("b")) == (HostState.ABSENT, b"b")
+    assert cache.snapshot().used_bytes == 1
+    assert read(cache, loader, "a") == b"a"
+    cache.poll()
+    assert cache.get("a") == b"a"
+
+
+def test_a_discarded_image_stays_while_it_is_pinned(make: Make, loader: Loader) -> None:
+    cache = make(10)
+    assert read(cache, loader, "a")
+    cache.pin("a")
+    cache.discard("a")
+    cache.poll()
+    assert cache.get("a") == b"a"
+    cache.unpin("a")
+    assert cache.get("a") == b"a"
+    cache.poll()
+    cache.check()
+    assert cache.snapshot().states == {}
+
+
+def test_what_is_discarded_while_it_is_read_is_not_kept(make: Make, loader: Loader) -> None:
+    """In a worker's hands, queued behind those, or failing: it goes, and evicts nothing on its way."""
+    cache = make(3)
+    assert read(cache, loader, "a")
+    loader.gate.clear()
+    loader.broken.add("c")
+    loader.sizes["b"] = 3
+    for digest in "bcde":
+        cache.request(digest)
+    for digest in "bcd":
+        cache.discard(digest)
+    cache.poll()
+    cache.check()
+    assert [cache.state(digest) for digest in "bcde"] == [
+        HostState.READING,
+        HostState.READING,
+        HostState.ABSENT,
+        HostState.READING,
+    ]
+    loader.gate.set()
+    loader.wait_ended(2)
+    cache.poll()
+    cache.check()
+    loader.wait_ended()
+    cache.poll()
+    cache.check()
+    assert cache.snapshot().states == {"a": HostState.READY, "e": HostState.READY}
+    assert "d" not in loader.calls
+
+
+def test_what_waits_for_room_can_be_discarded(make: Make, loader: Loader) -> None:
+    cache = make(1)
+    assert read(cache, loader, "a")
+    cache.pin("a")
+    cache.request("b")
+    loader.wait_ended()
+    cache.poll()
+    cache.discard("b")
+    cache.poll()
+    cache.check()
+    assert cache.snapshot().states == {"a": HostState.READY}
+
+
+def test_a_request_takes_a_discard_back(make: Make, loader: Loader) -> None:
+    cache = make(2)
+    assert read(cache, loader, "a")
+    loader.gate.clear()
+    cache.request("b")
+    for digest in "ab":
+        cache.discard(digest)
+        cache.request(digest)
+    loader.gate.set()
+    loader.wait_ended()
+    cache.poll()
+    cache.check()
+    assert (cache.get("a"), cache.get("b"), loader.calls) == (b"a", b"b", ["a", "b"])
+
+
+def test_a_discarded_failure_is_forgotten(make: Make, loader: Loader) -> None:
+    cache = make(1)
+    loader.broken.update("ab")
+    for digest in "ab":
+        assert read(cache, loader, digest) is None
+        cache.discard(digest)
+    cache.forget_failure("b")
+    cache.check()
+    cache.poll()
+    cache.check()
+    assert cache.snapshot().states == {}

@@ -15,7 +15,7 @@ from lorasrv.engine.tiers import Tiers
 from lorasrv.memory.packing import PackedAdapter
 from lorasrv.memory.residency import ResidentAdapter
 from lorasrv.memory.storage import PageStorage
-from lorasrv.types import AdapterUse, EngineRequest, TokenDelta
+from lorasrv.types import AdapterUse, EngineRequest, Tier, TokenDelta
 
 BLOCK_TOKENS = 4
 WAIT_S = 10.0
@@ -212,3 +212,37 @@ def test_close_waits_for_reads_that_run_and_begins_no_more() -> None:
     threading.Timer(0.05, gate.set).start()
     core.close()
     assert len(reads) == 2
+
+
+def test_a_discarded_adapter_leaves_the_host_when_nobody_wants_it() -> None:
+    reads: list[str] = []
+
+    def read(digest: str) -> Image:
+        reads.append(digest)
+        return Image(digest, 1)
+
+    core, tiers = make_core(read, budget_bytes=4, num_pages=8)
+
+    def read_all(digests: Sequence[str]) -> None:
+        tiers.want(digests)
+        while any(tiers.num_pages(digest) is None for digest in digests):
+            tiers.wait(WAIT_S)
+            tiers.poll()
+
+    read_all(["a0", "a1"])
+    tiers.discard("a0")
+    tiers.poll()
+    assert tiers.num_pages("a0") == 1, "it is wanted"
+    tiers.want(["a1"])
+    assert tiers.num_pages("a0") == 1, "images go in poll alone"
+    tiers.poll()
+    assert tiers.host_tiers() == {"a1": Tier.HOST}
+    tiers.discard("a1")
+    tiers.want([])
+    read_all(["a1"])
+    tiers.poll()
+    assert tiers.host_tiers() == {"a1": Tier.HOST}, "it was wanted again"
+    read_all(["a0", "a1"])
+    assert reads.count("a0") == 2 and reads.count("a1") == 1
+    core.check()
+    core.close()

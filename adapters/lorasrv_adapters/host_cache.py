@@ -55,8 +55,8 @@ class HostCache(Generic[Image]):
     A digest that is requested is READING, then READY or FAILED; requests in between change nothing. A failure stays,
     for its requests to see, until `forget_failure`; the next `request` then reads again. Images come and go in `poll`
     alone: what was ready before another call is ready after it. Ready images that are not pinned go, least recently
-    got first, when a new one needs room. While pins leave no room, loaded images wait (still READING) and no further
-    load begins: beyond the budget there are at most `num_threads` images.
+    got first, when a new one needs room, and discarded ones in any case. While pins leave no room, loaded images wait
+    (still READING) and no further load begins: beyond the budget there are at most `num_threads` images.
     """
 
     def __init__(
@@ -81,18 +81,20 @@ class HostCache(Generic[Image]):
         self._ready: OrderedDict[str, _Ready[Image]] = OrderedDict()
         self._failed: dict[str, Exception] = {}
         self._pins: dict[str, int] = {}
+        self._discarded: set[str] = set()
         self._used_bytes = 0
         self._num_loads = 0
         self._num_evictions = 0
 
     def request(self, digest: str) -> None:
         """Have an image read, unless it is ready, being read or has failed; never blocks."""
+        self._discarded.discard(digest)
         if self.state(digest) is HostState.ABSENT:
             self._queued.append(digest)
             self._dispatch()
 
     def poll(self) -> None:
-        """Take in what the workers finished, which may evict, then keep them busy."""
+        """Take in what the workers finished, which may evict, drop what was discarded, and keep the workers busy."""
         while True:
             try:
                 loaded = self._done.get_nowait()
@@ -100,6 +102,8 @@ class HostCache(Generic[Image]):
                 break
             self._in_flight.remove(loaded.digest)
             self._take_in(loaded)
+        for digest in [d for d in self._discarded if d not in self._pins and d not in self._in_flight]:
+            self._drop(digest)
         while self._parked and self._make_room(self._parked[0][2]):
             self._insert(*self._parked.popleft())
         self._dispatch()
@@ -129,7 +133,15 @@ class HostCache(Generic[Image]):
 
     def forget_failure(self, digest: str) -> None:
         """Make a FAILED digest ABSENT again."""
-        self._failed.pop(digest, None)
+        if self._failed.pop(digest, None) is not None:
+            self._discarded.discard(digest)
+
+    def discard(self, digest: str) -> None:
+        """Nobody will get this image again: it goes in the first `poll` in which it is neither pinned nor in a worker's
+        hands. A later `request` takes this back.
+        """
+        if self.state(digest) is not HostState.ABSENT:
+            self._discarded.add(digest)
 
     def pin(self, digest: str) -> None:
         """Keep an image that is being read or ready until `unpin`; counted."""
@@ -158,7 +170,15 @@ class HostCache(Generic[Image]):
         """Wait for the loads that run, and drop everything."""
         self._workers.shutdown(wait=True, cancel_futures=True)
         self._done = queue.SimpleQueue()
-        for held in (self._queued, self._parked, self._ready, self._in_flight, self._failed, self._pins):
+        for held in (
+            self._queued,
+            self._parked,
+            self._ready,
+            self._in_flight,
+            self._failed,
+            self._pins,
+            self._discarded,
+        ):
             held.clear()
         self._used_bytes = 0
 
@@ -171,7 +191,7 @@ class HostCache(Generic[Image]):
         assert self._used_bytes <= self._budget_bytes
         assert len(self._in_flight) + len(self._parked) <= self._num_threads
         assert all(count > 0 for count in self._pins.values())
-        assert self._pins.keys() <= set(everywhere)
+        assert self._pins.keys() | self._discarded <= set(everywhere)
         idle = not self._in_flight and not self._parked
         assert not (idle and self._queued), "queued loads that nothing will start"
 
@@ -186,6 +206,17 @@ class HostCache(Generic[Image]):
             )
             return
         self._parked.append((loaded.digest, loaded.result, size_bytes))
+
+    def _drop(self, digest: str) -> None:
+        """Forget a digest that no worker has in its hands, wherever it is."""
+        self._discarded.remove(digest)
+        self._failed.pop(digest, None)
+        if digest in self._queued:
+            self._queued.remove(digest)
+        self._parked = deque(parked for parked in self._parked if parked[0] != digest)
+        entry = self._ready.pop(digest, None)
+        if entry is not None:
+            self._used_bytes -= entry.size_bytes
 
     def _insert(self, digest: str, image: Image, size_bytes: int) -> None:
         self._ready[digest] = _Ready(image=image, size_bytes=size_bytes)

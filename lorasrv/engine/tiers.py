@@ -47,6 +47,10 @@ class AdapterTiers(Protocol):
         """Copy an image from host memory to these pages of the device."""
         ...
 
+    def discard(self, digest: str) -> None:
+        """No request uses this adapter and none is to come: `poll` drops its image. A later `want` takes this back."""
+        ...
+
     def host_tiers(self) -> dict[str, Tier]:
         """Digests above the disk tier, device excluded. Not to be asked within a step."""
         ...
@@ -109,6 +113,9 @@ class Tiers:
         assert image is not None, f"{digest} is not in host memory"
         directory = self._storage.write_adapter(image, pages)
         return ResidentAdapter(digest=digest, pages=tuple(pages), directory=directory, max_rank=image.max_rank)
+
+    def discard(self, digest: str) -> None:
+        self._host.discard(digest)
 
     def host_tiers(self) -> dict[str, Tier]:
         self._host.poll()
