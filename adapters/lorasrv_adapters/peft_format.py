@@ -1,4 +1,4 @@
-"""A PEFT adapter folder against the base model: every file, tensor and value is accounted for, or it is refused.
+"""A PEFT adapter's two files against the base model: every file, tensor and value is accounted for, or it is refused.
 
 The result says which tensor is A and B of which module, where its bytes are and at which scale it acts; the
 weights stay in the file, untouched. All reasons for a refusal are collected, not only the first.
@@ -7,6 +7,7 @@ weights stay in the file, untouched. All reasons for a refusal are collected, no
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -75,15 +76,16 @@ def validate_folder(
     config_bytes = _read_config(path / CONFIG_FILE, errors)
     try:
         with open_regular(path / WEIGHTS_FILE) as weights:
-            spec = _collect(config_bytes, weights, base, max_rank, errors)
-            if spec is not None:
-                errors += check(spec)
-                errors += bad_values(weights, _entries(spec), base.dtype)
+            return _validate(config_bytes, weights, base, max_rank, check, errors)
     except MalformedFile as error:
         raise ContentRefused([*errors, error]) from None
-    if errors or spec is None:
-        raise ContentRefused(errors)
-    return spec
+
+
+def validate_bytes(
+    config_bytes: bytes, weights: bytes, base: BaseShapes, max_rank: int, check: SpecCheck = accept_all
+) -> AdapterSpec:
+    """The same of an adapter whose files are in memory."""
+    return _validate(config_bytes, BytesIO(weights), base, max_rank, check, [])
 
 
 def read_spec(config_bytes: bytes, weights: BinaryIO, base: BaseShapes, max_rank: int) -> AdapterSpec:
@@ -114,13 +116,27 @@ def max_file_bytes(base: BaseShapes, max_rank: int) -> dict[str, int]:
 def _read_config(path: Path, errors: list[ContentError]) -> bytes | None:
     try:
         with open_regular(path) as file:
-            data = file.read(MAX_CONFIG_BYTES + 1)
-        if len(data) > MAX_CONFIG_BYTES:
-            raise MalformedFile(f"{CONFIG_FILE} is over the limit of {MAX_CONFIG_BYTES} bytes")
-        return data
+            return file.read(MAX_CONFIG_BYTES + 1)
     except MalformedFile as error:
         errors.append(error)
         return None
+
+
+def _validate(
+    config_bytes: bytes | None,
+    weights: BinaryIO,
+    base: BaseShapes,
+    max_rank: int,
+    check: SpecCheck,
+    errors: list[ContentError],
+) -> AdapterSpec:
+    spec = _collect(config_bytes, weights, base, max_rank, errors)
+    if spec is not None:
+        errors += check(spec)
+        errors += bad_values(weights, _entries(spec), base.dtype)
+    if errors or spec is None:
+        raise ContentRefused(errors)
+    return spec
 
 
 def _collect(
@@ -131,6 +147,8 @@ def _collect(
     header: SafetensorsHeader | None = None
     try:
         if config_bytes is not None:
+            if len(config_bytes) > MAX_CONFIG_BYTES:
+                raise MalformedFile(f"{CONFIG_FILE} is over the limit of {MAX_CONFIG_BYTES} bytes")
             config, found = parse_peft_config(config_bytes, max_rank)
             errors += found
     except MalformedFile as error:

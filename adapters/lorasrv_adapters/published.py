@@ -1,14 +1,15 @@
-"""A published version, opened for its weights. An engine process needs the blob folder and a digest, no catalogue."""
+"""A version, opened for its weights. An engine process needs the blob folder and a digest, no catalogue."""
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 from lorasrv_adapters.base import BaseShapes
 from lorasrv_adapters.blobs import BlobStore, file_sha256
 from lorasrv_adapters.errors import CorruptBlob, MalformedFile
 from lorasrv_adapters.manifest import (
     CONFIG_FILE,
-    FILE_NAMES,
     MAX_MANIFEST_BYTES,
     WEIGHTS_FILE,
     Manifest,
@@ -23,18 +24,22 @@ from lorasrv_adapters.peft_format import (
     accept_all,
     open_regular,
     read_spec,
+    validate_bytes,
     validate_folder,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFiles:
-    """What a packer needs: `spec` says where in `weights_file` each matrix lies."""
+    """What a packer needs: `spec` says where in `weights`, a file or its bytes, each matrix lies."""
 
     digest: str
     spec: AdapterSpec
-    weights_file: Path
+    weights: Path | bytes
     size_bytes: int
+
+    def open_weights(self) -> BinaryIO:
+        return BytesIO(self.weights) if isinstance(self.weights, bytes) else self.weights.open("rb")
 
 
 def open_version(blobs: BlobStore, digest: str, base: BaseShapes, max_rank: int) -> AdapterFiles:
@@ -50,7 +55,7 @@ def open_version(blobs: BlobStore, digest: str, base: BaseShapes, max_rank: int)
     with blobs.open(weights_file.sha256) as weights:
         spec = read_spec(config_bytes, weights, base, max_rank)
     return AdapterFiles(
-        digest=digest, spec=spec, weights_file=blobs.path(weights_file.sha256), size_bytes=manifest.size_bytes
+        digest=digest, spec=spec, weights=blobs.path(weights_file.sha256), size_bytes=manifest.size_bytes
     )
 
 
@@ -60,14 +65,20 @@ def open_folder(folder: Path, base: BaseShapes, max_rank: int, check: SpecCheck 
     Raises ContentRefused with every reason.
     """
     spec = validate_folder(folder, base, max_rank, check)
-    files: list[ManifestFile] = []
-    for name in FILE_NAMES:
-        with open_regular(folder / name) as file:
-            files.append(ManifestFile(name=name, sha256=file_sha256(file), size_bytes=file.tell()))
-    manifest = make_manifest(files)
+    with open_regular(folder / CONFIG_FILE) as config, open_regular(folder / WEIGHTS_FILE) as weights:
+        manifest = _manifest(config, weights)
     return AdapterFiles(
-        digest=manifest.digest, spec=spec, weights_file=folder / WEIGHTS_FILE, size_bytes=manifest.size_bytes
+        digest=manifest.digest, spec=spec, weights=folder / WEIGHTS_FILE, size_bytes=manifest.size_bytes
     )
+
+
+def open_bytes(
+    config_bytes: bytes, weights: bytes, base: BaseShapes, max_rank: int, check: SpecCheck = accept_all
+) -> AdapterFiles:
+    """The same of an adapter whose two files are in memory."""
+    spec = validate_bytes(config_bytes, weights, base, max_rank, check)
+    manifest = _manifest(BytesIO(config_bytes), BytesIO(weights))
+    return AdapterFiles(digest=manifest.digest, spec=spec, weights=weights, size_bytes=manifest.size_bytes)
 
 
 def read_manifest(blobs: BlobStore, digest: str) -> Manifest:
@@ -76,3 +87,12 @@ def read_manifest(blobs: BlobStore, digest: str) -> Manifest:
         return parse_manifest(blobs.read_verified(digest, MAX_MANIFEST_BYTES))
     except MalformedFile as error:
         raise CorruptBlob(f"version {digest}: {error}") from None
+
+
+def _manifest(config: BinaryIO, weights: BinaryIO) -> Manifest:
+    return make_manifest(
+        [
+            ManifestFile(name=name, sha256=file_sha256(file), size_bytes=file.tell())
+            for name, file in ((CONFIG_FILE, config), (WEIGHTS_FILE, weights))
+        ]
+    )
