@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasrv.config import EngineConfig
-from lorasrv.engine.core import EngineCore, Limits
+from lorasrv.engine.core import Limits
+from lorasrv.engine.discarding import DiscardingCore as EngineCore
 from lorasrv.engine.packer import Packer
 from lorasrv.engine.runner import build_runner
 from lorasrv.engine.tiers import Tiers
