@@ -140,10 +140,9 @@ def test_weights_are_copied_and_not_kept(llm: LLM, live: PeftModel) -> None:
     expected = peft_tokens(live)
     tensors = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(live).items()}
     llm.add_adapter("policy", tensors, live.peft_config["default"])
-    for tensor in tensors.values():
-        tensor.zero_()
+    torch._foreach_zero_(list(tensors.values()))
     refs = [weakref.ref(tensor) for tensor in tensors.values()]
-    del tensors, tensor
+    del tensors
     assert all(ref() is None for ref in refs)
     assert our_tokens(llm) == expected
 
@@ -194,11 +193,11 @@ def test_weights_of_any_float_dtype(llm: LLM, live: PeftModel, dtype: torch.dtyp
     assert our_tokens(llm) == peft_tokens(live)
 
 
-REFUSED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, Any]], str]] = {
+REFUSED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[Any, Any]], str]] = {
     "base weights": (lambda s: s | {"base_model.model.lm_head.weight": torch.ones(1)}, "no LoRA.*lm_head.weight"),
     "magnitudes": (lambda s: s | {f"{Q0}.lora_magnitude_vector": torch.ones(1)}, "no LoRA.*lora_magnitude_vector"),
     "biases": (lambda s: s | {f"{Q0}.lora_B.default.bias": torch.ones(1)}, "no LoRA.*lora_B.default.bias"),
-    "a name that is no text": (lambda s: s | {3: torch.ones(1)}, "no LoRA.*3"),
+    "a name that is no text": (lambda s: {**s, 3: torch.ones(1)}, "no LoRA.*3"),
     "two adapters": (
         lambda s: named(s, lambda n: n.replace("_A.", "_A.one.").replace("_B.", "_B.two.")),
         "several adapters.*of one.*of two",

@@ -127,10 +127,11 @@ def make_driver(core: LateCore, max_open: int = 100) -> Driver:
 MAKER = RunMaker(TOKENIZER, LIMITS)
 
 
-def make_runs(prompts: Sequence[str], *, streamed: bool = False, **sampling: object) -> list[Run]:
+def make_runs(prompts: Sequence[str], *, streamed: bool = False, n: int = 1, **sampling: object) -> list[Run]:
     params = SamplingParams(**{"max_tokens": 4, **sampling})
     token_ids = [[LETTERS[letter] for letter in prompt] for prompt in prompts]
-    return MAKER.make(make_asks(token_ids, "base", None, params), {}, streamed=streamed)
+    runs = MAKER.make(make_asks(token_ids, "base", None, params), {}, streamed=streamed)
+    return [Run(replace(run.request, n=n), params.stop, TOKENIZER, streamed=streamed) for run in runs]
 
 
 def run_all(driver: Driver, runs: Sequence[Run]) -> list[Generation]:
