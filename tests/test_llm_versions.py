@@ -140,9 +140,10 @@ def test_weights_are_copied_and_not_kept(llm: LLM, live: PeftModel) -> None:
     expected = peft_tokens(live)
     tensors = {name: tensor.clone() for name, tensor in get_peft_model_state_dict(live).items()}
     llm.add_adapter("policy", tensors, live.peft_config["default"])
-    torch._foreach_zero_(list(tensors.values()))
+    for name in tensors:
+        tensors[name].zero_()
     refs = [weakref.ref(tensor) for tensor in tensors.values()]
-    del tensors
+    tensors.clear()
     assert all(ref() is None for ref in refs)
     assert our_tokens(llm) == expected
 
