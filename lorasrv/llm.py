@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -13,7 +13,8 @@ from tqdm.auto import tqdm
 from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from lorasrv.engine.admission import TokenLimits
 from lorasrv.engine.build import assemble
-from lorasrv.engine.fitting import page_check
+from lorasrv.engine.chat import load_chat_template
+from lorasrv.engine.defaults import adapter_check, read_defaults
 from lorasrv.engine.packer import Packer
 from lorasrv.engine.text import load_tokenizer
 from lorasrv.errors import AdapterLoadFailed, InvalidRequest
@@ -21,11 +22,11 @@ from lorasrv.memory.packing import PackedAdapter
 from lorasrv.model.base_shapes import base_shapes
 from lorasrv.offline.driver import Driver
 from lorasrv.offline.live_adapter import LiveConfig, adapter_files
-from lorasrv.offline.prompts import Prompt, RunMaker, make_asks
+from lorasrv.offline.prompts import Ask, Conversation, Prompt, RunMaker, as_chat, is_conversation, make_asks
 from lorasrv.offline.results import Delta, Generation, Sample
 from lorasrv.offline.runs import Run
 from lorasrv.offline.stream import Stream
-from lorasrv.offline.versions import Versions
+from lorasrv.offline.versions import Version, Versions
 from lorasrv.types import BASE_ID, EngineStatus, SamplingParams
 from lorasrv_adapters.published import AdapterFiles, open_bytes, open_folder
 
@@ -66,14 +67,14 @@ class LLM:
         )
         tokenizer = load_tokenizer(Path(model))
         self._base = base_shapes(model, dtype)
-        self._check = page_check(self._config)
+        self._check = adapter_check(self._config)
         self._versions = versions = Versions()
 
         def read(digest: str, _: Packer) -> PackedAdapter:
-            image = versions.image(digest)
-            if image is None:
+            version = versions.find(digest)
+            if version is None:
                 raise AdapterLoadFailed("it is not loaded any more")
-            return image
+            return version.image
 
         assembly = assemble(self._config, read)
         self._packer = assembly.packer
@@ -81,7 +82,7 @@ class LLM:
         # Enough for the scheduler to look ahead; the core's queue is never full for the lack of patience.
         max_open = min(limits.max_waiting, limits.max_running + limits.lookahead)
         self._driver = Driver(assembly.core, versions, max_open)
-        self._maker = RunMaker(tokenizer, TokenLimits.of(assembly.info))
+        self._maker = RunMaker(tokenizer, load_chat_template(Path(model)), TokenLimits.of(assembly.info))
 
     def add_adapter(
         self,
@@ -104,8 +105,11 @@ class LLM:
         if name == BASE_ID:
             raise InvalidRequest("name", f"{BASE_ID!r} is the base model's")
         files = self._read(source, config)
-        image = self._versions.image(files.digest) or self._packer.pack(files)
-        self._driver.publish(name, files.digest, image)
+        version = self._versions.find(files.digest)
+        if version is None:
+            image, defaults = self._packer.pack(files), read_defaults(files.spec.serving)
+            version = Version(digest=files.digest, image=image, defaults=defaults)
+        self._driver.publish(name, version)
         return files.digest
 
     def remove_adapter(self, name: str) -> None:
@@ -130,26 +134,36 @@ class LLM:
         the `error`, and asking for its text raises it.
         """
         asks = make_asks([prompts] if isinstance(prompts, str) else prompts, adapter, scale, sampling)
-        with self._driver.holding({ask.adapter for ask in asks} - {BASE_ID}) as digests:
-            runs = self._maker.make(asks, digests)
-            try:
-                self._complete(runs, progress)
-            finally:
-                self._driver.end(runs)
-        return [run.result() for run in runs]
+        return self._generate(asks, progress)
+
+    def chat(
+        self,
+        conversations: Conversation | Sequence[Conversation],
+        *,
+        adapter: str | Sequence[str] = BASE_ID,
+        scale: float | Sequence[float | None] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: bool = False,
+    ) -> list[Generation]:
+        """The next message of each conversation, a list of dicts of `role` and `content`, by the model's own chat
+        template; all else is as with `generate`. One conversation alone is a list of one.
+        """
+        several = [conversations] if is_conversation(conversations) else cast(Sequence[Conversation], conversations)
+        chats = [as_chat(conversation) for conversation in several]
+        return self._generate(make_asks(chats, adapter, scale, sampling), progress)
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Conversation,
         *,
         adapter: str = BASE_ID,
         scale: float | None = None,
         sampling: SamplingParams | None = None,
     ) -> Stream:
-        """Begin to generate for one prompt: an iterator of Deltas. Raises InvalidRequest, QueueFull."""
+        """Begin to generate for one prompt or conversation: an iterator of Deltas. Raises InvalidRequest, QueueFull."""
         asks = make_asks([prompt], adapter, scale, sampling)
-        with self._driver.holding({adapter} - {BASE_ID}) as digests:
-            (run,) = self._maker.make(asks, digests, streamed=True)
+        with self._driver.holding({adapter} - {BASE_ID}) as versions:
+            (run,) = self._maker.make(asks, versions, streamed=True)
             return Stream(self._driver, run)
 
     def status(self) -> EngineStatus:
@@ -186,6 +200,15 @@ class LLM:
         if config is None:
             raise InvalidRequest("config", "a state dict needs its configuration")
         return open_bytes(*adapter_files(source, config), self._base, max_rank, self._check)
+
+    def _generate(self, asks: list[Ask], progress: bool) -> list[Generation]:
+        with self._driver.holding({ask.adapter for ask in asks} - {BASE_ID}) as versions:
+            runs = self._maker.make(asks, versions)
+            try:
+                self._complete(runs, progress)
+            finally:
+                self._driver.end(runs)
+        return [run.result() for run in runs]
 
     def _complete(self, runs: list[Run], progress: bool) -> None:
         """Run to the end what nobody has started yet."""

@@ -14,15 +14,38 @@ class AdapterRef:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """One call, unchecked. `prompt` is text, token ids, or None when the caller set neither.
+class ChatMessage:
+    """`role` is what the model's chat template knows: system, user, assistant, as a rule."""
 
-    With `echo` the prompt comes back with Started.
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chat:
+    """A conversation whose next message is asked for."""
+
+    messages: tuple[ChatMessage, ...]
+
+    def with_system(self, prompt: str | None) -> "Chat":
+        """The same behind a system message, unless it begins with one or there is none to add."""
+        if prompt is None or (self.messages and self.messages[0].role == "system"):
+            return self
+        return Chat(messages=(ChatMessage(role="system", content=prompt), *self.messages))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One call, unchecked. `prompt` is text, token ids, a chat, or None when the caller set none of them.
+
+    With `echo` the prompt comes back with Started. What `sampling` leaves unset, and the system prompt of a chat, are
+    the adapter version's own, unless `ignore_version_defaults`.
     """
 
     tenant: str
     adapters: tuple[AdapterRef, ...]
-    prompt: str | tuple[int, ...] | None
+    prompt: str | tuple[int, ...] | Chat | None
+    ignore_version_defaults: bool = False
     sampling: SamplingParams = field(default_factory=SamplingParams)
     generation_id: str | None = None
     echo: bool = False

@@ -1,8 +1,9 @@
 """Frozen values that cross threads and processes. Standard library only."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sized
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
+from typing import Any, Self
 
 BASE_ID = "base"
 DEFAULT_MAX_TOKENS = 256
@@ -29,28 +30,63 @@ class Tier(StrEnum):
 class SamplingParams:
     """How tokens are drawn, and when drawing ends. The wire's SamplingParams says what each field means.
 
-    `temperature` 0 is greedy; `top_k` None keeps all tokens; `seed` None draws one; `logprobs` None gives none, and 0
-    those of the drawn tokens alone. `n` samples are drawn of one prompt.
+    None, or an empty list or map, is unset: then the adapter version's default holds if it has one, else the system's,
+    which `CompleteSampling` states. `temperature` 0 is greedy; `top_k` 0 keeps all tokens; `logprobs` 0 gives those of
+    the drawn tokens alone; `n` samples are drawn of one prompt.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
+    temperature: float | None = None
+    top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    n: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The fields that are set."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            name: value
+            for name, value in values.items()
+            if value is not None and not (isinstance(value, Sized) and len(value) == 0)
+        }
+
+    def over(self, defaults: "SamplingParams") -> "SamplingParams":
+        """The same, with `defaults` for what is unset."""
+        return replace(defaults, **self.given())
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompleteSampling(SamplingParams):
+    """With the system's defaults for what is unset. What may still be None is up to the request: `max_tokens` to its
+    prompt, a `seed` is drawn, `top_k` keeps all, `logprobs` are not sent.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
-    bad_words: tuple[tuple[int, ...], ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     ignore_eos: bool = False
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
     n: int = 1
+
+    @classmethod
+    def of(cls, sampling: SamplingParams) -> Self:
+        return cls(**sampling.given())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lorasrv_adapters.base import BaseModule, BaseShapes
-from lorasrv_adapters.manifest import CONFIG_FILE, FILE_NAMES, WEIGHTS_FILE
+from lorasrv_adapters.manifest import CONFIG_FILE, FILE_NAMES, SERVING_FILE, WEIGHTS_FILE
 from lorasrv_adapters.records import UploadFile
 
 ALL_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -101,5 +101,6 @@ def small_adapter(folder: Path, base: BaseShapes, *, seed: int = 0, rank: int = 
 
 def upload_files(folder: Path) -> list[UploadFile]:
     """What a client announces of a folder."""
-    contents = [(name, (folder / name).read_bytes()) for name in FILE_NAMES]
+    names = (*FILE_NAMES, SERVING_FILE) if (folder / SERVING_FILE).exists() else FILE_NAMES
+    contents = [(name, (folder / name).read_bytes()) for name in names]
     return [UploadFile(name=n, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest()) for n, data in contents]

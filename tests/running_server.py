@@ -12,7 +12,7 @@ import grpc
 
 from fake_engine import FakeEngine, server_config
 from lorasrv.client.errors import error_from_call
-from lorasrv.server.server import Server
+from lorasrv.server.server import Server, ServerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,9 @@ class Running:
 
 
 @asynccontextmanager
-async def running_server(data_dir: Path) -> AsyncIterator[Running]:
+async def running_server(data_dir: Path, config: ServerConfig | None = None) -> AsyncIterator[Running]:
     engine = FakeEngine()
-    server = Server(server_config(data_dir), lambda config: engine)
+    server = Server(config or server_config(data_dir), lambda _: engine)
     address = await server.start()
     async with grpc.aio.insecure_channel(address) as channel:
         try:

@@ -61,6 +61,7 @@ class Desk:
             limits=LIMITS,
             versions=self.versions,
             tokenizer=load_tokenizer(BASE_MODEL),
+            chat_template=None,
             workers=workers,
         )
 

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import json
+import shutil
 import signal
 import threading
 import time
@@ -397,3 +398,54 @@ def test_what_a_notebook_shows(llm: LLM) -> None:
     assert repr(stream) == "Stream('B', running)"
     stream.result()
     assert repr(stream) == "Stream('BANANA', ended)"
+
+
+CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message.content | lower }}{% endfor %}>"
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """The sample model with a template that asks for what all messages say together."""
+    folder = tmp_path_factory.mktemp("chatty")
+    for file in (SAMPLES / "base").iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    upper = folder / "upper"
+    shutil.copytree(SAMPLES / "upper", upper)
+    (upper / "serving.json").write_text(json.dumps({"sampling": {"temperature": 0}, "system_prompt": "pre"}))
+    with LLM(folder) as llm:
+        llm.add_adapter("upper", upper)
+        llm.add_adapter("reverse", SAMPLES / "reverse")
+        yield llm
+
+
+def says(*contents: str, first_role: str = "user") -> list[dict[str, str]]:
+    return [{"role": "user" if i else first_role, "content": content} for i, content in enumerate(contents)]
+
+
+def test_chats_follow_the_template_and_the_versions_defaults(chatty: LLM) -> None:
+    (output,) = chatty.chat(says("BAN", "ana"), adapter="reverse", sampling=GREEDY)
+    assert output.text == "ananab"
+    outputs = chatty.chat(
+        [says("banana"), says("fix", "banana", first_role="system"), says("abba")],
+        adapter=["upper", "upper", "reverse"],
+        sampling=[SamplingParams(), SamplingParams(), GREEDY],
+    )
+    assert [output.text for output in outputs] == ["PREBANANA", "FIXBANANA", "abba"]
+    assert chatty.chat([]) == []
+    deltas = list(chatty.stream(says("banana"), adapter="upper"))
+    assert "".join(delta.text for delta in deltas) == "PREBANANA"
+
+
+def test_what_is_no_conversation_is_refused(chatty: LLM, llm: LLM) -> None:
+    for conversation, match in (
+        ([{"role": "user"}], "role and content"),
+        ([{"role": "user", "content": "a", "name": "b"}], "nothing else"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "is a list, not text"),
+        ("banana", "not a dict"),
+        ([[]], "at least one message"),
+    ):
+        with pytest.raises(InvalidRequest, match=match):
+            chatty.chat(conversation)
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        llm.chat(says("banana"))

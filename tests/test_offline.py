@@ -19,7 +19,7 @@ from lorasrv.offline.prompts import RunMaker, make_asks
 from lorasrv.offline.results import Delta, Generation
 from lorasrv.offline.runs import Run
 from lorasrv.offline.stream import Stream
-from lorasrv.offline.versions import Versions
+from lorasrv.offline.versions import Version, Versions
 from lorasrv.types import (
     EngineRequest,
     EngineStatus,
@@ -34,7 +34,7 @@ from lorasrv.types import (
 TOKENIZER = load_tokenizer(Path(__file__).parent.parent / "adapters" / "samples" / "base")
 LIMITS = TokenLimits(vocab_size=300, context_tokens=1000, pool_tokens=1000)
 LETTERS = {letter: TOKENIZER.encode(letter).ids[-1] for letter in "abcdefgh"}
-IMAGE = cast(PackedAdapter, object())
+ONE, TWO = (Version(digest=digest, image=cast(PackedAdapter, object())) for digest in ("one", "two"))
 
 
 @dataclass
@@ -124,7 +124,7 @@ def make_driver(core: LateCore, max_open: int = 100) -> Driver:
     return Driver(core, Versions(), max_open)
 
 
-MAKER = RunMaker(TOKENIZER, LIMITS)
+MAKER = RunMaker(TOKENIZER, None, LIMITS)
 
 
 def make_runs(prompts: Sequence[str], *, streamed: bool = False, n: int = 1, **sampling: object) -> list[Run]:
@@ -244,8 +244,8 @@ def test_what_is_dropped_in_the_middle_of_a_step_is_taken_back_after_it(monkeypa
 
 
 def with_adapter(run: Run, driver: Driver, name: str) -> Run:
-    with driver.holding([name]) as digests:
-        (made,) = MAKER.make(make_asks([[*run.request.token_ids]], name, 0.5, SamplingParams(max_tokens=4)), digests)
+    with driver.holding([name]) as versions:
+        (made,) = MAKER.make(make_asks([[*run.request.token_ids]], name, 0.5, SamplingParams(max_tokens=4)), versions)
         assert made.request.adapter is not None and made.request.adapter.scale == 0.5
         driver.advance(deque([made]))
     return made
@@ -255,11 +255,11 @@ def test_a_version_is_discarded_when_its_last_use_ends() -> None:
     core = LateCore()
     driver = make_driver(core)
     (plain,) = make_runs(["abcd"])
-    driver.publish("x", "one", IMAGE)
+    driver.publish("x", ONE)
     run = with_adapter(plain, driver, "x")
-    driver.publish("x", "one", IMAGE)
-    driver.publish("y", "two", IMAGE)
-    driver.publish("x", "two", IMAGE)
+    driver.publish("x", ONE)
+    driver.publish("y", TWO)
+    driver.publish("x", TWO)
     assert core.discarded == []
     again = with_adapter(plain, driver, "x")
     while not run.ended:
@@ -275,7 +275,7 @@ def test_a_version_is_discarded_when_its_last_use_ends() -> None:
     driver.check()
     with pytest.raises(InvalidRequest, match="'x'"), driver.holding(["x"]):
         pass
-    driver.publish("x", "one", IMAGE)
+    driver.publish("x", ONE)
     with driver.holding(["x"]):
         driver.unpublish("x")
         assert core.discarded == ["one", "two"]

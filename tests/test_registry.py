@@ -1,6 +1,7 @@
 """The registry: publishing is atomic whatever kills it, uploads resume, tenants see only their own, pins hold."""
 
 import errno
+import json
 import os
 import shutil
 import sqlite3
@@ -8,14 +9,23 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 
 from adapter_files import llama_shapes, lora_config, lora_tensors, small_adapter, upload_files, write_adapter
 from lorasrv_adapters import errors as err
-from lorasrv_adapters.manifest import CONFIG_FILE, FILE_NAMES, WEIGHTS_FILE, ManifestFile, make_manifest, parse_manifest
-from lorasrv_adapters.published import open_version
+from lorasrv_adapters.manifest import (
+    CONFIG_FILE,
+    FILE_NAMES,
+    SERVING_FILE,
+    WEIGHTS_FILE,
+    ManifestFile,
+    make_manifest,
+    parse_manifest,
+)
+from lorasrv_adapters.published import open_folder, open_version
 from lorasrv_adapters.records import Upload, UploadFile, UploadState
 from lorasrv_adapters.registry import Registry
 
@@ -95,6 +105,41 @@ def test_digest_names_the_content(registry: Registry, tmp_path: Path) -> None:
     assert parse_manifest(manifest.to_bytes()) == manifest
     assert push(registry, first) == manifest.digest
     assert push(registry, second) != manifest.digest
+
+
+def test_the_digest_covers_the_defaults_and_is_what_it_was_without(registry: Registry, tmp_path: Path) -> None:
+    folder = small_adapter(tmp_path / "a", BASE)
+
+    def expected() -> str:
+        files = [
+            {"name": path.name, "sha256": sha256(path.read_bytes()).hexdigest(), "size_bytes": path.stat().st_size}
+            for path in sorted(folder.iterdir())
+        ]
+        text = json.dumps({"files": files, "format": "lorasrv.adapter.v1"}, sort_keys=True, separators=(",", ":"))
+        return sha256(text.encode()).hexdigest()
+
+    digests: list[str] = []
+    for content in (None, b"{}", b'{"sampling": {"top_k": 3}}', b"{ }"):
+        if content is not None:
+            (folder / SERVING_FILE).write_bytes(content)
+        digests.append(push(registry, folder))
+        assert digests[-1] == expected() == open_folder(folder, BASE, 256).digest
+        assert open_digest(registry, digests[-1]) == 4
+    assert len(set(digests)) == 4
+    versions = registry.get_adapter("acme", "upper").versions
+    assert [version.serving for version in versions] == ["{}", '{"sampling": {"top_k": 3}}', "{}", None]
+    assert [registry.resolve("acme", f"upper@sha256:{digest}").serving for digest in digests] == [
+        version.serving for version in reversed(versions)
+    ]
+
+
+def test_a_damaged_serving_file_is_found(registry: Registry, tmp_path: Path) -> None:
+    folder = small_adapter(tmp_path / "a", BASE)
+    (folder / SERVING_FILE).write_bytes(b"{}")
+    digest = push(registry, folder)
+    registry.blobs.path(sha256(b"{}").hexdigest()).write_bytes(b"[]")
+    with pytest.raises(err.CorruptBlob):
+        open_digest(registry, digest)
 
 
 def test_new_version_moves_latest_and_keeps_the_old(registry: Registry, tmp_path: Path) -> None:
@@ -221,9 +266,12 @@ def test_the_newest_writer_wins(registry: Registry, tmp_path: Path) -> None:
         [CONFIG_FILE, CONFIG_FILE],
         [CONFIG_FILE, "adapter_model.bin"],
         [CONFIG_FILE, "../adapter_model.safetensors"],
+        [SERVING_FILE],
+        [CONFIG_FILE, SERVING_FILE],
+        [*FILE_NAMES, SERVING_FILE, SERVING_FILE],
     ],
 )
-def test_only_the_two_files_are_taken(registry: Registry, names: list[str]) -> None:
+def test_only_an_adapters_files_are_taken(registry: Registry, names: list[str]) -> None:
     with pytest.raises(err.InvalidUpload):
         registry.create_upload("acme", "upper", [UploadFile(name=n, size_bytes=1, sha256="0" * 64) for n in names])
 
@@ -429,6 +477,23 @@ def test_a_full_disk_is_reported_and_leaves_nothing(
 def test_one_process_owns_a_data_directory(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(err.RegistryUnavailable, match="another process"):
         Registry(tmp_path / "data", BASE)
+
+
+def test_a_catalogue_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "data", BASE)
+    digest = push(registry, small_adapter(tmp_path / "a", BASE))
+    registry.close()
+    db = sqlite3.connect(tmp_path / "data" / "catalogue.sqlite3", isolation_level=None)
+    db.execute("ALTER TABLE versions DROP COLUMN serving")
+    db.execute("PRAGMA user_version=1")
+    db.close()
+    for _ in range(2):
+        registry = Registry(tmp_path / "data", BASE)
+        (version,) = registry.get_adapter("acme", "upper").versions
+        assert (version.digest, version.serving) == (digest, None)
+        assert open_digest(registry, digest) == 4
+        registry.check()
+        registry.close()
 
 
 def test_damaged_or_newer_catalogues_are_refused(tmp_path: Path) -> None:

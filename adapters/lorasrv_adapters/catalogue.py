@@ -14,7 +14,7 @@ from typing import Any
 from lorasrv_adapters.errors import ContentError, RegistryUnavailable, StorageFull, content_error
 from lorasrv_adapters.records import Adapter, Upload, UploadFile, UploadState, Version
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _SCHEMA = """
 CREATE TABLE adapters (
@@ -25,7 +25,7 @@ CREATE TABLE versions (
     sequence INTEGER PRIMARY KEY AUTOINCREMENT,
     tenant TEXT NOT NULL, adapter_id TEXT NOT NULL, digest TEXT NOT NULL,
     rank_min INTEGER NOT NULL, rank_max INTEGER NOT NULL, target_modules TEXT NOT NULL,
-    size_bytes INTEGER NOT NULL, fingerprint TEXT NOT NULL, create_time REAL NOT NULL,
+    size_bytes INTEGER NOT NULL, fingerprint TEXT NOT NULL, create_time REAL NOT NULL, serving TEXT,
     UNIQUE (tenant, adapter_id, digest),
     FOREIGN KEY (tenant, adapter_id) REFERENCES adapters ON DELETE CASCADE
 );
@@ -45,7 +45,9 @@ CREATE TABLE uploads (
     files TEXT NOT NULL, errors TEXT NOT NULL, digest TEXT, create_time REAL NOT NULL, expire_time REAL NOT NULL
 );
 """
-_VERSION_COLUMNS = "digest, rank_min, rank_max, target_modules, size_bytes, fingerprint, create_time"
+# What brings a catalogue of an older schema to the next one.
+_MIGRATIONS = {1: "ALTER TABLE versions ADD COLUMN serving TEXT"}
+_VERSION_COLUMNS = "digest, rank_min, rank_max, target_modules, size_bytes, fingerprint, create_time, serving"
 _UPLOAD_COLUMNS = "tenant, upload_id, adapter_id, state, files, errors, digest, create_time, expire_time"
 
 
@@ -108,7 +110,7 @@ class Catalogue:
                 (*key, now, now),
             )
             (sequence,) = db.execute(
-                f"INSERT INTO versions (tenant, adapter_id, {_VERSION_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?) "
+                f"INSERT INTO versions (tenant, adapter_id, {_VERSION_COLUMNS}) VALUES (?,?,?,?,?,?,?,?,?,?) "
                 "ON CONFLICT (tenant, adapter_id, digest) DO UPDATE SET fingerprint=excluded.fingerprint "
                 "RETURNING sequence",
                 (
@@ -120,6 +122,7 @@ class Catalogue:
                     version.size_bytes,
                     version.fingerprint,
                     now,
+                    version.serving,
                 ),
             ).fetchone()
             db.executemany("INSERT OR IGNORE INTO version_blobs VALUES (?,?)", [(sequence, blob) for blob in blobs])
@@ -207,6 +210,11 @@ class Catalogue:
                 for statement in _SCHEMA.split(";"):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+        elif found in _MIGRATIONS:
+            with self._transaction() as db:
+                for older in range(found, SCHEMA_VERSION):
+                    db.execute(_MIGRATIONS[older])
+                db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         elif found != SCHEMA_VERSION:
             raise RegistryUnavailable(f"catalogue schema {found} is not {SCHEMA_VERSION}, which this build reads")
         problems = self._rows("PRAGMA quick_check(1)")
@@ -253,7 +261,7 @@ class Catalogue:
 
 
 def _to_version(row: tuple[Any, ...]) -> Version:
-    digest, rank_min, rank_max, target_modules, size_bytes, fingerprint, create_time = row
+    digest, rank_min, rank_max, target_modules, size_bytes, fingerprint, create_time, serving = row
     return Version(
         digest=digest,
         rank_min=rank_min,
@@ -262,6 +270,7 @@ def _to_version(row: tuple[Any, ...]) -> Version:
         size_bytes=size_bytes,
         fingerprint=fingerprint,
         create_time=create_time,
+        serving=serving,
     )
 
 

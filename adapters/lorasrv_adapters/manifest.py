@@ -9,7 +9,10 @@ from lorasrv_adapters.strict_json import parse_object
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+SERVING_FILE = "serving.json"
 FILE_NAMES = (CONFIG_FILE, WEIGHTS_FILE)
+# What an adapter consists of, sorted.
+FILE_SETS = (FILE_NAMES, (*FILE_NAMES, SERVING_FILE))
 MAX_MANIFEST_BYTES = 64 << 10
 
 _FORMAT = "lorasrv.adapter.v1"
@@ -30,6 +33,9 @@ class Manifest:
 
     def file(self, name: str) -> ManifestFile:
         return next(file for file in self.files if file.name == name)
+
+    def has(self, name: str) -> bool:
+        return any(file.name == name for file in self.files)
 
     @property
     def size_bytes(self) -> int:
@@ -60,6 +66,6 @@ def parse_manifest(data: bytes) -> Manifest:
         canonical = manifest.to_bytes()
     except (KeyError, TypeError, ValueError):
         raise MalformedFile("manifest: not a list of files with name, size_bytes and sha256") from None
-    if canonical != data or tuple(file.name for file in manifest.files) != FILE_NAMES:
+    if canonical != data or tuple(file.name for file in manifest.files) not in FILE_SETS:
         raise MalformedFile("manifest: not in its canonical spelling")
     return manifest

@@ -4,9 +4,11 @@ The result says which tensor is A and B of which module, where its bytes are and
 weights stay in the file, untouched. All reasons for a refusal are collected, not only the first.
 """
 
+import json
+import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -22,12 +24,14 @@ from lorasrv_adapters.errors import (
     listing,
     quote,
 )
-from lorasrv_adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
+from lorasrv_adapters.manifest import CONFIG_FILE, SERVING_FILE, WEIGHTS_FILE
 from lorasrv_adapters.peft_config import PeftLoraConfig, parse_peft_config
 from lorasrv_adapters.safetensors_header import SafetensorsHeader, TensorEntry, read_header
+from lorasrv_adapters.strict_json import parse_object
 from lorasrv_adapters.values import bad_values
 
 MAX_CONFIG_BYTES = 1 << 20
+MAX_SERVING_BYTES = 16 << 10
 DEFAULT_MAX_RANK = 256
 
 _TENSOR_PREFIX = "base_model.model."
@@ -51,15 +55,21 @@ class LoraModuleSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSpec:
-    """A validated adapter; `modules` by layer, then in directory order. `target_modules` names them, say `q_proj`."""
+    """A validated adapter; `modules` by layer, then in directory order. `target_modules` names them, say `q_proj`.
+
+    `serving` is the JSON object in the folder's serving.json, the defaults of its generations, in one spelling; None
+    when there is none. What it may say is for whoever serves the adapter to check.
+    """
 
     rank_min: int
     rank_max: int
     target_modules: tuple[str, ...]
     modules: tuple[LoraModuleSpec, ...]
+    serving: str | None = None
 
 
-# What else a server asks of an adapter, say that its pool can hold it; returns the reasons to refuse it.
+# What else a server asks of an adapter, say that its pool can hold it and that its defaults are in bounds; returns the
+# reasons to refuse it.
 SpecCheck = Callable[[AdapterSpec], list[ContentError]]
 
 
@@ -73,10 +83,11 @@ def validate_folder(
 ) -> AdapterSpec:
     """Everything about an adapter folder, all weights included; raises ContentRefused with every reason."""
     errors: list[ContentError] = []
-    config_bytes = _read_config(path / CONFIG_FILE, errors)
+    config_bytes = _read_capped(path / CONFIG_FILE, MAX_CONFIG_BYTES, errors)
+    serving = _read_serving(path / SERVING_FILE, errors)
     try:
         with open_regular(path / WEIGHTS_FILE) as weights:
-            return _validate(config_bytes, weights, base, max_rank, check, errors)
+            return _validate(config_bytes, weights, serving, base, max_rank, check, errors)
     except MalformedFile as error:
         raise ContentRefused([*errors, error]) from None
 
@@ -84,8 +95,13 @@ def validate_folder(
 def validate_bytes(
     config_bytes: bytes, weights: bytes, base: BaseShapes, max_rank: int, check: SpecCheck = accept_all
 ) -> AdapterSpec:
-    """The same of an adapter whose files are in memory."""
-    return _validate(config_bytes, BytesIO(weights), base, max_rank, check, [])
+    """The same of an adapter whose two files are in memory; it has no serving.json."""
+    errors: list[ContentError] = []
+    config = _capped(BytesIO(config_bytes), CONFIG_FILE, MAX_CONFIG_BYTES, errors)
+    try:
+        return _validate(config, BytesIO(weights), None, base, max_rank, check, errors)
+    except MalformedFile as error:
+        raise ContentRefused([*errors, error]) from None
 
 
 def read_spec(config_bytes: bytes, weights: BinaryIO, base: BaseShapes, max_rank: int) -> AdapterSpec:
@@ -110,21 +126,44 @@ def open_regular(path: Path) -> BinaryIO:
 def max_file_bytes(base: BaseShapes, max_rank: int) -> dict[str, int]:
     """The most bytes each file of an adapter of this base can have: all modules at `max_rank` in float64."""
     elements = sum(module.in_features + module.out_features for module in base.modules) * base.num_layers * max_rank
-    return {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: 8 * elements + (1 << 20) + 8}
+    weights_bytes = 8 * elements + (1 << 20) + 8
+    return {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: weights_bytes, SERVING_FILE: MAX_SERVING_BYTES}
 
 
-def _read_config(path: Path, errors: list[ContentError]) -> bytes | None:
+def _read_capped(path: Path, max_bytes: int, errors: list[ContentError]) -> bytes | None:
     try:
         with open_regular(path) as file:
-            return file.read(MAX_CONFIG_BYTES + 1)
+            return _capped(file, path.name, max_bytes, errors)
     except MalformedFile as error:
         errors.append(error)
         return None
 
 
+def _capped(file: BinaryIO, name: str, max_bytes: int, errors: list[ContentError]) -> bytes | None:
+    data = file.read(max_bytes + 1)
+    if len(data) <= max_bytes:
+        return data
+    errors.append(MalformedFile(f"{name} is over the limit of {max_bytes} bytes"))
+    return None
+
+
+def _read_serving(path: Path, errors: list[ContentError]) -> str | None:
+    if not os.path.lexists(path):
+        return None
+    data = _read_capped(path, MAX_SERVING_BYTES, errors)
+    try:
+        return None if data is None else json.dumps(parse_object(data, path.name), sort_keys=True)
+    except MalformedFile as error:
+        errors.append(error)
+    except RecursionError:
+        errors.append(MalformedFile(f"{path.name}: JSON nested too deep"))
+    return None
+
+
 def _validate(
     config_bytes: bytes | None,
     weights: BinaryIO,
+    serving: str | None,
     base: BaseShapes,
     max_rank: int,
     check: SpecCheck,
@@ -132,6 +171,7 @@ def _validate(
 ) -> AdapterSpec:
     spec = _collect(config_bytes, weights, base, max_rank, errors)
     if spec is not None:
+        spec = replace(spec, serving=serving)
         errors += check(spec)
         errors += bad_values(weights, _entries(spec), base.dtype)
     if errors or spec is None:
@@ -147,8 +187,6 @@ def _collect(
     header: SafetensorsHeader | None = None
     try:
         if config_bytes is not None:
-            if len(config_bytes) > MAX_CONFIG_BYTES:
-                raise MalformedFile(f"{CONFIG_FILE} is over the limit of {MAX_CONFIG_BYTES} bytes")
             config, found = parse_peft_config(config_bytes, max_rank)
             errors += found
     except MalformedFile as error:

@@ -1,5 +1,7 @@
 """A version, opened for its weights. An engine process needs the blob folder and a digest, no catalogue."""
 
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -10,7 +12,9 @@ from lorasrv_adapters.blobs import BlobStore, file_sha256
 from lorasrv_adapters.errors import CorruptBlob, MalformedFile
 from lorasrv_adapters.manifest import (
     CONFIG_FILE,
+    FILE_NAMES,
     MAX_MANIFEST_BYTES,
+    SERVING_FILE,
     WEIGHTS_FILE,
     Manifest,
     ManifestFile,
@@ -19,6 +23,7 @@ from lorasrv_adapters.manifest import (
 )
 from lorasrv_adapters.peft_format import (
     MAX_CONFIG_BYTES,
+    MAX_SERVING_BYTES,
     AdapterSpec,
     SpecCheck,
     accept_all,
@@ -51,6 +56,9 @@ def open_version(blobs: BlobStore, digest: str, base: BaseShapes, max_rank: int)
     manifest = read_manifest(blobs, digest)
     config_file, weights_file = manifest.file(CONFIG_FILE), manifest.file(WEIGHTS_FILE)
     config_bytes = blobs.read_verified(config_file.sha256, MAX_CONFIG_BYTES)
+    if manifest.has(SERVING_FILE):
+        # What it says was the front end's to read; its bytes are the version's all the same.
+        blobs.read_verified(manifest.file(SERVING_FILE).sha256, MAX_SERVING_BYTES)
     blobs.verify(weights_file.sha256, weights_file.size_bytes)
     with blobs.open(weights_file.sha256) as weights:
         spec = read_spec(config_bytes, weights, base, max_rank)
@@ -65,8 +73,9 @@ def open_folder(folder: Path, base: BaseShapes, max_rank: int, check: SpecCheck 
     Raises ContentRefused with every reason.
     """
     spec = validate_folder(folder, base, max_rank, check)
-    with open_regular(folder / CONFIG_FILE) as config, open_regular(folder / WEIGHTS_FILE) as weights:
-        manifest = _manifest(config, weights)
+    names = FILE_NAMES if spec.serving is None else (*FILE_NAMES, SERVING_FILE)
+    with ExitStack() as files:
+        manifest = _manifest({name: files.enter_context(open_regular(folder / name)) for name in names})
     return AdapterFiles(
         digest=manifest.digest, spec=spec, weights=folder / WEIGHTS_FILE, size_bytes=manifest.size_bytes
     )
@@ -77,7 +86,7 @@ def open_bytes(
 ) -> AdapterFiles:
     """The same of an adapter whose two files are in memory."""
     spec = validate_bytes(config_bytes, weights, base, max_rank, check)
-    manifest = _manifest(BytesIO(config_bytes), BytesIO(weights))
+    manifest = _manifest({CONFIG_FILE: BytesIO(config_bytes), WEIGHTS_FILE: BytesIO(weights)})
     return AdapterFiles(digest=manifest.digest, spec=spec, weights=weights, size_bytes=manifest.size_bytes)
 
 
@@ -89,10 +98,7 @@ def read_manifest(blobs: BlobStore, digest: str) -> Manifest:
         raise CorruptBlob(f"version {digest}: {error}") from None
 
 
-def _manifest(config: BinaryIO, weights: BinaryIO) -> Manifest:
+def _manifest(files: Mapping[str, BinaryIO]) -> Manifest:
     return make_manifest(
-        [
-            ManifestFile(name=name, sha256=file_sha256(file), size_bytes=file.tell())
-            for name, file in ((CONFIG_FILE, config), (WEIGHTS_FILE, weights))
-        ]
+        [ManifestFile(name=name, sha256=file_sha256(file), size_bytes=file.tell()) for name, file in files.items()]
     )

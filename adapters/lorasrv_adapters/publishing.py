@@ -19,7 +19,7 @@ from lorasrv_adapters.errors import (
     listing,
     quote,
 )
-from lorasrv_adapters.manifest import FILE_NAMES, ManifestFile, make_manifest
+from lorasrv_adapters.manifest import FILE_NAMES, FILE_SETS, SERVING_FILE, ManifestFile, make_manifest
 from lorasrv_adapters.peft_format import AdapterSpec, SpecCheck, max_file_bytes, validate_folder
 from lorasrv_adapters.pins import PinnedBlobs
 from lorasrv_adapters.records import Upload, UploadFile, UploadState, Version
@@ -166,6 +166,7 @@ class Publisher:
             size_bytes=manifest.size_bytes,
             fingerprint=self._base.fingerprint,
             create_time=self._clock(),
+            serving=spec.serving,
         )
         names = [manifest.digest, *(file.sha256 for file in upload.files)]
         with self._lock:
@@ -216,9 +217,10 @@ class Publisher:
         return upload
 
     def _check_files(self, files: Sequence[UploadFile]) -> None:
-        if sorted(file.name for file in files) != sorted(FILE_NAMES):
+        if tuple(sorted(file.name for file in files)) not in FILE_SETS:
             raise InvalidUpload(
-                f"files {listing(file.name for file in files) or 'none'}: an adapter is exactly {listing(FILE_NAMES)}"
+                f"files {listing(file.name for file in files) or 'none'}: an adapter is exactly {listing(FILE_NAMES)}, "
+                f"and {SERVING_FILE} if it has defaults"
             )
         limits = max_file_bytes(self._base, self._max_rank)
         for file in files:

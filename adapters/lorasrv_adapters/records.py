@@ -26,7 +26,10 @@ class UploadFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Version:
-    """An immutable adapter version. `fingerprint` names the base model it was last validated against."""
+    """An immutable adapter version. `fingerprint` names the base model it was last validated against.
+
+    `serving` is what its serving.json says, as JSON; None when it has none.
+    """
 
     digest: str
     rank_min: int
@@ -35,6 +38,7 @@ class Version:
     size_bytes: int
     fingerprint: str
     create_time: float
+    serving: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,3 +84,4 @@ class ResolvedVersion:
     adapter_id: str
     digest: str
     rank_max: int
+    serving: str | None = None

@@ -156,7 +156,11 @@ class Registry:
                 f"adapter {parsed} was validated against base model {version.fingerprint}, not {self._base.fingerprint}"
             )
         return ResolvedVersion(
-            tenant=tenant, adapter_id=adapter.adapter_id, digest=version.digest, rank_max=version.rank_max
+            tenant=tenant,
+            adapter_id=adapter.adapter_id,
+            digest=version.digest,
+            rank_max=version.rank_max,
+            serving=version.serving,
         )
 
     def acquire(self, tenant: str, reference: str | AdapterReference) -> ResolvedVersion:

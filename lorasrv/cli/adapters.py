@@ -93,12 +93,12 @@ def check(
     """Validate a PEFT folder against a base model, as the server would; needs no server."""
     with reported_errors():
         # Needs numpy, which the client alone does not install.
-        from lorasrv.engine.fitting import page_check
+        from lorasrv.engine.defaults import adapter_check
         from lorasrv.model.base_shapes import base_shapes
         from lorasrv_adapters.peft_format import validate_folder
 
-        fits = page_check(EngineConfig(model=ModelConfig(path=str(model), dtype=dtype)))
-        spec = validate_folder(folder, base_shapes(model, dtype), max_rank, fits)
+        accepts = adapter_check(EngineConfig(model=ModelConfig(path=str(model), dtype=dtype)))
+        spec = validate_folder(folder, base_shapes(model, dtype), max_rank, accepts)
     if as_json:
         ranks = {"min_rank": spec.rank_min, "max_rank": spec.rank_max}
         print_json({"ok": True, **ranks, "target_modules": list(spec.target_modules)})

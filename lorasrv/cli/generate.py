@@ -51,6 +51,9 @@ def generate(
     ] = None,
     prompt_logprobs: Annotated[int | None, typer.Option(help="The same for the prompt's tokens.", min=0)] = None,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt before its output.")] = False,
+    ignore_version_defaults: Annotated[
+        bool, typer.Option("--ignore-version-defaults", help="As if the adapter version had no defaults.")
+    ] = False,
     file: Annotated[
         str | None, typer.Option("--file", "-f", help="One prompt a line; .jsonl or lines of JSON objects; - is stdin.")
     ] = None,
@@ -83,6 +86,7 @@ def generate(
         "logprobs": logprobs,
         "prompt_logprobs": prompt_logprobs,
         "echo": echo or None,
+        "ignore_version_defaults": ignore_version_defaults or None,
     }
     sampling = {key: value for key, value in given.items() if value is not None}
     with reported_errors():
@@ -110,7 +114,7 @@ def _token_ids(option: str) -> list[int]:
 
 
 def read_jobs(lines: Iterable[str], adapter: str, sampling: Mapping[str, Any], *, jsonl: bool) -> list[Job]:
-    """A prompt per line, or a JSON object {prompt, adapter?, max_tokens?, …}; raises ConfigurationError."""
+    """A prompt per line, or a JSON object {prompt or messages, adapter?, max_tokens?, …}; raises ConfigurationError."""
     jobs: list[Job] = []
     for number, line in enumerate(lines, start=1):
         text = line.rstrip("\r\n")
@@ -154,8 +158,13 @@ def _are_biases(value: Any) -> bool:
     return all(key.isdecimal() and _is_count(int(key)) and _is_number(bias) for key, bias in value.items())
 
 
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"role", "content"} and all(map(_is_text, value.values()))
+
+
 _FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "prompt": _is_text,
+    "messages": _list_of(_is_message),
     "adapter": _is_text,
     "max_tokens": _is_count,
     "temperature": _is_number,
@@ -176,6 +185,7 @@ _FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "logprobs": _is_count,
     "prompt_logprobs": _is_count,
     "echo": _is_flag,
+    "ignore_version_defaults": _is_flag,
 }
 
 
@@ -184,12 +194,13 @@ def _read_object(text: str, number: int, adapter: str, sampling: Mapping[str, An
         fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigurationError(f"line {number}: {error}") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
-        raise ConfigurationError(f"line {number}: not an object with a prompt")
+    if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
+        raise ConfigurationError(f"line {number}: not an object with a prompt or messages")
     for key, value in fields.items():
         if key not in _FIELDS or not _FIELDS[key](value):
             raise ConfigurationError(f"line {number}: {key!r} with value {value!r} is not a known field of that kind")
-    prompt, adapter = fields.pop("prompt"), fields.pop("adapter", adapter)
+    prompt = fields.pop("prompt" if "prompt" in fields else "messages")
+    adapter = fields.pop("adapter", adapter)
     if "logit_bias" in fields:
         fields["logit_bias"] = {int(key): bias for key, bias in fields["logit_bias"].items()}
     return Job(prompt=prompt, adapter=adapter, sampling={**sampling, **fields})
@@ -231,7 +242,8 @@ async def _generate_many(jobs: list[Job], concurrency: int, url: str, as_json: b
 
 
 def _record(index: int, job: Job, result: generation_pb2.GenerateResponse | ClientError) -> dict[str, Any]:
-    asked = {"index": index, "prompt": job.prompt, "adapter": job.adapter}
+    kind = "prompt" if isinstance(job.prompt, str) else "messages"
+    asked = {"index": index, kind: job.prompt, "adapter": job.adapter}
     if isinstance(result, ClientError):
         return {**asked, "error": {"code": result.code.name, "reason": result.reason, "message": result.message}}
     finished, logprobs = result.finished, {}

@@ -1,13 +1,13 @@
 """The client for programs that keep many generations going at once."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
 from lorasrv.client.errors import error_from_call
-from lorasrv.client.messages import CHANNEL_OPTIONS, DEFAULT_URL, Event, event_of, generate_request, target_of
+from lorasrv.client.messages import CHANNEL_OPTIONS, DEFAULT_URL, Event, Prompt, event_of, generate_request, target_of
 from lorasrv.v1 import generation_pb2, generation_pb2_grpc
 
 
@@ -27,9 +27,7 @@ class AsyncClient:
     ) -> None:
         await self._channel.close()
 
-    async def generate(
-        self, prompt: str | Sequence[int], *, adapter: str, **sampling: Any
-    ) -> generation_pb2.GenerateResponse:
+    async def generate(self, prompt: Prompt, *, adapter: str, **sampling: Any) -> generation_pb2.GenerateResponse:
         """As `Client.generate`."""
         request = generate_request(prompt, adapter=adapter, **sampling)
         try:
@@ -37,9 +35,7 @@ class AsyncClient:
         except grpc.RpcError as error:
             raise error_from_call(error) from None
 
-    async def stream(
-        self, prompt: str | Sequence[int], *, adapter: str, **sampling: Any
-    ) -> AsyncGenerator[Event, None]:
+    async def stream(self, prompt: Prompt, *, adapter: str, **sampling: Any) -> AsyncGenerator[Event, None]:
         """As `Client.stream`; closing the generator or cancelling its task cancels the generation."""
         request = generate_request(prompt, adapter=adapter, **sampling)
         call = self._generation.GenerateStream(request, timeout=self._timeout_s)

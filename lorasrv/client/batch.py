@@ -7,6 +7,7 @@ from typing import Any
 
 from lorasrv.client.aio import AsyncClient
 from lorasrv.client.errors import ClientError, PermissionDenied, Unauthenticated, Unavailable
+from lorasrv.client.messages import Prompt
 from lorasrv.v1 import generation_pb2
 
 
@@ -14,7 +15,7 @@ from lorasrv.v1 import generation_pb2
 class Job:
     """One generation to do; `sampling` as in `messages.generate_request`."""
 
-    prompt: str
+    prompt: Prompt
     adapter: str
     sampling: Mapping[str, Any] = field(default_factory=dict[str, Any])
 

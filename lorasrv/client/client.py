@@ -1,6 +1,6 @@
 """The client: one object with a method per verb. Loads grpc and protobuf, nothing else."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ from lorasrv.client.messages import (
     DEFAULT_TENANT,
     DEFAULT_URL,
     Event,
+    Prompt,
     committed_bytes,
     event_of,
     generate_request,
@@ -63,13 +64,14 @@ class Client:
     def close(self) -> None:
         self._channel.close()
 
-    def generate(
-        self, prompt: str | Sequence[int], *, adapter: str, **sampling: Any
-    ) -> generation_pb2.GenerateResponse:
-        """The whole text at once. `adapter` "base" is the base model; `sampling` as in `messages.generate_request`."""
+    def generate(self, prompt: Prompt, *, adapter: str, **sampling: Any) -> generation_pb2.GenerateResponse:
+        """The whole text at once. `adapter` "base" is the base model; `sampling` as in `messages.generate_request`.
+
+        The prompt is text, token ids, or a chat's messages: [{"role": "user", "content": "Hello"}].
+        """
         return self._call(self._generation.Generate, generate_request(prompt, adapter=adapter, **sampling))
 
-    def stream(self, prompt: str | Sequence[int], *, adapter: str, **sampling: Any) -> Iterator[Event]:
+    def stream(self, prompt: Prompt, *, adapter: str, **sampling: Any) -> Iterator[Event]:
         """One Started, then Deltas, then one Finished. Closing the iterator cancels the generation."""
         request = generate_request(prompt, adapter=adapter, **sampling)
         with _translated():
@@ -86,6 +88,7 @@ class Client:
     ) -> adapter_pb2.Version:
         """Upload a PEFT folder and publish it as the adapter's newest version; the id is the folder's name by default.
 
+        Its serving.json, if it has one, says what holds for generations that do not say otherwise.
         A connection that breaks is taken up again at what the server has committed. `progress` is called with the
         bytes sent and the bytes in all. Raises FileNotFoundError too.
         """

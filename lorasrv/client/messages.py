@@ -3,14 +3,18 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 from lorasrv.v1 import adapter_pb2, generation_pb2
 
+# Text, token ids, or the messages of a chat: [{"role": "user", "content": "Hello"}].
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 Event = generation_pb2.Started | generation_pb2.Delta | generation_pb2.Finished
 
 DEFAULT_URL = "127.0.0.1:8470"
 DEFAULT_TENANT = "default"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+DEFAULTS_FILE = "serving.json"
 CHUNK_BYTES = 1 << 20
 
 CHANNEL_OPTIONS = (
@@ -30,7 +34,7 @@ def target_of(url: str) -> str:
 
 
 def generate_request(
-    prompt: str | Sequence[int],
+    prompt: Prompt,
     *,
     adapter: str,
     scale: float | None = None,
@@ -53,8 +57,11 @@ def generate_request(
     prompt_logprobs: int | None = None,
     echo: bool = False,
     generation_id: str = "",
+    ignore_version_defaults: bool = False,
 ) -> generation_pb2.GenerateRequest:
-    """A request; what is None is left to the server's defaults. The proto file's SamplingParams says what is what."""
+    """A request; what is None is left to the defaults of the adapter version, then of the server. The proto file's
+    SamplingParams says what is what.
+    """
     request = generation_pb2.GenerateRequest(
         adapter=[generation_pb2.AdapterRef(name=adapter, scale=scale)],
         sampling=generation_pb2.SamplingParams(
@@ -77,13 +84,17 @@ def generate_request(
         ),
         generation_id=generation_id,
         echo=echo,
+        ignore_version_defaults=ignore_version_defaults,
     )
     if ignore_eos is not None:
         request.sampling.ignore_eos = ignore_eos
     if isinstance(prompt, str):
         request.text = prompt
+    elif len(prompt) and isinstance(prompt[0], Mapping):
+        messages = [generation_pb2.ChatMessage(**message) for message in cast(Sequence[Mapping[str, str]], prompt)]
+        request.messages.CopyFrom(generation_pb2.ChatMessages(messages=messages))
     else:
-        request.tokens.CopyFrom(generation_pb2.TokenIds(ids=prompt))
+        request.tokens.CopyFrom(generation_pb2.TokenIds(ids=cast(Sequence[int], prompt)))
     return request
 
 
@@ -103,7 +114,7 @@ def event_of(response: generation_pb2.GenerateStreamResponse) -> Event | None:
 def upload_files(folder: Path) -> list[adapter_pb2.UploadFile]:
     """The files of a PEFT folder that make the adapter, with their digests; raises FileNotFoundError."""
     files: list[adapter_pb2.UploadFile] = []
-    for name in ADAPTER_FILES:
+    for name in (*ADAPTER_FILES, DEFAULTS_FILE) if (folder / DEFAULTS_FILE).exists() else ADAPTER_FILES:
         with (folder / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             files.append(adapter_pb2.UploadFile(name=name, size_bytes=file.tell(), sha256=digest))

@@ -5,13 +5,15 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from lorasrv.engine.chat import check_chat
 from lorasrv.errors import InvalidRequest
-from lorasrv.requests import AdapterRef, GenerationRequest
+from lorasrv.requests import AdapterRef, Chat, GenerationRequest
 from lorasrv.types import (
     BASE_ID,
     DEFAULT_MAX_TOKENS,
     MAX_STOP_STRINGS,
     AdapterUse,
+    CompleteSampling,
     EngineInfo,
     EngineRequest,
     LogitRules,
@@ -30,6 +32,8 @@ MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 16
 MAX_STOP_TOKEN_IDS = 64
 MAX_LOGPROBS = 20
+
+UNSET = SamplingParams()
 
 _GENERATION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 
@@ -61,23 +65,42 @@ def check_request(request: GenerationRequest) -> AdapterRef:
     Returns the one adapter reference; raises InvalidRequest.
     """
     if request.prompt is None:
-        raise InvalidRequest("prompt", "set either text or tokens")
-    if not request.prompt:
+        raise InvalidRequest("prompt", "set text, tokens or messages")
+    if isinstance(request.prompt, Chat):
+        check_chat(request.prompt)
+    elif not request.prompt:
         raise InvalidRequest("prompt", "is empty; at least one token is needed")
     if request.generation_id is not None and not _GENERATION_ID.fullmatch(request.generation_id):
         raise InvalidRequest(
             "generation_id", f"{request.generation_id[:128]!r} does not match {_GENERATION_ID.pattern}"
         )
-    _check_sampling(request.sampling)
+    check_sampling(request.sampling)
     return _check_adapters(request.adapters)
 
 
-def check_tokens(token_ids: tuple[int, ...], max_tokens: int | None, limits: TokenLimits) -> int:
-    """How many tokens the generation may produce, its default included; raises InvalidRequest."""
+def check_sampling(sampling: SamplingParams) -> None:
+    """What can be told without a model; raises InvalidRequest."""
+    _check_values(CompleteSampling.of(sampling))
+    _check_lists(sampling)
+
+
+def check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
+    """Raises InvalidRequest for a token id that the model does not have."""
+    _check_token_ids("sampling.logit_bias", sampling.logit_bias, vocab_size)
+    _check_token_ids("sampling.bad_words", (token_id for word in sampling.bad_words for token_id in word), vocab_size)
+    _check_token_ids("sampling.stop_token_ids", sampling.stop_token_ids, vocab_size)
+
+
+def check_tokens(
+    token_ids: tuple[int, ...], max_tokens: int | None, limits: TokenLimits, default: int = DEFAULT_MAX_TOKENS
+) -> int:
+    """How many tokens the generation may produce; unset, it is `default` or what there is room for. Raises
+    InvalidRequest.
+    """
     if not token_ids:
         raise InvalidRequest("prompt", "has no tokens; at least one is needed")
     _check_max_tokens(max_tokens)
-    _check_vocabulary("prompt.tokens", token_ids, limits)
+    _check_token_ids("prompt.tokens", token_ids, limits.vocab_size)
     room = limits.sequence_tokens - len(token_ids)
     wanted = 1 if max_tokens is None else max_tokens
     if wanted > room:
@@ -87,7 +110,7 @@ def check_tokens(token_ids: tuple[int, ...], max_tokens: int | None, limits: Tok
             field,
             f"{asked} exceeds the limit: context {limits.context_tokens} tokens, pool {limits.pool_tokens} tokens",
         )
-    return min(DEFAULT_MAX_TOKENS, room) if max_tokens is None else max_tokens
+    return min(default, room) if max_tokens is None else max_tokens
 
 
 def engine_request(
@@ -97,15 +120,19 @@ def engine_request(
     adapter: AdapterUse | None,
     sampling: SamplingParams,
     limits: TokenLimits,
+    defaults: SamplingParams = UNSET,
     cache_salt: str = "",
 ) -> EngineRequest:
-    """A checked, tokenized request as the engine takes it; an unset seed is drawn here. Raises InvalidRequest."""
-    max_tokens = check_tokens(token_ids, sampling.max_tokens, limits)
-    if sampling.min_tokens > max_tokens:
-        raise InvalidRequest("sampling.min_tokens", f"{sampling.min_tokens} is above max_tokens {max_tokens}")
-    _check_vocabulary("sampling.logit_bias", sampling.logit_bias, limits)
-    _check_vocabulary("sampling.bad_words", (token_id for word in sampling.bad_words for token_id in word), limits)
-    _check_vocabulary("sampling.stop_token_ids", sampling.stop_token_ids, limits)
+    """A checked, tokenized request as the engine takes it. Raises InvalidRequest.
+
+    What `sampling` leaves unset is as the adapter version's `defaults` say, else the system's; an unset seed is drawn
+    here. Defaults of max_tokens and min_tokens give way to what there is room for and what the request sets.
+    """
+    asked, sampling = sampling, CompleteSampling.of(sampling.over(defaults))
+    max_tokens = check_tokens(token_ids, asked.max_tokens, limits, defaults.max_tokens or DEFAULT_MAX_TOKENS)
+    if asked.min_tokens is not None and asked.min_tokens > max_tokens:
+        raise InvalidRequest("sampling.min_tokens", f"{asked.min_tokens} is above max_tokens {max_tokens}")
+    check_vocabulary(sampling, limits.vocab_size)
     rules = LogitRules(
         repetition_penalty=sampling.repetition_penalty,
         presence_penalty=sampling.presence_penalty,
@@ -121,11 +148,11 @@ def engine_request(
         seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        top_k=None if sampling.top_k is None else min(sampling.top_k, limits.vocab_size),
+        top_k=min(sampling.top_k, limits.vocab_size) if sampling.top_k else None,
         min_p=sampling.min_p,
         rules=None if rules == LogitRules() else rules,
         stop_token_ids=tuple(sampling.stop_token_ids),
-        min_tokens=sampling.min_tokens,
+        min_tokens=min(sampling.min_tokens, max_tokens),
         ignore_eos=sampling.ignore_eos,
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
@@ -154,13 +181,13 @@ def _check_max_tokens(max_tokens: int | None) -> None:
         raise InvalidRequest("sampling.max_tokens", f"{max_tokens} is below 1")
 
 
-def _check_sampling(sampling: SamplingParams) -> None:
+def _check_values(sampling: CompleteSampling) -> None:
     _check_range("temperature", sampling.temperature, 0.0, MAX_TEMPERATURE)
     # Comparisons are written so that NaN fails them.
     if not 0 < sampling.top_p <= 1:
         raise InvalidRequest("sampling.top_p", f"{sampling.top_p} is not within (0, 1]")
-    if sampling.top_k is not None and sampling.top_k < 1:
-        raise InvalidRequest("sampling.top_k", f"{sampling.top_k} is below 1; leave it unset to keep all tokens")
+    if sampling.top_k is not None and sampling.top_k < 0:
+        raise InvalidRequest("sampling.top_k", f"{sampling.top_k} is below 0, which keeps all tokens")
     _check_max_tokens(sampling.max_tokens)
     if sampling.min_tokens < 0:
         raise InvalidRequest("sampling.min_tokens", f"{sampling.min_tokens} is below 0")
@@ -172,7 +199,6 @@ def _check_sampling(sampling: SamplingParams) -> None:
     _check_range("frequency_penalty", sampling.frequency_penalty, -MAX_COUNT_PENALTY, MAX_COUNT_PENALTY)
     _check_range("logprobs", sampling.logprobs or 0, 0, MAX_LOGPROBS)
     _check_range("prompt_logprobs", sampling.prompt_logprobs or 0, 0, MAX_LOGPROBS)
-    _check_lists(sampling)
 
 
 def _check_lists(sampling: SamplingParams) -> None:
@@ -205,7 +231,7 @@ def _check_length(field: str, length: int, most: int, what: str) -> None:
         raise InvalidRequest(f"sampling.{field}", f"{length} {what}; at most {most} are accepted")
 
 
-def _check_vocabulary(field: str, token_ids: Iterable[int], limits: TokenLimits) -> None:
-    outside = next((token_id for token_id in token_ids if not 0 <= token_id < limits.vocab_size), None)
+def _check_token_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    outside = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
     if outside is not None:
-        raise InvalidRequest(field, f"token id {outside} is outside the vocabulary of {limits.vocab_size}")
+        raise InvalidRequest(field, f"token id {outside} is outside the vocabulary of {vocab_size}")

@@ -8,10 +8,9 @@ from typing import Protocol
 
 from lorasrv.engine.loop import Core
 from lorasrv.errors import EngineUnavailable
-from lorasrv.memory.packing import PackedAdapter
 from lorasrv.offline.interrupts import interrupts_deferred
 from lorasrv.offline.runs import Run
-from lorasrv.offline.versions import Versions
+from lorasrv.offline.versions import Version, Versions
 from lorasrv.types import EngineStatus, TokenDelta
 
 
@@ -45,20 +44,20 @@ class Driver:
         self._closed = False
 
     @contextmanager
-    def holding(self, names: Iterable[str]) -> Iterator[dict[str, str]]:
+    def holding(self, names: Iterable[str]) -> Iterator[dict[str, Version]]:
         """What these names mean now, kept until the block is left. Raises InvalidRequest for an unknown name."""
-        digests: dict[str, str] = {}
+        held: dict[str, Version] = {}
         try:
             with self._inside():
-                found = {name: self._versions.digest(name) for name in names}
-                for digest in found.values():
-                    self._versions.retain(digest)
-                digests |= found
-            yield digests
+                found = {name: self._versions.meant_by(name) for name in names}
+                for version in found.values():
+                    self._versions.retain(version.digest)
+                held |= found
+            yield held
         finally:
             with self._inside(in_service=False):
-                for digest in digests.values():
-                    self._release(digest)
+                for version in held.values():
+                    self._release(version.digest)
 
     def start(self, run: Run) -> None:
         """Hand a request to the core, for which its version is held; raises QueueFull."""
@@ -91,10 +90,10 @@ class Driver:
         """`end`, carried out by the next call: for the garbage collector, which may run in the middle of one."""
         self._abandoned.append(run)
 
-    def publish(self, name: str, digest: str, image: PackedAdapter) -> None:
+    def publish(self, name: str, version: Version) -> None:
         """Let a name mean this version from now on."""
         with self._inside():
-            before = self._versions.name(name, digest, image)
+            before = self._versions.name(name, version)
             if before is not None:
                 self._release(before)
 

@@ -1,20 +1,25 @@
 """From what a caller gives for a list of prompts to checked, tokenized requests."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from operator import index as as_index
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeGuard, TypeVar, cast
 
 from tokenizers import Tokenizer
 
 from lorasrv.engine.admission import TokenLimits, check_request, engine_request
+from lorasrv.engine.chat import ChatTemplate
+from lorasrv.engine.defaults import VersionDefaults
+from lorasrv.engine.prompts import read_prompt
 from lorasrv.errors import InvalidRequest
 from lorasrv.offline.runs import Run
-from lorasrv.requests import AdapterRef, GenerationRequest
-from lorasrv.types import BASE_ID, AdapterUse, SamplingParams
+from lorasrv.offline.versions import Version
+from lorasrv.requests import AdapterRef, Chat, ChatMessage, GenerationRequest
+from lorasrv.types import AdapterUse, SamplingParams
 
 Prompt = str | Sequence[int]
+Conversation = Sequence[Mapping[str, str]]
 Value = TypeVar("Value")
 Arguments = ParamSpec("Arguments")
 
@@ -25,14 +30,14 @@ _TOKENIZED_AT_ONCE = 1024
 class Ask:
     """One prompt and how it is to be served, unchecked."""
 
-    prompt: str | tuple[int, ...]
+    prompt: str | tuple[int, ...] | Chat
     adapter: str
     scale: float | None
     sampling: SamplingParams
 
 
 def make_asks(
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Prompt | Conversation | Chat],
     adapter: str | Sequence[str],
     scale: float | Sequence[float | None] | None,
     sampling: SamplingParams | Sequence[SamplingParams] | None,
@@ -53,43 +58,66 @@ def make_asks(
     ]
 
 
+def is_conversation(given: object) -> TypeGuard[Conversation]:
+    return isinstance(given, Sequence) and len(given) > 0 and isinstance(given[0], Mapping)
+
+
+def as_chat(messages: Conversation) -> Chat:
+    """A conversation as transformers takes it: messages with `role` and `content`. Raises InvalidRequest."""
+    return Chat(messages=tuple(_message(number, message) for number, message in enumerate(messages)))
+
+
 class RunMaker:
     """Checks and tokenizes. Stateless but for the number that each request gets."""
 
-    def __init__(self, tokenizer: Tokenizer, limits: TokenLimits) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, limits: TokenLimits) -> None:
         self._tokenizer = tokenizer
+        self._template = template
         self._limits = limits
         self._numbers = count()
 
-    def make(self, asks: Sequence[Ask], digests: Mapping[str, str], *, streamed: bool = False) -> list[Run]:
-        """Requests that can be started; `digests` says what the adapters' names mean. Raises InvalidRequest, with a
+    def make(self, asks: Sequence[Ask], versions: Mapping[str, Version], *, streamed: bool = False) -> list[Run]:
+        """Requests that can be started; `versions` says what the adapters' names mean. Raises InvalidRequest, with a
         note that says which prompt is meant."""
-        refs = [_noted(index, self._check, ask) for index, ask in enumerate(asks)]
-        prompts = self._tokenize([ask.prompt for ask in asks])
+        for index, ask in enumerate(asks):
+            _noted(index, self._check, ask)
+        texts = self._tokenize([ask.prompt for ask in asks if isinstance(ask.prompt, str)])
         return [
-            _noted(index, self._run, ask, _use(ref, digests), token_ids, streamed)
-            for index, (ask, ref, token_ids) in enumerate(zip(asks, refs, prompts, strict=True))
+            _noted(index, self._run, ask, versions.get(ask.adapter), texts, streamed) for index, ask in enumerate(asks)
         ]
 
-    def _check(self, ask: Ask) -> AdapterRef:
+    def _check(self, ask: Ask) -> None:
         ref = AdapterRef(name=ask.adapter, scale=ask.scale)
-        return check_request(GenerationRequest(tenant="", adapters=(ref,), prompt=ask.prompt, sampling=ask.sampling))
+        check_request(GenerationRequest(tenant="", adapters=(ref,), prompt=ask.prompt, sampling=ask.sampling))
 
-    def _run(self, ask: Ask, use: AdapterUse | None, token_ids: tuple[int, ...], streamed: bool) -> Run:
+    def _run(self, ask: Ask, version: Version | None, texts: Iterator[tuple[int, ...]], streamed: bool) -> Run:
+        defaults = VersionDefaults() if version is None else version.defaults
+        match ask.prompt:
+            case str():
+                token_ids = next(texts)
+            case Chat():
+                token_ids = read_prompt(ask.prompt, self._tokenizer, self._template, defaults.system_prompt).token_ids
+            case _:
+                token_ids = ask.prompt
+        scale = 1.0 if ask.scale is None else ask.scale
         request = engine_request(
-            str(next(self._numbers)), token_ids, adapter=use, sampling=ask.sampling, limits=self._limits
+            str(next(self._numbers)),
+            token_ids,
+            adapter=None if version is None else AdapterUse(digest=version.digest, scale=scale),
+            sampling=ask.sampling,
+            limits=self._limits,
+            defaults=defaults.sampling,
         )
-        return Run(request, ask.sampling.stop, self._tokenizer, streamed=streamed)
+        return Run(request, ask.sampling.over(defaults.sampling).stop, self._tokenizer, streamed=streamed)
 
-    def _tokenize(self, prompts: Sequence[str | tuple[int, ...]]) -> list[tuple[int, ...]]:
-        """Texts in batches, which the tokenizer spreads over the cores; one alone starts no threads."""
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    def _tokenize(self, texts: Sequence[str]) -> Iterator[tuple[int, ...]]:
+        """In batches, which the tokenizer spreads over the cores; one alone starts no threads."""
         if len(texts) == 1:
-            found = iter([tuple(self._tokenizer.encode(texts[0]).ids)])
-        else:
-            batches = (texts[start : start + _TOKENIZED_AT_ONCE] for start in range(0, len(texts), _TOKENIZED_AT_ONCE))
-            found = (tuple(encoding.ids) for batch in batches for encoding in self._tokenizer.encode_batch(batch))
-        return [next(found) if isinstance(prompt, str) else prompt for prompt in prompts]
+            yield tuple(self._tokenizer.encode(texts[0]).ids)
+            return
+        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
+            for encoding in self._tokenizer.encode_batch(list(texts[start : start + _TOKENIZED_AT_ONCE])):
+                yield tuple(encoding.ids)
 
 
 def _one_each(field: str, values: Sequence[Value], num_prompts: int) -> Sequence[Value]:
@@ -98,19 +126,24 @@ def _one_each(field: str, values: Sequence[Value], num_prompts: int) -> Sequence
     return values
 
 
-def _plain(prompt: Prompt) -> str | tuple[int, ...]:
-    if isinstance(prompt, str):
+def _plain(prompt: Prompt | Conversation | Chat) -> str | tuple[int, ...] | Chat:
+    if isinstance(prompt, str | Chat):
         return prompt
+    if is_conversation(prompt):
+        return as_chat(prompt)
     try:
-        return tuple(map(as_index, prompt))
+        return tuple(map(as_index, cast(Sequence[int], prompt)))
     except TypeError:
         raise InvalidRequest("prompt", f"a {type(prompt).__name__} is neither text nor a list of token ids") from None
 
 
-def _use(ref: AdapterRef, digests: Mapping[str, str]) -> AdapterUse | None:
-    if ref.name == BASE_ID:
-        return None
-    return AdapterUse(digest=digests[ref.name], scale=1.0 if ref.scale is None else ref.scale)
+def _message(number: int, message: Mapping[str, str]) -> ChatMessage:
+    if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
+        raise InvalidRequest(f"messages[{number}]", "is not a dict of role and content, and of nothing else")
+    for key, value in message.items():
+        if not isinstance(value, str):
+            raise InvalidRequest(f"messages[{number}].{key}", f"is a {type(value).__name__}, not text")
+    return ChatMessage(role=message["role"], content=message["content"])
 
 
 def _noted(index: int, make: Callable[Arguments, Value], *args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:

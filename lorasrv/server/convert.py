@@ -8,7 +8,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from lorasrv.engine.client import EngineState
-from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Started
+from lorasrv.engine.defaults import read_defaults
+from lorasrv.requests import AdapterRef, Chat, ChatMessage, Delta, Event, Finished, GenerationRequest, Started
 from lorasrv.types import EngineStatus, FinishReason, PositionLogprobs, SamplingParams, Tier
 from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
 from lorasrv_adapters import records
@@ -43,12 +44,16 @@ UPLOAD_STATES = {
 
 
 def generation_request(request: generation_pb2.GenerateRequest, tenant: str) -> GenerationRequest:
-    prompt: str | tuple[int, ...] | None = None
+    prompt: str | tuple[int, ...] | Chat | None = None
     match request.WhichOneof("prompt"):
         case "text":
             prompt = request.text
         case "tokens":
             prompt = tuple(request.tokens.ids)
+        case "messages":
+            prompt = Chat(
+                messages=tuple(ChatMessage(role=each.role, content=each.content) for each in request.messages.messages)
+            )
         case _:
             pass
     return GenerationRequest(
@@ -60,29 +65,25 @@ def generation_request(request: generation_pb2.GenerateRequest, tenant: str) -> 
         sampling=sampling_params(request.sampling),
         generation_id=request.generation_id or None,
         echo=request.echo,
+        ignore_version_defaults=request.ignore_version_defaults,
     )
 
 
 def sampling_params(sampling: generation_pb2.SamplingParams) -> SamplingParams:
+    scalars = {field.name: value for field, value in sampling.ListFields() if not field.is_repeated}
     return SamplingParams(
-        temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
-        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
-        top_k=sampling.top_k or None,
-        seed=sampling.seed if sampling.HasField("seed") else None,
-        max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
+        **scalars,
         stop=tuple(sampling.stop),
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
-        presence_penalty=sampling.presence_penalty,
-        frequency_penalty=sampling.frequency_penalty,
         logit_bias=dict(sampling.logit_bias),
         bad_words=tuple(tuple(word.ids) for word in sampling.bad_words),
         stop_token_ids=tuple(sampling.stop_token_ids),
-        min_tokens=sampling.min_tokens,
-        ignore_eos=sampling.ignore_eos,
-        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
-        prompt_logprobs=sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None,
     )
+
+
+def sampling_message(sampling: SamplingParams) -> generation_pb2.SamplingParams:
+    given = sampling.given()
+    given["bad_words"] = [generation_pb2.TokenIds(ids=word) for word in sampling.bad_words]
+    return generation_pb2.SamplingParams(**given)
 
 
 def stream_response(event: Event) -> generation_pb2.GenerateStreamResponse:
@@ -180,6 +181,14 @@ def version(tenant: str, adapter_id: str, found: records.Version, tiers: Mapping
         base_fingerprint=found.fingerprint,
         create_time=timestamp(found.create_time),
         tier=TIERS[tiers.get(found.digest, Tier.DISK)],
+        defaults=None if found.serving is None else version_defaults(found.serving),
+    )
+
+
+def version_defaults(serving: str) -> adapter_pb2.VersionDefaults:
+    defaults = read_defaults(serving)
+    return adapter_pb2.VersionDefaults(
+        sampling=sampling_message(defaults.sampling), system_prompt=defaults.system_prompt
     )
 
 

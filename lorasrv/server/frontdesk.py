@@ -6,16 +6,19 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from tokenizers import Tokenizer
 
 from lorasrv.engine.admission import TokenLimits, check_request, engine_request
+from lorasrv.engine.chat import ChatTemplate
 from lorasrv.engine.client import Engine
+from lorasrv.engine.defaults import VersionDefaults, read_defaults
 from lorasrv.engine.output import OutputStream
+from lorasrv.engine.prompts import read_prompt
 from lorasrv.errors import EngineUnavailable, GenerationExists
-from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Prompt, Started
+from lorasrv.requests import AdapterRef, Chat, Delta, Event, Finished, GenerationRequest, Prompt, Started
 from lorasrv.types import BASE_ID, AdapterUse, EngineRequest
 from lorasrv_adapters.records import ResolvedVersion
 
@@ -26,6 +29,14 @@ class Versions(Protocol):
     def acquire(self, tenant: str, reference: str) -> ResolvedVersion: ...
 
     def unpin(self, digest: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What serves a generation: a pinned version with its defaults, or the base model, which has none."""
+
+    use: AdapterUse | None = None
+    defaults: VersionDefaults = field(default_factory=VersionDefaults)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +59,7 @@ class FrontDesk:
         limits: TokenLimits,
         versions: Versions,
         tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
         workers: Executor,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -55,6 +67,7 @@ class FrontDesk:
         self._limits = limits
         self._versions = versions
         self._tokenizer = tokenizer
+        self._chat_template = chat_template
         self._workers = workers
         self._clock = clock
         self._running: set[tuple[str, str]] = set()
@@ -81,19 +94,22 @@ class FrontDesk:
         adapter = check_request(request)
         generation_id = request.generation_id or uuid.uuid4().hex
         with self._register(request.tenant, generation_id):
-            async with self._pinned(request.tenant, adapter) as use:
+            async with self._pinned(request.tenant, adapter) as served:
+                if request.ignore_version_defaults:
+                    served = replace(served, defaults=VersionDefaults())
+                text, token_ids = await self._read(request.prompt, served.defaults.system_prompt)
                 admission = Admission(
                     generation_id=generation_id,
-                    engine_request=await self._admit(request, use),
-                    stop=request.sampling.stop,
+                    engine_request=self._engine_request(request, token_ids, served),
+                    stop=request.sampling.over(served.defaults.sampling).stop,
                     received_s=received_s,
                 )
                 yield Started(
                     generation_id=generation_id,
-                    version_digest=None if use is None else use.digest,
-                    prompt_tokens=len(admission.engine_request.token_ids),
+                    version_digest=None if served.use is None else served.use.digest,
+                    prompt_tokens=len(token_ids),
                     seed=admission.engine_request.seed,
-                    prompt=await self._echo(request, admission.engine_request.token_ids),
+                    prompt=await self._echo(text, token_ids) if request.echo else None,
                 )
                 async with aclosing(self._follow(admission)) as events:
                     async for event in events:
@@ -125,16 +141,19 @@ class FrontDesk:
                 self._idle.set()
 
     @asynccontextmanager
-    async def _pinned(self, tenant: str, adapter: AdapterRef) -> AsyncIterator[AdapterUse | None]:
-        """The version that the reference means now, kept from deletion until the block is left; None for the base."""
+    async def _pinned(self, tenant: str, adapter: AdapterRef) -> AsyncIterator[Served]:
+        """The version that the reference means now, kept from deletion until the block is left; or the base."""
         if adapter.name == BASE_ID:
-            yield None
+            yield Served()
             return
         pinning = self._workers.submit(self._versions.acquire, tenant, adapter.name)
         try:
             version = await asyncio.shield(asyncio.wrap_future(pinning))
             self._adapter_ids[version.digest] = version.adapter_id
-            yield AdapterUse(digest=version.digest, scale=1.0 if adapter.scale is None else adapter.scale)
+            yield Served(
+                use=AdapterUse(digest=version.digest, scale=1.0 if adapter.scale is None else adapter.scale),
+                defaults=read_defaults(version.serving),
+            )
         finally:
             # Shielded, and waiting for `pinning` in the worker: a cancelled call gives its pin back too.
             await asyncio.shield(asyncio.wrap_future(self._workers.submit(self._unpin, pinning)))
@@ -143,33 +162,35 @@ class FrontDesk:
         if pinning.exception() is None:
             self._versions.unpin(pinning.result().digest)
 
-    async def _admit(self, request: GenerationRequest, use: AdapterUse | None) -> EngineRequest:
-        token_ids = await self._tokenize(request.prompt or "")
+    def _engine_request(self, request: GenerationRequest, token_ids: tuple[int, ...], served: Served) -> EngineRequest:
         # Generation ids are a tenant's own; the engine knows no tenants but by the salt of their prefixes.
         return engine_request(
             uuid.uuid4().hex,
             token_ids,
-            adapter=use,
+            adapter=served.use,
             sampling=request.sampling,
             limits=self._limits,
+            defaults=served.defaults.sampling,
             cache_salt=request.tenant,
         )
 
-    async def _echo(self, request: GenerationRequest, token_ids: tuple[int, ...]) -> Prompt | None:
-        if not request.echo:
-            return None
-        if isinstance(request.prompt, str):
-            return Prompt(text=request.prompt, token_ids=token_ids)
-        decode = self._tokenizer.decode
-        text = await asyncio.get_running_loop().run_in_executor(self._workers, decode, list(token_ids))
-        return Prompt(text=text, token_ids=token_ids)
+    async def _read(
+        self, prompt: str | tuple[int, ...] | Chat | None, system_prompt: str | None
+    ) -> tuple[str | None, tuple[int, ...]]:
+        """The prompt's text, unless it came as tokens, and its tokens."""
+        if not isinstance(prompt, str | Chat):
+            return None, prompt or ()
+        read = await asyncio.get_running_loop().run_in_executor(
+            self._workers, read_prompt, prompt, self._tokenizer, self._chat_template, system_prompt
+        )
+        return read.text, read.token_ids
 
-    async def _tokenize(self, prompt: str | tuple[int, ...]) -> tuple[int, ...]:
-        if not isinstance(prompt, str):
-            return prompt
-        encode = self._tokenizer.encode
-        encoding = await asyncio.get_running_loop().run_in_executor(self._workers, encode, prompt)
-        return tuple(encoding.ids)
+    async def _echo(self, text: str | None, token_ids: tuple[int, ...]) -> Prompt:
+        if text is not None:
+            return Prompt(text=text, token_ids=token_ids)
+        decode = self._tokenizer.decode
+        decoded = await asyncio.get_running_loop().run_in_executor(self._workers, decode, list(token_ids))
+        return Prompt(text=decoded, token_ids=token_ids)
 
     async def _follow(self, admission: Admission) -> AsyncGenerator[Event, None]:
         request = admission.engine_request

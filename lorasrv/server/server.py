@@ -15,8 +15,9 @@ from grpc_reflection.v1alpha import reflection
 from lorasrv import __version__
 from lorasrv.config import EngineConfig
 from lorasrv.engine.admission import TokenLimits
+from lorasrv.engine.chat import load_chat_template
 from lorasrv.engine.client import Engine
-from lorasrv.engine.fitting import page_check
+from lorasrv.engine.defaults import adapter_check
 from lorasrv.engine.text import load_tokenizer
 from lorasrv.errors import ConfigurationError
 from lorasrv.model.base_shapes import base_shapes
@@ -88,9 +89,10 @@ class Server:
         model = config.engine.model
         self._architecture = read_architecture(model.path)
         self._tokenizer = load_tokenizer(Path(model.path))
+        self._chat_template = load_chat_template(Path(model.path))
         self._base = base_shapes(model.path, model.dtype)
         self._registry = Registry(
-            Path(config.data_dir), self._base, config.engine.max_rank, check=page_check(config.engine)
+            Path(config.data_dir), self._base, config.engine.max_rank, check=adapter_check(config.engine)
         )
         self._engine = make_engine(replace(config.engine, blob_root=str(self._registry.blob_root)))
         self._health = Health(self._engine)
@@ -112,6 +114,7 @@ class Server:
             limits=TokenLimits.of(info),
             versions=self._registry,
             tokenizer=self._tokenizer,
+            chat_template=self._chat_template,
             workers=self._workers,
         )
         self._add_services(server, self._desk, info)

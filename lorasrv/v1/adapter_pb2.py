@@ -24,9 +24,10 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from lorasrv.v1 import generation_pb2 as lorasrv_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lorasrv/v1/adapter.proto\x12\nlorasrv.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"W\n\nUploadFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x17\n\x0f\x63ommitted_bytes\x18\x04 \x01(\x04\"\xa7\x02\n\x06Upload\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.lorasrv.v1.UploadState\x12%\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x16.lorasrv.v1.UploadFile\x12\'\n\x06\x65rrors\x18\x05 \x03(\x0b\x32\x17.lorasrv.v1.UploadError\x12$\n\x07version\x18\x06 \x01(\x0b\x32\x13.lorasrv.v1.Version\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\".\n\x0bUploadError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x8e\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12+\n\x04tags\x18\x03 \x03(\x0b\x32\x1d.lorasrv.v1.Adapter.TagsEntry\x12%\n\x08versions\x18\x04 \x03(\x0b\x32\x13.lorasrv.v1.Version\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe2\x01\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x10\n\x08min_rank\x18\x03 \x01(\r\x12\x10\n\x08max_rank\x18\x04 \x01(\r\x12\x16\n\x0etarget_modules\x18\x05 \x03(\t\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x18\n\x10\x62\x61se_fingerprint\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x04tier\x18\t \x01(\x0e\x32\x10.lorasrv.v1.Tier\"`\n\x13\x43reateUploadRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12%\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x16.lorasrv.v1.UploadFile\"V\n\x12WriteUploadRequest\x12\x0e\n\x06upload\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\" \n\x10GetUploadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"#\n\x13\x46inishUploadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x13ListAdaptersRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"V\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.lorasrv.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t*\x99\x01\n\x0bUploadState\x12\x1c\n\x18UPLOAD_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16UPLOAD_STATE_RECEIVING\x10\x01\x12\x1b\n\x17UPLOAD_STATE_VALIDATING\x10\x02\x12\x1a\n\x16UPLOAD_STATE_PUBLISHED\x10\x03\x12\x17\n\x13UPLOAD_STATE_FAILED\x10\x04*n\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\r\n\tTIER_DISK\x10\x01\x12\x10\n\x0cTIER_READING\x10\x02\x12\r\n\tTIER_HOST\x10\x03\x12\x0f\n\x0bTIER_DEVICE\x10\x04\x12\x0f\n\x0bTIER_FAILED\x10\x05\x32\xfe\x03\n\x0e\x41\x64\x61pterService\x12\x43\n\x0c\x43reateUpload\x12\x1f.lorasrv.v1.CreateUploadRequest\x1a\x12.lorasrv.v1.Upload\x12\x43\n\x0bWriteUpload\x12\x1e.lorasrv.v1.WriteUploadRequest\x1a\x12.lorasrv.v1.Upload(\x01\x12=\n\tGetUpload\x12\x1c.lorasrv.v1.GetUploadRequest\x1a\x12.lorasrv.v1.Upload\x12\x43\n\x0c\x46inishUpload\x12\x1f.lorasrv.v1.FinishUploadRequest\x1a\x12.lorasrv.v1.Upload\x12@\n\nGetAdapter\x12\x1d.lorasrv.v1.GetAdapterRequest\x1a\x13.lorasrv.v1.Adapter\x12Q\n\x0cListAdapters\x12\x1f.lorasrv.v1.ListAdaptersRequest\x1a .lorasrv.v1.ListAdaptersResponse\x12I\n\rDeleteAdapter\x12 .lorasrv.v1.DeleteAdapterRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lorasrv/v1/adapter.proto\x12\nlorasrv.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1blorasrv/v1/generation.proto\"W\n\nUploadFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x17\n\x0f\x63ommitted_bytes\x18\x04 \x01(\x04\"\xa7\x02\n\x06Upload\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.lorasrv.v1.UploadState\x12%\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x16.lorasrv.v1.UploadFile\x12\'\n\x06\x65rrors\x18\x05 \x03(\x0b\x32\x17.lorasrv.v1.UploadError\x12$\n\x07version\x18\x06 \x01(\x0b\x32\x13.lorasrv.v1.Version\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\".\n\x0bUploadError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x8e\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12+\n\x04tags\x18\x03 \x03(\x0b\x32\x1d.lorasrv.v1.Adapter.TagsEntry\x12%\n\x08versions\x18\x04 \x03(\x0b\x32\x13.lorasrv.v1.Version\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x91\x02\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x10\n\x08min_rank\x18\x03 \x01(\r\x12\x10\n\x08max_rank\x18\x04 \x01(\r\x12\x16\n\x0etarget_modules\x18\x05 \x03(\t\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x18\n\x10\x62\x61se_fingerprint\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x04tier\x18\t \x01(\x0e\x32\x10.lorasrv.v1.Tier\x12-\n\x08\x64\x65\x66\x61ults\x18\n \x01(\x0b\x32\x1b.lorasrv.v1.VersionDefaults\"m\n\x0fVersionDefaults\x12,\n\x08sampling\x18\x01 \x01(\x0b\x32\x1a.lorasrv.v1.SamplingParams\x12\x1a\n\rsystem_prompt\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x10\n\x0e_system_prompt\"`\n\x13\x43reateUploadRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12%\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x16.lorasrv.v1.UploadFile\"V\n\x12WriteUploadRequest\x12\x0e\n\x06upload\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\" \n\x10GetUploadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"#\n\x13\x46inishUploadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x13ListAdaptersRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"V\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.lorasrv.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t*\x99\x01\n\x0bUploadState\x12\x1c\n\x18UPLOAD_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16UPLOAD_STATE_RECEIVING\x10\x01\x12\x1b\n\x17UPLOAD_STATE_VALIDATING\x10\x02\x12\x1a\n\x16UPLOAD_STATE_PUBLISHED\x10\x03\x12\x17\n\x13UPLOAD_STATE_FAILED\x10\x04*n\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\r\n\tTIER_DISK\x10\x01\x12\x10\n\x0cTIER_READING\x10\x02\x12\r\n\tTIER_HOST\x10\x03\x12\x0f\n\x0bTIER_DEVICE\x10\x04\x12\x0f\n\x0bTIER_FAILED\x10\x05\x32\xfe\x03\n\x0e\x41\x64\x61pterService\x12\x43\n\x0c\x43reateUpload\x12\x1f.lorasrv.v1.CreateUploadRequest\x1a\x12.lorasrv.v1.Upload\x12\x43\n\x0bWriteUpload\x12\x1e.lorasrv.v1.WriteUploadRequest\x1a\x12.lorasrv.v1.Upload(\x01\x12=\n\tGetUpload\x12\x1c.lorasrv.v1.GetUploadRequest\x1a\x12.lorasrv.v1.Upload\x12\x43\n\x0c\x46inishUpload\x12\x1f.lorasrv.v1.FinishUploadRequest\x1a\x12.lorasrv.v1.Upload\x12@\n\nGetAdapter\x12\x1d.lorasrv.v1.GetAdapterRequest\x1a\x13.lorasrv.v1.Adapter\x12Q\n\x0cListAdapters\x12\x1f.lorasrv.v1.ListAdaptersRequest\x1a .lorasrv.v1.ListAdaptersResponse\x12I\n\rDeleteAdapter\x12 .lorasrv.v1.DeleteAdapterRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,38 +36,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ADAPTER_TAGSENTRY']._loaded_options = None
   _globals['_ADAPTER_TAGSENTRY']._serialized_options = b'8\001'
-  _globals['_UPLOADSTATE']._serialized_start=1536
-  _globals['_UPLOADSTATE']._serialized_end=1689
-  _globals['_TIER']._serialized_start=1691
-  _globals['_TIER']._serialized_end=1801
-  _globals['_UPLOADFILE']._serialized_start=102
-  _globals['_UPLOADFILE']._serialized_end=189
-  _globals['_UPLOAD']._serialized_start=192
-  _globals['_UPLOAD']._serialized_end=487
-  _globals['_UPLOADERROR']._serialized_start=489
-  _globals['_UPLOADERROR']._serialized_end=535
-  _globals['_ADAPTER']._serialized_start=538
-  _globals['_ADAPTER']._serialized_end=808
-  _globals['_ADAPTER_TAGSENTRY']._serialized_start=765
-  _globals['_ADAPTER_TAGSENTRY']._serialized_end=808
-  _globals['_VERSION']._serialized_start=811
-  _globals['_VERSION']._serialized_end=1037
-  _globals['_CREATEUPLOADREQUEST']._serialized_start=1039
-  _globals['_CREATEUPLOADREQUEST']._serialized_end=1135
-  _globals['_WRITEUPLOADREQUEST']._serialized_start=1137
-  _globals['_WRITEUPLOADREQUEST']._serialized_end=1223
-  _globals['_GETUPLOADREQUEST']._serialized_start=1225
-  _globals['_GETUPLOADREQUEST']._serialized_end=1257
-  _globals['_FINISHUPLOADREQUEST']._serialized_start=1259
-  _globals['_FINISHUPLOADREQUEST']._serialized_end=1294
-  _globals['_GETADAPTERREQUEST']._serialized_start=1296
-  _globals['_GETADAPTERREQUEST']._serialized_end=1329
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1331
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1407
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1409
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1495
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=1497
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=1533
-  _globals['_ADAPTERSERVICE']._serialized_start=1804
-  _globals['_ADAPTERSERVICE']._serialized_end=2314
+  _globals['_UPLOADSTATE']._serialized_start=1723
+  _globals['_UPLOADSTATE']._serialized_end=1876
+  _globals['_TIER']._serialized_start=1878
+  _globals['_TIER']._serialized_end=1988
+  _globals['_UPLOADFILE']._serialized_start=131
+  _globals['_UPLOADFILE']._serialized_end=218
+  _globals['_UPLOAD']._serialized_start=221
+  _globals['_UPLOAD']._serialized_end=516
+  _globals['_UPLOADERROR']._serialized_start=518
+  _globals['_UPLOADERROR']._serialized_end=564
+  _globals['_ADAPTER']._serialized_start=567
+  _globals['_ADAPTER']._serialized_end=837
+  _globals['_ADAPTER_TAGSENTRY']._serialized_start=794
+  _globals['_ADAPTER_TAGSENTRY']._serialized_end=837
+  _globals['_VERSION']._serialized_start=840
+  _globals['_VERSION']._serialized_end=1113
+  _globals['_VERSIONDEFAULTS']._serialized_start=1115
+  _globals['_VERSIONDEFAULTS']._serialized_end=1224
+  _globals['_CREATEUPLOADREQUEST']._serialized_start=1226
+  _globals['_CREATEUPLOADREQUEST']._serialized_end=1322
+  _globals['_WRITEUPLOADREQUEST']._serialized_start=1324
+  _globals['_WRITEUPLOADREQUEST']._serialized_end=1410
+  _globals['_GETUPLOADREQUEST']._serialized_start=1412
+  _globals['_GETUPLOADREQUEST']._serialized_end=1444
+  _globals['_FINISHUPLOADREQUEST']._serialized_start=1446
+  _globals['_FINISHUPLOADREQUEST']._serialized_end=1481
+  _globals['_GETADAPTERREQUEST']._serialized_start=1483
+  _globals['_GETADAPTERREQUEST']._serialized_end=1516
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=1518
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=1594
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1596
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1682
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=1684
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=1720
+  _globals['_ADAPTERSERVICE']._serialized_start=1991
+  _globals['_ADAPTERSERVICE']._serialized_end=2501
 # @@protoc_insertion_point(module_scope)

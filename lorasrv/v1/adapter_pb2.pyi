@@ -2,6 +2,7 @@ import datetime
 
 from google.protobuf import empty_pb2 as _empty_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from lorasrv.v1 import generation_pb2 as _generation_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -103,7 +104,7 @@ class Adapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., adapter_id: _Optional[str] = ..., tags: _Optional[_Mapping[str, str]] = ..., versions: _Optional[_Iterable[_Union[Version, _Mapping]]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class Version(_message.Message):
-    __slots__ = ("name", "digest", "min_rank", "max_rank", "target_modules", "size_bytes", "base_fingerprint", "create_time", "tier")
+    __slots__ = ("name", "digest", "min_rank", "max_rank", "target_modules", "size_bytes", "base_fingerprint", "create_time", "tier", "defaults")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     MIN_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +114,7 @@ class Version(_message.Message):
     BASE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     CREATE_TIME_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
+    DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     min_rank: int
@@ -122,7 +124,16 @@ class Version(_message.Message):
     base_fingerprint: str
     create_time: _timestamp_pb2.Timestamp
     tier: Tier
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., min_rank: _Optional[int] = ..., max_rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tier: _Optional[_Union[Tier, str]] = ...) -> None: ...
+    defaults: VersionDefaults
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., min_rank: _Optional[int] = ..., max_rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tier: _Optional[_Union[Tier, str]] = ..., defaults: _Optional[_Union[VersionDefaults, _Mapping]] = ...) -> None: ...
+
+class VersionDefaults(_message.Message):
+    __slots__ = ("sampling", "system_prompt")
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    SYSTEM_PROMPT_FIELD_NUMBER: _ClassVar[int]
+    sampling: _generation_pb2.SamplingParams
+    system_prompt: str
+    def __init__(self, sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., system_prompt: _Optional[str] = ...) -> None: ...
 
 class CreateUploadRequest(_message.Message):
     __slots__ = ("parent", "adapter_id", "files")

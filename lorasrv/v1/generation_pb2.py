@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1blorasrv/v1/generation.proto\x12\nlorasrv.v1\x1a\x1egoogle/protobuf/duration.proto\"8\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_scale\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe0\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\x05min_p\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x02H\x08\x88\x01\x01\x12=\n\nlogit_bias\x18\x0b \x03(\x0b\x32).lorasrv.v1.SamplingParams.LogitBiasEntry\x12\'\n\tbad_words\x18\x0c \x03(\x0b\x32\x14.lorasrv.v1.TokenIds\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\t\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0f \x01(\x08H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x0c\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"b\n\x10PositionLogprobs\x12\'\n\x05token\x18\x01 \x01(\x0b\x32\x18.lorasrv.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.lorasrv.v1.TokenLogprob\"\xcf\x01\n\x0fGenerateRequest\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x03(\x0b\x32\x16.lorasrv.v1.AdapterRef\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\x06tokens\x18\x03 \x01(\x0b\x32\x14.lorasrv.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.lorasrv.v1.SamplingParams\x12\x15\n\rgeneration_id\x18\x06 \x01(\t\x12\x0c\n\x04\x65\x63ho\x18\x07 \x01(\x08\x42\x08\n\x06prompt\"\xe8\x01\n\x10GenerateResponse\x12$\n\x07started\x18\x01 \x01(\x0b\x32\x13.lorasrv.v1.Started\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.lorasrv.v1.Finished\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\x12\x35\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\"\x97\x01\n\x16GenerateStreamResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.lorasrv.v1.StartedH\x00\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.lorasrv.v1.DeltaH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.lorasrv.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x8c\x01\n\x07Started\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x16\n\x0eversion_digest\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x13\n\x0bprompt_text\x18\x05 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x06 \x03(\r\"\x9e\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\x12\x35\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\"\xc7\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.lorasrv.v1.FinishReason\x12\x0c\n\x04stop\x18\x03 \x01(\t\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.lorasrv.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.lorasrv.v1.Timings\x12\x1a\n\rstop_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"k\n\x07Timings\x12\x36\n\x13time_to_first_token\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x32\xaf\x01\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1b.lorasrv.v1.GenerateRequest\x1a\x1c.lorasrv.v1.GenerateResponse\x12S\n\x0eGenerateStream\x12\x1b.lorasrv.v1.GenerateRequest\x1a\".lorasrv.v1.GenerateStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1blorasrv/v1/generation.proto\x12\nlorasrv.v1\x1a\x1egoogle/protobuf/duration.proto\"8\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_scale\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xe0\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\x05min_p\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x02H\x08\x88\x01\x01\x12=\n\nlogit_bias\x18\x0b \x03(\x0b\x32).lorasrv.v1.SamplingParams.LogitBiasEntry\x12\'\n\tbad_words\x18\x0c \x03(\x0b\x32\x14.lorasrv.v1.TokenIds\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\t\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0f \x01(\x08H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x0c\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobs\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"b\n\x10PositionLogprobs\x12\'\n\x05token\x18\x01 \x01(\x0b\x32\x18.lorasrv.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.lorasrv.v1.TokenLogprob\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.lorasrv.v1.ChatMessage\"\x9e\x02\n\x0fGenerateRequest\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x03(\x0b\x32\x16.lorasrv.v1.AdapterRef\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\x06tokens\x18\x03 \x01(\x0b\x32\x14.lorasrv.v1.TokenIdsH\x00\x12,\n\x08messages\x18\x04 \x01(\x0b\x32\x18.lorasrv.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.lorasrv.v1.SamplingParams\x12\x15\n\rgeneration_id\x18\x06 \x01(\t\x12\x0c\n\x04\x65\x63ho\x18\x07 \x01(\x08\x12\x1f\n\x17ignore_version_defaults\x18\x08 \x01(\x08\x42\x08\n\x06prompt\"\xe8\x01\n\x10GenerateResponse\x12$\n\x07started\x18\x01 \x01(\x0b\x32\x13.lorasrv.v1.Started\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.lorasrv.v1.Finished\x12.\n\x08logprobs\x18\x05 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\x12\x35\n\x0fprompt_logprobs\x18\x06 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\"\x97\x01\n\x16GenerateStreamResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.lorasrv.v1.StartedH\x00\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.lorasrv.v1.DeltaH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.lorasrv.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x8c\x01\n\x07Started\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x16\n\x0eversion_digest\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x13\n\x0bprompt_text\x18\x05 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x06 \x03(\r\"\x9e\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\x12\x35\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\"\xc7\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.lorasrv.v1.FinishReason\x12\x0c\n\x04stop\x18\x03 \x01(\t\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.lorasrv.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.lorasrv.v1.Timings\x12\x1a\n\rstop_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"k\n\x07Timings\x12\x36\n\x13time_to_first_token\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x32\xaf\x01\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1b.lorasrv.v1.GenerateRequest\x1a\x1c.lorasrv.v1.GenerateResponse\x12S\n\x0eGenerateStream\x12\x1b.lorasrv.v1.GenerateRequest\x1a\".lorasrv.v1.GenerateStreamResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2321
-  _globals['_FINISHREASON']._serialized_end=2439
+  _globals['_FINISHREASON']._serialized_start=2505
+  _globals['_FINISHREASON']._serialized_end=2623
   _globals['_ADAPTERREF']._serialized_start=75
   _globals['_ADAPTERREF']._serialized_end=131
   _globals['_TOKENIDS']._serialized_start=133
@@ -48,22 +48,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKENLOGPROB']._serialized_end=946
   _globals['_POSITIONLOGPROBS']._serialized_start=948
   _globals['_POSITIONLOGPROBS']._serialized_end=1046
-  _globals['_GENERATEREQUEST']._serialized_start=1049
-  _globals['_GENERATEREQUEST']._serialized_end=1256
-  _globals['_GENERATERESPONSE']._serialized_start=1259
-  _globals['_GENERATERESPONSE']._serialized_end=1491
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1494
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1645
-  _globals['_STARTED']._serialized_start=1648
-  _globals['_STARTED']._serialized_end=1788
-  _globals['_DELTA']._serialized_start=1791
-  _globals['_DELTA']._serialized_end=1949
-  _globals['_FINISHED']._serialized_start=1952
-  _globals['_FINISHED']._serialized_end=2151
-  _globals['_USAGE']._serialized_start=2153
-  _globals['_USAGE']._serialized_end=2210
-  _globals['_TIMINGS']._serialized_start=2212
-  _globals['_TIMINGS']._serialized_end=2319
-  _globals['_GENERATIONSERVICE']._serialized_start=2442
-  _globals['_GENERATIONSERVICE']._serialized_end=2617
+  _globals['_CHATMESSAGE']._serialized_start=1048
+  _globals['_CHATMESSAGE']._serialized_end=1092
+  _globals['_CHATMESSAGES']._serialized_start=1094
+  _globals['_CHATMESSAGES']._serialized_end=1151
+  _globals['_GENERATEREQUEST']._serialized_start=1154
+  _globals['_GENERATEREQUEST']._serialized_end=1440
+  _globals['_GENERATERESPONSE']._serialized_start=1443
+  _globals['_GENERATERESPONSE']._serialized_end=1675
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1678
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1829
+  _globals['_STARTED']._serialized_start=1832
+  _globals['_STARTED']._serialized_end=1972
+  _globals['_DELTA']._serialized_start=1975
+  _globals['_DELTA']._serialized_end=2133
+  _globals['_FINISHED']._serialized_start=2136
+  _globals['_FINISHED']._serialized_end=2335
+  _globals['_USAGE']._serialized_start=2337
+  _globals['_USAGE']._serialized_end=2394
+  _globals['_TIMINGS']._serialized_start=2396
+  _globals['_TIMINGS']._serialized_end=2503
+  _globals['_GENERATIONSERVICE']._serialized_start=2626
+  _globals['_GENERATIONSERVICE']._serialized_end=2801
 # @@protoc_insertion_point(module_scope)

@@ -96,21 +96,39 @@ class PositionLogprobs(_message.Message):
     top: _containers.RepeatedCompositeFieldContainer[TokenLogprob]
     def __init__(self, token: _Optional[_Union[TokenLogprob, _Mapping]] = ..., top: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ...) -> None: ...
 
+class ChatMessage(_message.Message):
+    __slots__ = ("role", "content")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    content: str
+    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
+
+class ChatMessages(_message.Message):
+    __slots__ = ("messages",)
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    messages: _containers.RepeatedCompositeFieldContainer[ChatMessage]
+    def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
+
 class GenerateRequest(_message.Message):
-    __slots__ = ("adapter", "text", "tokens", "sampling", "generation_id", "echo")
+    __slots__ = ("adapter", "text", "tokens", "messages", "sampling", "generation_id", "echo", "ignore_version_defaults")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     GENERATION_ID_FIELD_NUMBER: _ClassVar[int]
     ECHO_FIELD_NUMBER: _ClassVar[int]
+    IGNORE_VERSION_DEFAULTS_FIELD_NUMBER: _ClassVar[int]
     adapter: _containers.RepeatedCompositeFieldContainer[AdapterRef]
     text: str
     tokens: TokenIds
+    messages: ChatMessages
     sampling: SamplingParams
     generation_id: str
     echo: bool
-    def __init__(self, adapter: _Optional[_Iterable[_Union[AdapterRef, _Mapping]]] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., generation_id: _Optional[str] = ..., echo: bool = ...) -> None: ...
+    ignore_version_defaults: bool
+    def __init__(self, adapter: _Optional[_Iterable[_Union[AdapterRef, _Mapping]]] = ..., text: _Optional[str] = ..., tokens: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., generation_id: _Optional[str] = ..., echo: bool = ..., ignore_version_defaults: bool = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("started", "text", "token_ids", "finished", "logprobs", "prompt_logprobs")
