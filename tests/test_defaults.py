@@ -290,6 +290,7 @@ async def test_versions_show_their_defaults(running: Running, tmp_path: Path) ->
 
 
 async def test_bad_defaults_are_refused_and_a_neighbour_goes_on(running: Running, tmp_path: Path) -> None:
+    loop = asyncio.get_running_loop()
     running.engine.gate.clear()
     good = served_folder(tmp_path / "good", sampling={"temperature": 0})
 
@@ -306,7 +307,7 @@ async def test_bad_defaults_are_refused_and_a_neighbour_goes_on(running: Running
                 assert error.value.code.name == "INVALID_ARGUMENT", content
                 assert error.value.reason in ("INVALID_ADAPTER", "MALFORMED_FILE", "INVALID_UPLOAD")
             assert [adapter.adapter_id for adapter in client.adapters()] == ["good"]
-            running.engine.gate.set()
+            loop.call_soon_threadsafe(running.engine.gate.set)
             assert "".join(getattr(event, "text", "") for event in neighbour) == "neighbour"
 
     await asyncio.to_thread(session)
