@@ -85,14 +85,15 @@ def digests(status: EngineStatus, *tiers: Tier) -> list[str]:
 
 def test_a_stream_keeps_its_version_and_next_requests_have_the_new_one(llm: LLM, live: PeftModel) -> None:
     train(live, 1)
-    before = peft_tokens(live)
+    long = SamplingParams(temperature=0, max_tokens=200)  # longer than it takes to read the next version
+    before = peft_tokens(live, 200)
     first = publish(llm, live)
-    with llm.stream(PROMPT, adapter="policy", sampling=GREEDY) as stream:
+    with llm.stream(PROMPT, adapter="policy", sampling=long) as stream:
         begun = [token for _ in range(3) for token in next(stream).token_ids]
         train(live, 2)
         second = publish(llm, live)
         after = peft_tokens(live)
-        assert before != after and first != second
+        assert before[:4] != after[:4] and first != second
         assert our_tokens(llm, num_tokens=4) == after[:4]
         assert sorted(digests(llm.status(), Tier.DEVICE)) == sorted([first, second])
         assert (*begun, *(token for delta in stream for token in delta.token_ids)) == before
@@ -116,7 +117,6 @@ def test_200_versions_leave_nothing_behind(base: Path, live: PeftModel) -> None:
         digest = publish(llm, live)
         tokens = our_tokens(llm, num_tokens=4)
         if stream is not None:
-            assert len(llm.status().adapters) == 2
             assert stream.result().token_ids == old
             assert tokens == peft_tokens(live)[:4] != old[:4]
             num_compared += 1
