@@ -67,11 +67,12 @@ def publish(llm: LLM, model: PeftModel, name: str = "policy") -> str:
     return llm.add_adapter(name, get_peft_model_state_dict(model), model.peft_config["default"])
 
 
-def peft_tokens(model: PeftModel, prompt: list[int] = PROMPT) -> tuple[int, ...]:
+def peft_tokens(model: PeftModel, num_tokens: int = NUM_TOKENS) -> tuple[int, ...]:
     """PEFT's own greedy continuation, with the weights that the model has now."""
-    ids = torch.tensor([prompt])
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False)
-    return tuple(out[0, len(prompt) :].tolist())
+    ids = torch.tensor([PROMPT])
+    mask = torch.ones_like(ids)
+    out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False)
+    return tuple(out[0, len(PROMPT) :].tolist())
 
 
 def our_tokens(llm: LLM, name: str = "policy", num_tokens: int = NUM_TOKENS) -> tuple[int, ...]:
