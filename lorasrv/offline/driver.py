@@ -128,9 +128,11 @@ class Driver:
             if self._out_of_service is None:
                 while self._abandoned:
                     self._end(self._abandoned.popleft())
+                self._settle()
             elif in_service:
                 raise EngineUnavailable(f"this LLM is out of service: {self._out_of_service}")
             yield
+            self._settle()
 
     # The rest is called inside.
 
@@ -142,13 +144,21 @@ class Driver:
             self._versions.retain(run.request.adapter.digest)
 
     def _step(self) -> None:
-        try:
-            if self._core.has_work():
+        if self._core.has_work():
+            with self._fatal():
                 for delta in self._core.step():
                     self._take(delta)
-            # What is in flight when the last request ends is nobody's.
-            while self._core.has_work() and not self._runs:
+
+    def _settle(self) -> None:
+        """Let the core come to rest: what is in flight when the last request has ended is nobody's."""
+        with self._fatal():
+            while self._out_of_service is None and not self._runs and self._core.has_work():
                 self._core.step()
+
+    @contextmanager
+    def _fatal(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             self._out_of_service = f"its engine failed with {type(error).__name__}: {error}"
             raise
