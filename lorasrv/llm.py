@@ -1,55 +1,38 @@
-"""The offline face: the engine in this process, for scripts, notebooks and tests. One thread at a time."""
+"""The offline face: the engine in this process, for scripts, notebooks and training loops."""
 
+import time
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self, cast
+
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
-from lorasrv.engine.admission import TokenLimits, check_request, engine_request
+from lorasrv.engine.admission import TokenLimits
 from lorasrv.engine.build import assemble
-from lorasrv.engine.defaults import VersionDefaults, adapter_check, read_defaults
-from lorasrv.engine.output import OutputStream
+from lorasrv.engine.chat import load_chat_template
+from lorasrv.engine.defaults import adapter_check, read_defaults
+from lorasrv.engine.packer import Packer
 from lorasrv.engine.text import load_tokenizer
-from lorasrv.engine.vocabulary import Vocabulary
-from lorasrv.errors import InvalidRequest, error_from_reason
+from lorasrv.errors import AdapterLoadFailed, InvalidRequest
 from lorasrv.memory.packing import PackedAdapter
 from lorasrv.model.base_shapes import base_shapes
-from lorasrv.requests import AdapterRef, GenerationRequest
-from lorasrv.types import (
-    BASE_ID,
-    AdapterUse,
-    EngineRequest,
-    EngineStatus,
-    FinishReason,
-    PositionLogprobs,
-    SamplingParams,
-    TokenDelta,
-)
-from lorasrv_adapters.published import open_folder
+from lorasrv.offline.driver import Driver
+from lorasrv.offline.live_adapter import LiveConfig, adapter_files
+from lorasrv.offline.prompts import Ask, Conversation, Prompt, RunMaker, as_chat, is_conversation, make_asks
+from lorasrv.offline.results import Delta, Generation, Sample
+from lorasrv.offline.runs import Run
+from lorasrv.offline.stream import Stream
+from lorasrv.offline.versions import Version, Versions
+from lorasrv.types import BASE_ID, EngineStatus, SamplingParams
+from lorasrv_adapters.published import AdapterFiles, open_bytes, open_folder
+
+__all__ = ["LLM", "Delta", "Generation", "Sample", "Stream"]
 
 DEFAULT_POOL_BYTES = 256 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Generation:
-    """One prompt's output. `version_digest` None is the base model; `seed` repeats it.
-
-    `stop` is the stop string or stop token id that ended it. `logprobs` has one for each token, `prompt_logprobs` one
-    for each prompt token but the first; None where the sampling did not ask.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish: FinishReason
-    stop: str | int | None
-    prompt_tokens: int
-    version_digest: str | None
-    seed: int
-    logprobs: tuple[PositionLogprobs, ...] | None = None
-    prompt_logprobs: tuple[PositionLogprobs, ...] | None = None
 
 
 class LLM:
@@ -59,6 +42,10 @@ class LLM:
             llm.add_adapter("support", "path/to/peft_folder")
             for output in llm.generate(["Hello", "Hi"], adapter=["support", "base"]):
                 print(output.text)
+
+    Nothing runs but while a method does: no thread and no event loop is needed or disturbed. Calls from several threads
+    take turns, step by step, and are served in one batch. Ctrl-C ends a call between two steps; what it held is given
+    back, and the next call can come.
 
     Raises UnsupportedModel or ConfigurationError when the model or the settings cannot be served.
     """
@@ -73,81 +60,122 @@ class LLM:
         pool_bytes: int = DEFAULT_POOL_BYTES,
         scheduler: SchedulerConfig | None = None,
     ) -> None:
-        config = EngineConfig(
+        self._config = EngineConfig(
             model=ModelConfig(path=str(model), dtype=dtype, device=device, dummy_weights=dummy_weights),
             pool=PoolConfig(pool_bytes=pool_bytes),
             scheduler=scheduler or SchedulerConfig(),
         )
-        self._tokenizer = load_tokenizer(Path(model))
-        self._vocabulary = Vocabulary(self._tokenizer)
+        tokenizer = load_tokenizer(Path(model))
         self._base = base_shapes(model, dtype)
-        self._max_rank = config.max_rank
-        self._check = adapter_check(config)
-        self._images: dict[str, PackedAdapter] = {}
-        self._defaults: dict[str, VersionDefaults] = {}
-        assembly = assemble(config, lambda digest, _: self._images[digest])
-        self._core, self._packer = assembly.core, assembly.packer
-        self._limits = TokenLimits.of(assembly.info)
-        self._max_queued = config.scheduler.max_waiting
-        self._digests: dict[str, str] = {}
-        self._num_requests = 0
+        self._check = adapter_check(self._config)
+        self._versions = versions = Versions()
 
-    def add_adapter(self, name: str, folder: str | Path) -> str:
-        """Validate a PEFT folder and serve it as `name`, instead of what that name meant before. Returns its digest.
+        def read(digest: str, _: Packer) -> PackedAdapter:
+            version = versions.find(digest)
+            if version is None:
+                raise AdapterLoadFailed("it is not loaded any more")
+            return version.image
+
+        assembly = assemble(self._config, read)
+        self._packer = assembly.packer
+        limits = self._config.scheduler
+        # Enough for the scheduler to look ahead; the core's queue is never full for the lack of patience.
+        max_open = min(limits.max_waiting, limits.max_running + limits.lookahead)
+        self._driver = Driver(assembly.core, versions, max_open)
+        self._maker = RunMaker(tokenizer, load_chat_template(Path(model)), TokenLimits.of(assembly.info))
+
+    def add_adapter(
+        self,
+        name: str,
+        source: str | Path | Mapping[str, Tensor],
+        config: LiveConfig | Mapping[str, Any] | None = None,
+    ) -> str:
+        """Serve an adapter as `name`, instead of what that name meant before. Returns its digest.
+
+        `source` is a PEFT folder, or the state dict of a live PEFT model with the model's LoraConfig (or its
+        `to_dict()`):
+
+            llm.add_adapter("policy", get_peft_model_state_dict(model), model.peft_config["default"])
+
+        The weights are copied: training may go on. The same content has the same digest. What runs keeps its version to
+        its end; a version that no name means and no request uses is forgotten everywhere.
 
         Raises lorasrv_adapters.errors.ContentRefused with every reason, and InvalidRequest for the name `base`.
         """
         if name == BASE_ID:
             raise InvalidRequest("name", f"{BASE_ID!r} is the base model's")
-        files = open_folder(Path(folder), self._base, self._max_rank, self._check)
-        self._images[files.digest] = self._packer.pack(files)
-        self._defaults[files.digest] = read_defaults(files.spec.serving)
-        self._digests[name] = files.digest
-        self._drop_unnamed()
+        files = self._read(source, config)
+        version = self._versions.find(files.digest)
+        if version is None:
+            image, defaults = self._packer.pack(files), read_defaults(files.spec.serving)
+            version = Version(digest=files.digest, image=image, defaults=defaults)
+        self._driver.publish(name, version)
         return files.digest
 
     def remove_adapter(self, name: str) -> None:
-        """Raises InvalidRequest for an unknown name."""
-        if name not in self._digests:
-            raise InvalidRequest("adapter", f"{name!r} is not loaded")
-        del self._digests[name]
-        self._drop_unnamed()
+        """Requests that run keep their version. Raises InvalidRequest for an unknown name."""
+        self._driver.unpublish(name)
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: str | Sequence[Prompt],
         *,
         adapter: str | Sequence[str] = BASE_ID,
+        scale: float | Sequence[float | None] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: bool = False,
+    ) -> list[Generation]:
+        """Generate for all prompts, texts or lists of token ids, in one batch; outputs are in the prompts' order.
+
+        `adapter`, `scale`, which multiplies the adapter's own, and `sampling` are given once for all prompts or once
+        for each. A text alone is a list of one. `progress` shows a bar of the prompts that have ended, and tokens/s.
+
+        Raises InvalidRequest before anything runs. A request that fails while it runs fails alone: its Generation has
+        the `error`, and asking for its text raises it.
+        """
+        asks = make_asks([prompts] if isinstance(prompts, str) else prompts, adapter, scale, sampling)
+        return self._generate(asks, progress)
+
+    def chat(
+        self,
+        conversations: Conversation | Sequence[Conversation],
+        *,
+        adapter: str | Sequence[str] = BASE_ID,
+        scale: float | Sequence[float | None] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        progress: bool = False,
+    ) -> list[Generation]:
+        """The next message of each conversation, a list of dicts of `role` and `content`, by the model's own chat
+        template; all else is as with `generate`. One conversation alone is a list of one.
+        """
+        several = [conversations] if is_conversation(conversations) else cast(Sequence[Conversation], conversations)
+        chats = [as_chat(conversation) for conversation in several]
+        return self._generate(make_asks(chats, adapter, scale, sampling), progress)
+
+    def stream(
+        self,
+        prompt: Prompt | Conversation,
+        *,
+        adapter: str = BASE_ID,
         scale: float | None = None,
         sampling: SamplingParams | None = None,
-    ) -> list[Generation]:
-        """Generate for all prompts in one continuous batch; outputs in the prompts' order.
-
-        `adapter` is one name for all prompts or one for each; `scale` multiplies the adapters' own. Raises
-        InvalidRequest before anything runs; an error of a single request ends the call.
-        """
-        names = [adapter] * len(prompts) if isinstance(adapter, str) else list(adapter)
-        if len(names) != len(prompts):
-            raise InvalidRequest("adapter", f"{len(names)} adapters for {len(prompts)} prompts")
-        params = sampling or SamplingParams()
-        runs = [
-            _Run(
-                self._request(prompt, name, scale, params), params.over(self._sampling_of(name)).stop, self._vocabulary
-            )
-            for prompt, name in zip(prompts, names, strict=True)
-        ]
-        try:
-            self._run(runs)
-        finally:
-            for run in runs:
-                self._core.cancel(run.request.request_id)
-        return [run.result() for run in runs]
+    ) -> Stream:
+        """Begin to generate for one prompt or conversation: an iterator of Deltas. Raises InvalidRequest, QueueFull."""
+        asks = make_asks([prompt], adapter, scale, sampling)
+        with self._driver.holding({adapter} - {BASE_ID}) as versions:
+            (run,) = self._maker.make(asks, versions, streamed=True)
+            return Stream(self._driver, run)
 
     def status(self) -> EngineStatus:
-        return self._core.status()
+        return self._driver.status()
+
+    def check(self) -> None:
+        """Raise AssertionError on a broken invariant of the engine."""
+        self._driver.check()
 
     def close(self) -> None:
-        self._core.close()
+        """Give everything back. Streams that are open end with EngineUnavailable; a second close does nothing."""
+        self._driver.close()
 
     def __enter__(self) -> Self:
         return self
@@ -157,91 +185,42 @@ class LLM:
     ) -> None:
         self.close()
 
-    def _request(
-        self, prompt: str | Sequence[int], name: str, scale: float | None, sampling: SamplingParams
-    ) -> EngineRequest:
-        given = prompt if isinstance(prompt, str) else tuple(prompt)
-        ref = check_request(
-            GenerationRequest(
-                tenant="", adapters=(AdapterRef(name=name, scale=scale),), prompt=given, sampling=sampling
-            )
-        )
-        token_ids = tuple(self._tokenizer.encode(given).ids) if isinstance(given, str) else given
-        self._num_requests += 1
-        return engine_request(
-            str(self._num_requests),
-            token_ids,
-            adapter=self._use(ref),
-            sampling=sampling,
-            limits=self._limits,
-            defaults=self._sampling_of(name),
-        )
+    def __repr__(self) -> str:
+        model = self._config.model
+        return f"LLM({Path(model.path).name!r}, {model.dtype} on {model.device}, {len(self._versions.names)} adapters)"
 
-    def _sampling_of(self, name: str) -> SamplingParams:
-        """The defaults of what `name` means now."""
-        digest = self._digests.get(name)
-        return SamplingParams() if digest is None else self._defaults[digest].sampling
+    def _read(
+        self, source: str | Path | Mapping[str, Tensor], config: LiveConfig | Mapping[str, Any] | None
+    ) -> AdapterFiles:
+        max_rank = self._config.max_rank
+        if isinstance(source, str | Path):
+            if config is not None:
+                raise InvalidRequest("config", "a folder has its own; it goes with a state dict")
+            return open_folder(Path(source), self._base, max_rank, self._check)
+        if config is None:
+            raise InvalidRequest("config", "a state dict needs its configuration")
+        return open_bytes(*adapter_files(source, config), self._base, max_rank, self._check)
 
-    def _drop_unnamed(self) -> None:
-        """Forget the images that no name means any more; no request runs between calls."""
-        named = set(self._digests.values())
-        self._images = {digest: image for digest, image in self._images.items() if digest in named}
-        self._defaults = {digest: defaults for digest, defaults in self._defaults.items() if digest in named}
+    def _generate(self, asks: list[Ask], progress: bool) -> list[Generation]:
+        with self._driver.holding({ask.adapter for ask in asks} - {BASE_ID}) as versions:
+            runs = self._maker.make(asks, versions)
+            try:
+                self._complete(runs, progress)
+            finally:
+                self._driver.end(runs)
+        return [run.result() for run in runs]
 
-    def _use(self, ref: AdapterRef) -> AdapterUse | None:
-        if ref.name == BASE_ID:
-            return None
-        if ref.name not in self._digests:
-            raise InvalidRequest("adapter", f"{ref.name!r} is not loaded")
-        return AdapterUse(digest=self._digests[ref.name], scale=1.0 if ref.scale is None else ref.scale)
-
-    def _run(self, runs: list["_Run"]) -> None:
-        by_id = {run.request.request_id: run for run in runs}
-        queued = deque(runs)
-        while queued or self._core.has_work():
-            while queued and self._core.status().waiting < self._max_queued:
-                self._core.add(queued.popleft().request)
-            for delta in self._core.step():
-                run = by_id[delta.request_id]
-                run.take(delta)
-                if run.finish is not None and delta.finish is None:
-                    self._core.cancel(delta.request_id)
-
-
-class _Run:
-    """One prompt on its way."""
-
-    def __init__(self, request: EngineRequest, stop: tuple[str, ...], vocabulary: Vocabulary) -> None:
-        self.request = request
-        self.finish: FinishReason | None = None
-        self._output = OutputStream(vocabulary, request, stop)
-        self._pieces: list[str] = []
-        self._token_ids: list[int] = []
-        self._logprobs: list[PositionLogprobs] = []
-        self._prompt_logprobs: list[PositionLogprobs] = []
-        self._stop: str | int | None = None
-
-    def take(self, delta: TokenDelta) -> None:
-        if delta.failure is not None:
-            raise error_from_reason(delta.failure.reason, delta.failure.message)
-        piece = self._output.take(delta)
-        self._pieces.append(piece.text)
-        self._token_ids += piece.token_ids
-        self._logprobs += piece.logprobs
-        self._prompt_logprobs += delta.prompt_logprobs
-        self.finish, self._stop = piece.finish, piece.stop
-
-    def result(self) -> Generation:
-        assert self.finish is not None, f"request {self.request.request_id} has not ended"
-        adapter = self.request.adapter
-        return Generation(
-            text="".join(self._pieces),
-            token_ids=tuple(self._token_ids),
-            finish=self.finish,
-            stop=self._stop,
-            prompt_tokens=len(self.request.token_ids),
-            version_digest=adapter.digest if adapter else None,
-            seed=self.request.seed,
-            logprobs=None if self.request.logprobs is None else tuple(self._logprobs),
-            prompt_logprobs=None if self.request.prompt_logprobs is None else tuple(self._prompt_logprobs),
-        )
+    def _complete(self, runs: list[Run], progress: bool) -> None:
+        """Run to the end what nobody has started yet."""
+        waiting, running = deque(runs), list[Run]()
+        num_tokens, begun_s = 0, time.monotonic()
+        with tqdm(total=len(runs), unit="prompt", disable=not progress) as bar:
+            while waiting or running:
+                running += self._driver.advance(waiting)
+                ended = [run for run in running if run.ended]
+                running = [run for run in running if run not in ended]
+                if progress:
+                    num_tokens += sum(run.num_tokens for run in ended)
+                    total = num_tokens + sum(run.num_tokens for run in running)
+                    bar.set_postfix_str(f"{total / (time.monotonic() - begun_s):.0f} tokens/s", refresh=False)
+                    bar.update(len(ended))

@@ -18,8 +18,8 @@ LAYERS = (
     {"memory"},
     {"sched", "model"},
     {"engine"},
-    {"llm", "server", "client", "sim"},
-    {"demo"},
+    {"offline", "server", "client", "sim"},
+    {"llm", "demo"},
     {"cli"},
 )
 # The command line and the demo print the messages that the client hands them.

@@ -37,7 +37,8 @@ from lorasrv_adapters.errors import (
 )
 from lorasrv_adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
 from lorasrv_adapters.peft_config import parse_peft_config
-from lorasrv_adapters.peft_format import AdapterSpec, validate_folder
+from lorasrv_adapters.peft_format import AdapterSpec, validate_bytes, validate_folder
+from lorasrv_adapters.published import open_bytes, open_folder
 from lorasrv_adapters.safetensors_header import TensorEntry, read_tensor_bytes
 from lorasrv_adapters.values import bad_values
 
@@ -65,6 +66,11 @@ def refusals(folder: Path, base: BaseShapes = BASE, max_rank: int = 256) -> tupl
         assert str(folder) not in str(error)
         assert str(error).isascii()
         assert str(error).isprintable()
+    files = [folder / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    if all(file.is_file() for file in files):
+        with pytest.raises(ContentRefused) as again:
+            validate_bytes(*(file.read_bytes() for file in files), base, max_rank)
+        assert str(again.value) == str(refused.value)
     return refused.value.errors
 
 
@@ -113,6 +119,8 @@ def test_what_peft_saves_is_read_exactly(tmp_path: Path, seed: int) -> None:
 
     spec = validate_folder(tmp_path, base)
 
+    files = open_bytes(*((tmp_path / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)), base, 256)
+    assert (files.spec, files.digest) == (spec, open_folder(tmp_path, base, 256).digest)
     assert (spec.rank_min, spec.rank_max) == (rank, rank)
     assert set(spec.target_modules) == (set(ALL_TARGETS) if targets == "all-linear" else set(targets))
     layers = {

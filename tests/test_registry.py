@@ -92,7 +92,8 @@ def test_publish_and_open(registry: Registry, tmp_path: Path) -> None:
     assert version.target_modules == ("q_proj", "down_proj")
     assert version.size_bytes == sum((folder / name).stat().st_size for name in FILE_NAMES)
     files = open_version(registry.blobs, digest, BASE, 256)
-    assert files.weights_file.read_bytes() == (folder / WEIGHTS_FILE).read_bytes()
+    with files.open_weights() as weights:
+        assert weights.read() == (folder / WEIGHTS_FILE).read_bytes()
     assert len(files.spec.modules) == 4
 
 

@@ -1,4 +1,4 @@
-"""A PEFT adapter folder against the base model: every file, tensor and value is accounted for, or it is refused.
+"""A PEFT adapter's two files against the base model: every file, tensor and value is accounted for, or it is refused.
 
 The result says which tensor is A and B of which module, where its bytes are and at which scale it acts; the
 weights stay in the file, untouched. All reasons for a refusal are collected, not only the first.
@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -86,16 +87,21 @@ def validate_folder(
     serving = _read_serving(path / SERVING_FILE, errors)
     try:
         with open_regular(path / WEIGHTS_FILE) as weights:
-            spec = _collect(config_bytes, weights, base, max_rank, errors)
-            if spec is not None:
-                spec = replace(spec, serving=serving)
-                errors += check(spec)
-                errors += bad_values(weights, _entries(spec), base.dtype)
+            return _validate(config_bytes, weights, serving, base, max_rank, check, errors)
     except MalformedFile as error:
         raise ContentRefused([*errors, error]) from None
-    if errors or spec is None:
-        raise ContentRefused(errors)
-    return spec
+
+
+def validate_bytes(
+    config_bytes: bytes, weights: bytes, base: BaseShapes, max_rank: int, check: SpecCheck = accept_all
+) -> AdapterSpec:
+    """The same of an adapter whose two files are in memory; it has no serving.json."""
+    errors: list[ContentError] = []
+    config = _capped(BytesIO(config_bytes), CONFIG_FILE, MAX_CONFIG_BYTES, errors)
+    try:
+        return _validate(config, BytesIO(weights), None, base, max_rank, check, errors)
+    except MalformedFile as error:
+        raise ContentRefused([*errors, error]) from None
 
 
 def read_spec(config_bytes: bytes, weights: BinaryIO, base: BaseShapes, max_rank: int) -> AdapterSpec:
@@ -127,13 +133,18 @@ def max_file_bytes(base: BaseShapes, max_rank: int) -> dict[str, int]:
 def _read_capped(path: Path, max_bytes: int, errors: list[ContentError]) -> bytes | None:
     try:
         with open_regular(path) as file:
-            data = file.read(max_bytes + 1)
-        if len(data) > max_bytes:
-            raise MalformedFile(f"{path.name} is over the limit of {max_bytes} bytes")
-        return data
+            return _capped(file, path.name, max_bytes, errors)
     except MalformedFile as error:
         errors.append(error)
         return None
+
+
+def _capped(file: BinaryIO, name: str, max_bytes: int, errors: list[ContentError]) -> bytes | None:
+    data = file.read(max_bytes + 1)
+    if len(data) <= max_bytes:
+        return data
+    errors.append(MalformedFile(f"{name} is over the limit of {max_bytes} bytes"))
+    return None
 
 
 def _read_serving(path: Path, errors: list[ContentError]) -> str | None:
@@ -147,6 +158,25 @@ def _read_serving(path: Path, errors: list[ContentError]) -> str | None:
     except RecursionError:
         errors.append(MalformedFile(f"{path.name}: JSON nested too deep"))
     return None
+
+
+def _validate(
+    config_bytes: bytes | None,
+    weights: BinaryIO,
+    serving: str | None,
+    base: BaseShapes,
+    max_rank: int,
+    check: SpecCheck,
+    errors: list[ContentError],
+) -> AdapterSpec:
+    spec = _collect(config_bytes, weights, base, max_rank, errors)
+    if spec is not None:
+        spec = replace(spec, serving=serving)
+        errors += check(spec)
+        errors += bad_values(weights, _entries(spec), base.dtype)
+    if errors or spec is None:
+        raise ContentRefused(errors)
+    return spec
 
 
 def _collect(

@@ -1,7 +1,11 @@
-"""A published version, opened for its weights. An engine process needs the blob folder and a digest, no catalogue."""
+"""A version, opened for its weights. An engine process needs the blob folder and a digest, no catalogue."""
 
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 from lorasrv_adapters.base import BaseShapes
 from lorasrv_adapters.blobs import BlobStore, file_sha256
@@ -25,18 +29,22 @@ from lorasrv_adapters.peft_format import (
     accept_all,
     open_regular,
     read_spec,
+    validate_bytes,
     validate_folder,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFiles:
-    """What a packer needs: `spec` says where in `weights_file` each matrix lies."""
+    """What a packer needs: `spec` says where in `weights`, a file or its bytes, each matrix lies."""
 
     digest: str
     spec: AdapterSpec
-    weights_file: Path
+    weights: Path | bytes
     size_bytes: int
+
+    def open_weights(self) -> BinaryIO:
+        return BytesIO(self.weights) if isinstance(self.weights, bytes) else self.weights.open("rb")
 
 
 def open_version(blobs: BlobStore, digest: str, base: BaseShapes, max_rank: int) -> AdapterFiles:
@@ -55,7 +63,7 @@ def open_version(blobs: BlobStore, digest: str, base: BaseShapes, max_rank: int)
     with blobs.open(weights_file.sha256) as weights:
         spec = read_spec(config_bytes, weights, base, max_rank)
     return AdapterFiles(
-        digest=digest, spec=spec, weights_file=blobs.path(weights_file.sha256), size_bytes=manifest.size_bytes
+        digest=digest, spec=spec, weights=blobs.path(weights_file.sha256), size_bytes=manifest.size_bytes
     )
 
 
@@ -65,14 +73,21 @@ def open_folder(folder: Path, base: BaseShapes, max_rank: int, check: SpecCheck 
     Raises ContentRefused with every reason.
     """
     spec = validate_folder(folder, base, max_rank, check)
-    files: list[ManifestFile] = []
-    for name in FILE_NAMES if spec.serving is None else (*FILE_NAMES, SERVING_FILE):
-        with open_regular(folder / name) as file:
-            files.append(ManifestFile(name=name, sha256=file_sha256(file), size_bytes=file.tell()))
-    manifest = make_manifest(files)
+    names = FILE_NAMES if spec.serving is None else (*FILE_NAMES, SERVING_FILE)
+    with ExitStack() as files:
+        manifest = _manifest({name: files.enter_context(open_regular(folder / name)) for name in names})
     return AdapterFiles(
-        digest=manifest.digest, spec=spec, weights_file=folder / WEIGHTS_FILE, size_bytes=manifest.size_bytes
+        digest=manifest.digest, spec=spec, weights=folder / WEIGHTS_FILE, size_bytes=manifest.size_bytes
     )
+
+
+def open_bytes(
+    config_bytes: bytes, weights: bytes, base: BaseShapes, max_rank: int, check: SpecCheck = accept_all
+) -> AdapterFiles:
+    """The same of an adapter whose two files are in memory."""
+    spec = validate_bytes(config_bytes, weights, base, max_rank, check)
+    manifest = _manifest({CONFIG_FILE: BytesIO(config_bytes), WEIGHTS_FILE: BytesIO(weights)})
+    return AdapterFiles(digest=manifest.digest, spec=spec, weights=weights, size_bytes=manifest.size_bytes)
 
 
 def read_manifest(blobs: BlobStore, digest: str) -> Manifest:
@@ -81,3 +96,9 @@ def read_manifest(blobs: BlobStore, digest: str) -> Manifest:
         return parse_manifest(blobs.read_verified(digest, MAX_MANIFEST_BYTES))
     except MalformedFile as error:
         raise CorruptBlob(f"version {digest}: {error}") from None
+
+
+def _manifest(files: Mapping[str, BinaryIO]) -> Manifest:
+    return make_manifest(
+        [ManifestFile(name=name, sha256=file_sha256(file), size_bytes=file.tell()) for name, file in files.items()]
+    )

@@ -89,6 +89,8 @@ class EngineCore:
             raise GenerationExists(f"generation {request.request_id!r} is running")
         if self.num_waiting + request.n > self._config.max_waiting:
             raise QueueFull(f"{self.num_waiting} sequences are waiting; the limit is {self._config.max_waiting}")
+        if request.adapter is not None:
+            self._ledger.keep(request.adapter.digest)
         first, *followers = (self._new_sequence(request, sample) for sample in range(request.n))
         self._requests[request.request_id] = [first, *followers]
         for sequence in (first, *followers):
@@ -107,7 +109,7 @@ class EngineCore:
 
     def discard(self, digest: str) -> None:
         """Nobody will ask for this adapter version again: its pages and its image in host memory go, now or when the
-        last request that uses it has ended."""
+        last request that uses it has ended. A request for it takes this back."""
         self._ledger.discard(digest)
         self._drop_discarded()
 

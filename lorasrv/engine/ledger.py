@@ -165,6 +165,10 @@ class Ledger:
     def discard(self, digest: str) -> None:
         self._discarded.add(digest)
 
+    def keep(self, digest: str) -> None:
+        """Undo a `discard` that has not been carried out."""
+        self._discarded.discard(digest)
+
     def drop_discarded(self, used: set[str]) -> None:
         """Let go of the discarded adapters that are not `used`."""
         for digest in [digest for digest in self._discarded if digest not in used]:

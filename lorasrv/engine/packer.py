@@ -25,7 +25,7 @@ class Packer:
     def pack(self, files: AdapterFiles) -> PackedAdapter:
         """Read and pack a version. Raises AdapterLoadFailed when it cannot be laid out, OSError or MalformedFile when
         it cannot be read."""
-        with files.weights_file.open("rb") as file:
+        with files.open_weights() as file:
             modules = [
                 PackedModule(
                     layer=spec.layer,
