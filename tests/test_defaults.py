@@ -77,6 +77,21 @@ def serving(**fields: Any) -> str:
     return json.dumps(fields)
 
 
+def served_folder(folder: Path, **fields: Any) -> Path:
+    write_adapter(folder)
+    (folder / "serving.json").write_text(serving(**fields))
+    return folder
+
+
+def model_folder(folder: Path, chat_template: str) -> Path:
+    """The sample model without its weights, with a chat template."""
+    folder.mkdir()
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).symlink_to(BASE_MODEL / name)
+    (folder / "chat_template.jinja").write_text(chat_template)
+    return folder
+
+
 def test_every_field_is_accounted_for() -> None:
     """A new field of SamplingParams is either a default or says why it is none."""
     names = {field.name for field in fields(SamplingParams)}
@@ -187,6 +202,16 @@ def test_refused_by_name(tmp_path: Path, content: bytes | str, reason: str) -> N
     assert isinstance(errors[0], InvalidAdapter | MalformedFile)
 
 
+def test_a_template_that_knows_no_system_message(tmp_path: Path) -> None:
+    template = "{% if messages[0].role != 'user' %}{{ raise_exception('no') }}{% endif %}"
+    model = model_folder(tmp_path / "model", template)
+    check = adapter_check(EngineConfig(model=ModelConfig(path=str(model))))
+    shapes = base_shapes(model, "float32")
+    assert validate_folder(served_folder(tmp_path / "a", sampling={"top_k": 1}), shapes, check=check).serving
+    with pytest.raises(ContentRefused, match="system_prompt: messages: the chat template refuses them: no"):
+        validate_folder(served_folder(tmp_path / "b", system_prompt="Be brief."), shapes, check=check)
+
+
 def test_all_reasons_at_once(tmp_path: Path) -> None:
     content = serving(sampling={"temperature": -1, "top_k": "many", "tokens": 3, "stop": [""]}, prompt="x")
     assert len(refusals(tmp_path / "a", content)) == 3
@@ -210,21 +235,11 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 async def running(tmp_path: Path) -> AsyncIterator[Running]:
-    model = tmp_path / "model"
-    model.mkdir()
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        (model / name).symlink_to(BASE_MODEL / name)
-    (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    model = model_folder(tmp_path / "model", CHAT_TEMPLATE)
     config = server_config(tmp_path / "data")
     engine = replace(config.engine, model=ModelConfig(path=str(model)))
     async with running_server(tmp_path / "data", replace(config, engine=engine)) as found:
         yield found
-
-
-def served_folder(folder: Path, **fields: Any) -> Path:
-    write_adapter(folder)
-    (folder / "serving.json").write_text(serving(**fields))
-    return folder
 
 
 async def test_every_default_reaches_the_engine_unless_the_request_speaks(running: Running, tmp_path: Path) -> None:
