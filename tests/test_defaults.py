@@ -121,6 +121,7 @@ def test_what_is_unset_everywhere_is_the_systems() -> None:
     assert (request.temperature, request.top_p, request.min_p) == (1.0, 1.0, 0.0)
     assert (request.top_k, request.rules, request.min_tokens, request.ignore_eos, stop) == (None, None, 0, False, ())
     assert request.max_tokens == LIMITS.sequence_tokens - 2
+    assert admitted(SamplingParams(top_k=0), SamplingParams(top_k=5))[0].top_k is None
     left_open = {"top_k", "seed", "max_tokens", "logprobs", "prompt_logprobs"}
     assert {name for name, value in vars(complete).items() if value is None} == left_open
 
