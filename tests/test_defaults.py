@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from adapter_folders import write_adapter
-from fake_engine import BASE_MODEL, INFO, server_config
+from fake_engine import BASE_MODEL, INFO, FakeEngine, server_config
 from lorasrv import LLM
 from lorasrv.client import Client, ClientError
 from lorasrv.config import EngineConfig, ModelConfig
 from lorasrv.engine.admission import TokenLimits, engine_request
 from lorasrv.engine.defaults import VersionDefaults, adapter_check, read_defaults
-from lorasrv.errors import InvalidRequest
+from lorasrv.errors import ConfigurationError, InvalidRequest
 from lorasrv.model.base_shapes import base_shapes
+from lorasrv.server.server import Server
 from lorasrv.types import CompleteSampling, EngineRequest, SamplingParams
 from lorasrv.v1 import generation_pb2
 from lorasrv_adapters.errors import ContentError, ContentRefused, InvalidAdapter, MalformedFile
@@ -342,6 +343,13 @@ async def test_chats_that_are_refused(running: Running) -> None:
                 assert (error.value.code.name, error.value.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
 
     await asyncio.to_thread(session)
+
+
+def test_a_template_that_cannot_be_compiled_ends_the_start(tmp_path: Path) -> None:
+    model = model_folder(tmp_path / "model", "{% for %}")
+    config = replace(server_config(tmp_path / "data"), engine=EngineConfig(model=ModelConfig(path=str(model))))
+    with pytest.raises(ConfigurationError, match="chat template cannot be compiled"):
+        Server(config, lambda _: FakeEngine())
 
 
 async def test_a_base_without_a_template_takes_no_chats(tmp_path: Path) -> None:
