@@ -175,7 +175,14 @@ def test_the_sandbox_holds(tmp_path: Path, escape: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "template", ["{% include 'other' %}", "{{ 1 / 0 }}", "{% for i in range(10**9) %}{% endfor %}", "{{ 'a' + 1 }}"]
+    "template",
+    [
+        "{% include 'other' %}",
+        "{{ 1 / 0 }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+        "{{ 'a' + 1 }}",
+        "{{ messages.append({}) }}",
+    ],
 )
 def test_a_template_that_fails_is_the_models_fault(tmp_path: Path, template: str) -> None:
     folder = model_folder(tmp_path / "model", template=template)

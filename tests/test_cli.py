@@ -278,6 +278,12 @@ def test_a_bad_config_says_so(no_user_config: Path, text: str) -> None:
         '{"prompt": "x", "logit_bias": {"a": 1}}',
         '{"prompt": "x", "bad_words": [1]}',
         '{"prompt": "x", "min_p": "0.1"}',
+        '{"temperature": 0}',
+        '{"prompt": "x", "messages": [{"role": "user", "content": "y"}]}',
+        '{"messages": "x"}',
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": [{"role": "user", "content": "x", "name": "y"}]}',
+        '{"messages": [{"role": "user", "content": 3}]}',
     ],
 )
 def test_a_bad_line_is_named(line: str) -> None:
@@ -288,6 +294,9 @@ def test_a_bad_line_is_named(line: str) -> None:
 def test_jsonl_is_read_as_objects() -> None:
     jobs = read_jobs(['{"prompt": "a", "seed": 1}\n', "\n"], "base", {"seed": 2, "top_k": 3}, jsonl=True)
     assert [(job.prompt, job.adapter, dict(job.sampling)) for job in jobs] == [("a", "base", {"seed": 1, "top_k": 3})]
+    messages = [{"role": "user", "content": "hi"}]
+    (job,) = read_jobs([json.dumps({"messages": messages, "adapter": "upper"})], "base", {}, jsonl=True)
+    assert (job.prompt, job.adapter) == (messages, "upper")
 
 
 def test_serve_refuses_other_than_loopback(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lorasrv.client import AsyncClient, Client, ClientError
 from lorasrv.client import errors as client_errors
 from lorasrv.client.batch import Job, Outcome, generate_all
 from lorasrv.client.errors import InvalidArgument, NotFound, Unavailable
-from lorasrv.client.messages import target_of
+from lorasrv.client.messages import generate_request, target_of
 from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
 from running_server import Running, running_server, subprocess_env
 
@@ -191,6 +191,19 @@ async def test_a_batch_without_a_server_fails_once() -> None:
     async with AsyncClient(free_address()) as client:
         with pytest.raises(Unavailable):
             await generate_all(client, [Job(prompt="x", adapter="base")] * 20, 4, lambda outcome: None)
+
+
+def test_every_kind_of_prompt_is_a_request() -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    request = generate_request(messages, adapter="base", ignore_version_defaults=True)
+    assert [(each.role, each.content) for each in request.messages.messages] == [("user", "hi"), ("assistant", "ho")]
+    assert request.ignore_version_defaults
+    assert list(generate_request([1, 2], adapter="base").tokens.ids) == [1, 2]
+    assert generate_request("hi", adapter="base").WhichOneof("prompt") == "text"
+    assert generate_request([], adapter="base").WhichOneof("prompt") == "tokens"
+    for mixed in ([messages[0], 3], [3, messages[0]], [{"role": "user", "content": "hi", "name": "x"}]):
+        with pytest.raises((TypeError, ValueError)):
+            generate_request(mixed, adapter="base")
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:1", "http://127.0.0.1:1", "http://127.0.0.1:1/"])

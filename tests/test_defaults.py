@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from adapter_folders import write_adapter
-from fake_engine import BASE_MODEL, INFO, server_config
+from fake_engine import BASE_MODEL, INFO, FakeEngine, server_config
 from lorasrv import LLM
 from lorasrv.client import Client, ClientError
 from lorasrv.config import EngineConfig, ModelConfig
 from lorasrv.engine.admission import TokenLimits, engine_request
 from lorasrv.engine.defaults import VersionDefaults, adapter_check, read_defaults
-from lorasrv.errors import InvalidRequest
+from lorasrv.errors import ConfigurationError, InvalidRequest
 from lorasrv.model.base_shapes import base_shapes
+from lorasrv.server.server import Server
 from lorasrv.types import CompleteSampling, EngineRequest, SamplingParams
 from lorasrv.v1 import generation_pb2
 from lorasrv_adapters.errors import ContentError, ContentRefused, InvalidAdapter, MalformedFile
@@ -77,6 +78,21 @@ def serving(**fields: Any) -> str:
     return json.dumps(fields)
 
 
+def served_folder(folder: Path, **fields: Any) -> Path:
+    write_adapter(folder)
+    (folder / "serving.json").write_text(serving(**fields))
+    return folder
+
+
+def model_folder(folder: Path, chat_template: str) -> Path:
+    """The sample model without its weights, with a chat template."""
+    folder.mkdir()
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).symlink_to(BASE_MODEL / name)
+    (folder / "chat_template.jinja").write_text(chat_template)
+    return folder
+
+
 def test_every_field_is_accounted_for() -> None:
     """A new field of SamplingParams is either a default or says why it is none."""
     names = {field.name for field in fields(SamplingParams)}
@@ -106,6 +122,7 @@ def test_what_is_unset_everywhere_is_the_systems() -> None:
     assert (request.temperature, request.top_p, request.min_p) == (1.0, 1.0, 0.0)
     assert (request.top_k, request.rules, request.min_tokens, request.ignore_eos, stop) == (None, None, 0, False, ())
     assert request.max_tokens == LIMITS.sequence_tokens - 2
+    assert admitted(SamplingParams(top_k=0), SamplingParams(top_k=5))[0].top_k is None
     left_open = {"top_k", "seed", "max_tokens", "logprobs", "prompt_logprobs"}
     assert {name for name, value in vars(complete).items() if value is None} == left_open
 
@@ -187,6 +204,16 @@ def test_refused_by_name(tmp_path: Path, content: bytes | str, reason: str) -> N
     assert isinstance(errors[0], InvalidAdapter | MalformedFile)
 
 
+def test_a_template_that_knows_no_system_message(tmp_path: Path) -> None:
+    template = "{% if messages[0].role != 'user' %}{{ raise_exception('no') }}{% endif %}"
+    model = model_folder(tmp_path / "model", template)
+    check = adapter_check(EngineConfig(model=ModelConfig(path=str(model))))
+    shapes = base_shapes(model, "float32")
+    assert validate_folder(served_folder(tmp_path / "a", sampling={"top_k": 1}), shapes, check=check).serving
+    with pytest.raises(ContentRefused, match="system_prompt: messages: the chat template refuses them: no"):
+        validate_folder(served_folder(tmp_path / "b", system_prompt="Be brief."), shapes, check=check)
+
+
 def test_all_reasons_at_once(tmp_path: Path) -> None:
     content = serving(sampling={"temperature": -1, "top_k": "many", "tokens": 3, "stop": [""]}, prompt="x")
     assert len(refusals(tmp_path / "a", content)) == 3
@@ -210,21 +237,11 @@ def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 async def running(tmp_path: Path) -> AsyncIterator[Running]:
-    model = tmp_path / "model"
-    model.mkdir()
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
-        (model / name).symlink_to(BASE_MODEL / name)
-    (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    model = model_folder(tmp_path / "model", CHAT_TEMPLATE)
     config = server_config(tmp_path / "data")
     engine = replace(config.engine, model=ModelConfig(path=str(model)))
     async with running_server(tmp_path / "data", replace(config, engine=engine)) as found:
         yield found
-
-
-def served_folder(folder: Path, **fields: Any) -> Path:
-    write_adapter(folder)
-    (folder / "serving.json").write_text(serving(**fields))
-    return folder
 
 
 async def test_every_default_reaches_the_engine_unless_the_request_speaks(running: Running, tmp_path: Path) -> None:
@@ -326,6 +343,13 @@ async def test_chats_that_are_refused(running: Running) -> None:
                 assert (error.value.code.name, error.value.reason) == ("INVALID_ARGUMENT", "INVALID_REQUEST")
 
     await asyncio.to_thread(session)
+
+
+def test_a_template_that_cannot_be_compiled_ends_the_start(tmp_path: Path) -> None:
+    model = model_folder(tmp_path / "model", "{% for %}")
+    config = replace(server_config(tmp_path / "data"), engine=EngineConfig(model=ModelConfig(path=str(model))))
+    with pytest.raises(ConfigurationError, match="chat template cannot be compiled"):
+        Server(config, lambda _: FakeEngine())
 
 
 async def test_a_base_without_a_template_takes_no_chats(tmp_path: Path) -> None:

@@ -7,15 +7,18 @@ that bring none. A request's own field comes first, then the version's default, 
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from lorasrv.config import EngineConfig
 from lorasrv.engine.admission import check_sampling, check_vocabulary
+from lorasrv.engine.chat import ChatTemplate, load_chat_template
 from lorasrv.engine.fitting import page_check
 from lorasrv.errors import InvalidRequest
 from lorasrv.model.families import read_architecture
+from lorasrv.requests import Chat, ChatMessage
 from lorasrv.types import SamplingParams
 from lorasrv_adapters.errors import ContentError, ContentRefused, InvalidAdapter, listing, quote
 from lorasrv_adapters.manifest import SERVING_FILE
@@ -44,36 +47,47 @@ def read_defaults(serving: str | None) -> VersionDefaults:
 
 def adapter_check(config: EngineConfig) -> SpecCheck:
     """All that a server asks of an adapter beyond what its base model asks: that a page of the pool can hold its tile
-    directory, and that requests could ask for its defaults.
+    directory, and that requests could ask for its defaults. Raises ConfigurationError.
     """
     fits = page_check(config)
     vocab_size = read_architecture(config.model.path).vocab_size
+    template = load_chat_template(Path(config.model.path))
 
     def check(spec: AdapterSpec) -> list[ContentError]:
-        return [*fits(spec), *_refusals(spec.serving, vocab_size)]
+        try:
+            defaults = read_defaults(spec.serving)
+        except ContentRefused as refused:
+            return [*fits(spec), *refused.errors]
+        refusals = [*_sampling_refusals(defaults.sampling, vocab_size), *_prompt_refusals(defaults, template)]
+        return [*fits(spec), *(InvalidAdapter(f"{SERVING_FILE}: {reason}") for reason in refusals)]
 
     return check
 
 
-def _refusals(serving: str | None, vocab_size: int) -> list[ContentError]:
-    try:
-        defaults = read_defaults(serving)
-    except ContentRefused as refused:
-        return list(refused.errors)
-    errors: list[ContentError] = []
-    for name, value in defaults.sampling.given().items():
+def _sampling_refusals(sampling: SamplingParams, vocab_size: int) -> Iterator[str]:
+    """What a request would be refused for, field by field."""
+    for name, value in sampling.given().items():
         alone = SamplingParams(**{name: value})
         try:
             check_sampling(alone)
             check_vocabulary(alone, vocab_size)
         except InvalidRequest as error:
-            errors.append(InvalidAdapter(f"{SERVING_FILE}: {error}"))
-    low, high = defaults.sampling.min_tokens, defaults.sampling.max_tokens
+            yield str(error)
+    low, high = sampling.min_tokens, sampling.max_tokens
     if low is not None and high is not None and low > high:
-        errors.append(InvalidAdapter(f"{SERVING_FILE}: sampling.min_tokens: {low} is above max_tokens {high}"))
+        yield f"sampling.min_tokens: {low} is above max_tokens {high}"
+
+
+def _prompt_refusals(defaults: VersionDefaults, template: ChatTemplate | None) -> Iterator[str]:
+    """Not every template takes a system message; where it does not, every chat would fail."""
     if defaults.system_prompt == "":
-        errors.append(InvalidAdapter(f"{SERVING_FILE}: system_prompt is empty; leave it out"))
-    return errors
+        yield "system_prompt is empty; leave it out"
+    elif defaults.system_prompt is not None and template is not None:
+        chat = Chat(messages=(ChatMessage(role="user", content="Hello"),))
+        try:
+            template.render(chat.with_system(defaults.system_prompt))
+        except InvalidRequest as error:
+            yield f"system_prompt: {error}"
 
 
 class _Reader:
