@@ -165,6 +165,22 @@ def test_what_waits_for_a_stalled_reader_is_what_the_requests_may_produce() -> N
     assert [delta.token_ids for delta in step.deltas] == [tuple(range(50))] * 20
 
 
+def test_what_waits_is_not_overtaken() -> None:
+    """Room that comes up between two looks is for what came first."""
+    got: list[FromEngine] = []
+    rooms = iter([False, False, True, True])
+
+    def try_send(message: FromEngine) -> bool:
+        has_room = next(rooms)
+        got.extend([message] * has_room)
+        return has_room
+
+    outbox = Outbox(try_send)
+    for token_id in range(3):
+        outbox.send(Step((delta("a", token_id),)))
+    assert got == [Step((TokenDelta(request_id="a", token_ids=(0, 1)),)), Step((delta("a", 2),))]
+
+
 def test_a_failure_merges_behind_the_tokens_before_it() -> None:
     reader = Reader()
     outbox = Outbox(reader.try_send)

@@ -106,6 +106,8 @@ def outputs(draw: st.DrawFn) -> tuple[Tokenizer, list[int], list[int]]:
 @given(outputs())
 @example((BYTE_LEVEL, [], level_bytes(b"\xff" * 60 + "😀".encode() * 9 + b"\xf0\x9f\x98" * 9)))
 @example((BYTE_FALLBACK, ids(BYTE_FALLBACK, "é"), fallback_bytes(b"\xff" * 60 + "😀".encode() * 9 + b"\xf0\x9f" * 9)))
+@example((BYTE_FALLBACK, ids(BYTE_FALLBACK, "<s>"), ids(BYTE_FALLBACK, "lo", "▁world", "é", "▁▁", "你", "<0x41>") * 20))
+@example((BYTE_FALLBACK, ids(BYTE_FALLBACK, "<s>"), ids(BYTE_FALLBACK, "lo", "▁hello", "\ufffd") * 20))
 def test_deltas_add_up_to_the_full_decode(case: tuple[Tokenizer, list[int], list[int]]) -> None:
     tokenizer, prompt, tokens = case
     assert "".join(deltas(tokenizer, prompt, tokens)) == full_text(tokenizer, prompt, tokens)

@@ -38,5 +38,5 @@ class MergingDelta:
         self._token_ids.extend(delta.token_ids)
         self._logprobs.extend(delta.logprobs)
         self._prompt_logprobs.extend(delta.prompt_logprobs)
-        self._finish = delta.finish or self._finish
-        self._failure = delta.failure or self._failure
+        self._finish = delta.finish
+        self._failure = delta.failure
