@@ -412,7 +412,9 @@ def chatty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     upper = folder / "upper"
     shutil.copytree(SAMPLES / "upper", upper)
-    (upper / "serving.json").write_text(json.dumps({"sampling": {"temperature": 0}, "system_prompt": "pre"}))
+    (upper / "serving.json").write_text(
+        json.dumps({"sampling": {"temperature": 0, "max_tokens": 5}, "system_prompt": "pre"})
+    )
     with LLM(folder) as llm:
         llm.add_adapter("upper", upper)
         llm.add_adapter("reverse", SAMPLES / "reverse")
@@ -431,10 +433,10 @@ def test_chats_follow_the_template_and_the_versions_defaults(chatty: LLM) -> Non
         adapter=["upper", "upper", "reverse"],
         sampling=[SamplingParams(), SamplingParams(), GREEDY],
     )
-    assert [output.text for output in outputs] == ["PREBANANA", "FIXBANANA", "abba"]
+    assert [output.text for output in outputs] == ["PREBA", "FIXBA", "abba"]
     assert chatty.chat([]) == []
     deltas = list(chatty.stream(says("banana"), adapter="upper"))
-    assert "".join(delta.text for delta in deltas) == "PREBANANA"
+    assert "".join(delta.text for delta in deltas) == "PREBA"
 
 
 def test_what_is_no_conversation_is_refused(chatty: LLM, llm: LLM) -> None:

@@ -258,6 +258,11 @@ def test_what_peft_adds_to_a_live_configuration_is_read(live: PeftModel) -> None
         adapter_files(get_peft_model_state_dict(live), settings) for settings in (config, config.to_dict())
     )
     assert first == second
+    fields, state = config.to_dict(), get_peft_model_state_dict(live)
+    orders = ({0, 8}, {8, 0})  # two orders of one set
+    assert list(orders[0]) != list(orders[1])
+    one, other = (adapter_files(state, fields | {"layers_to_transform": order})[0] for order in orders)
+    assert one == other
     assert b'"peft_type": "LORA"' in first and b'"inference_mode": true' in first and b"runtime" not in first
 
 
