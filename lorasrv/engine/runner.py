@@ -17,6 +17,7 @@ from lorasrv.model.families import Architecture, read_architecture
 from lorasrv.model.loader import dummy_weights, load_weights
 from lorasrv.model.sampler import draw, position_logprobs
 from lorasrv.types import EngineInfo, PositionLogprobs
+from lorasrv_kernels import fixed, reference
 from lorasrv_kernels.tiles import Segments
 
 # At a vocabulary of 128k tokens, 32 MiB of logits.
@@ -146,7 +147,8 @@ def build_runner(config: EngineConfig) -> tuple[ModelRunner, PageStorage, Archit
     else:
         weights = load_weights(config.model.path, architecture, dtype, device)
     storage = PageStorage(layout, num_pages, dtype, device)
-    decoder = Decoder(architecture, weights, module_geometry(layout, architecture.module_shapes()))
+    kernels = fixed if config.model.deterministic else reference
+    decoder = Decoder(architecture, weights, module_geometry(layout, architecture.module_shapes()), kernels)
     info = EngineInfo(
         device=config.model.device,
         dtype=config.model.dtype,
