@@ -15,6 +15,9 @@ How: no library call is trusted to be batch-invariant, so each is made in one sh
 - Only sums, comparisons, products and conversions of single elements run untiled elsewhere: IEEE 754 fixes their bits.
   Functions such as exp have no such rule: CPU libraries compute them differently in a loop's vectors and in its tail.
 
+- On a CPU, rows meet weights in oneDNN, whose kernels treat the rows of a tile alike. MKL's fp32 product does not, even
+  in one shape: with 3 outputs, say, a row's bits depend on its place. Attention may use it: rows have their places there.
+
 What is left to trust is that a call of one shape treats its rows alike and apart; `tests/test_fixed.py` shows it. A
 kernel that stands in for one of these must keep the same: its tiles, its split of K and of the keys, and the order in
 which partial sums meet are functions of the weights' shape and the row's position, never of the number of rows.
@@ -49,23 +52,34 @@ def by_rows(
     return torch.cat([function(tile.contiguous()) for tile in x.split(TILE_ROWS)])[:num_rows]
 
 
+def is_available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch has here what these functions call: on a CPU, oneDNN for this dtype."""
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and (
+        dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
 def pack_linear(
     weight: Tensor,  # [out_features, in_features]
 ) -> Tensor:
-    """On a CPU oneDNN's own layout for tiles of `TILE_ROWS` rows, an opaque tensor, read at twice the speed."""
-    if not _onednn_takes(weight):
-        return weight
-    return torch.ops.mkldnn._reorder_linear_weight(weight, TILE_ROWS)
+    """On a CPU an opaque tensor in the layout that oneDNN reads fastest for a tile."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, TILE_ROWS) if weight.device.type == "cpu" else weight
 
 
 def linear(
     x: Tensor,  # [num_rows, in_features]
-    weight: Tensor,  # as `pack_linear` gave it
+    weight: Tensor,  # as `pack_linear` gave it, or itself
     bias: Tensor | None,  # [out_features]
 ) -> Tensor:  # [num_rows, out_features]
-    if weight.is_mkldnn:
-        return by_rows(lambda tile: torch.ops.mkldnn._linear_pointwise(tile, weight, bias, "none", [], ""), x)
-    return by_rows(lambda tile: torch.nn.functional.linear(tile, weight, bias), x)
+    return by_rows(lambda tile: _linear_tile(tile, weight, bias), x)
+
+
+def _linear_tile(tile: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if tile.device.type == "cpu":
+        return torch.ops.mkldnn._linear_pointwise(tile, weight, bias, "none", [], "")
+    return torch.nn.functional.linear(tile, weight, bias)
 
 
 def rms_norm(
@@ -149,17 +163,12 @@ def _first_key(place: int, window: int | None) -> int:
     return 0 if window is None else max(0, place - window + 1) // TILE_ROWS * TILE_ROWS
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    return by_rows(lambda tile: tile @ b, a)
+def _matmul(
+    a: Tensor,  # [num_rows, k]
+    b: Tensor,  # [k, num_cols]
+) -> Tensor:  # [num_rows, num_cols]
+    return linear(a, b.T, None)
 
 
 sgmv_shrink = partial(reference.sgmv_shrink, matmul=_matmul)
 sgmv_expand = partial(reference.sgmv_expand, matmul=_matmul)
-
-
-def _onednn_takes(weight: Tensor) -> bool:
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    return weight.dtype == torch.float32 or (
-        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )

@@ -135,6 +135,8 @@ def build_runner(config: EngineConfig) -> tuple[ModelRunner, PageStorage, Archit
     """Load the model and allocate the pool. Raises UnsupportedModel or ConfigurationError."""
     architecture = read_architecture(config.model.path)
     dtype, device = getattr(torch, config.model.dtype), torch.device(config.model.device)
+    if config.model.deterministic and not fixed.is_available(device, dtype):
+        raise ConfigurationError(f"deterministic in {config.model.dtype} needs oneDNN, which this torch lacks here")
     layout = page_layout(architecture, config.pool.block_tokens, dtype.itemsize)
     num_pages = config.pool.pool_bytes // layout.page_bytes
     if num_pages < 2:
