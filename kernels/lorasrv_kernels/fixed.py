@@ -16,7 +16,7 @@ How: no library call is trusted to be batch-invariant, so each is made in one sh
   Functions such as exp have no such rule: CPU libraries compute them differently in a loop's vectors and in its tail.
 
 - On a CPU, rows meet weights in oneDNN, whose kernels treat the rows of a tile alike. MKL's fp32 product does not, even
-  in one shape: with 3 outputs, say, a row's bits depend on its place. Attention may use it: rows have their places there.
+  in one shape: with 3 outputs, say, bits depend on a row's place. Attention may use it: rows have fixed places there.
 
 What is left to trust is that a call of one shape treats its rows alike and apart; `tests/test_fixed.py` shows it. A
 kernel that stands in for one of these must keep the same: its tiles, its split of K and of the keys, and the order in
