@@ -9,17 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+from lorasrv import LLM
 from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
+from lorasrv.demo.tasks import TASKS, prompt, random_words
 from lorasrv.engine.build import assemble
 from lorasrv.engine.fitting import page_layout
 from lorasrv.engine.packer import Packer
 from lorasrv.errors import ConfigurationError
 from lorasrv.memory.packing import PackedAdapter, pack_adapter
 from lorasrv.model.families import read_architecture
-from lorasrv.types import AdapterUse, EngineCounters, EngineRequest, PositionLogprobs
+from lorasrv.types import AdapterUse, EngineCounters, EngineRequest, PositionLogprobs, SamplingParams
 from lorasrv_kernels import fixed
 from peft_models import load_peft_folder, random_adapter, random_model
 
+SAMPLES = Path(__file__).parent.parent / "adapters" / "samples"
 ADAPTERS: dict[str, dict[str, Any]] = {
     "r1": {"rank": 1, "targets": ("q_proj", "v_proj")},
     "r3": {"rank": 3, "rslora": True},
@@ -200,6 +203,19 @@ def test_without_onednn_it_is_refused(case: Case, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigurationError, match="deterministic in bfloat16"):
         case.serve(case.requests)
     assert case.serve(case.requests[:1], deterministic=False).answers
+
+
+def test_offline() -> None:
+    words = random_words(7, len(TASKS))
+    prompts, names = [prompt(word) for word in words], [task.name for task in TASKS]
+    sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=12, logprobs=2, prompt_logprobs=0)
+    with LLM(SAMPLES / "base", dtype="bfloat16", deterministic=True) as llm:
+        for name in names:
+            llm.add_adapter(name, SAMPLES / name)
+        alone = [
+            llm.generate([text], adapter=name, sampling=sampling)[0] for text, name in zip(prompts, names, strict=True)
+        ]
+        assert llm.generate(prompts, adapter=names, sampling=sampling) == alone
 
 
 @pytest.mark.slow
