@@ -57,11 +57,14 @@ class LLM:
         dtype: DType = "float32",
         device: str = "cpu",
         dummy_weights: bool = False,
+        deterministic: bool = False,
         pool_bytes: int = DEFAULT_POOL_BYTES,
         scheduler: SchedulerConfig | None = None,
     ) -> None:
         self._config = EngineConfig(
-            model=ModelConfig(path=str(model), dtype=dtype, device=device, dummy_weights=dummy_weights),
+            model=ModelConfig(
+                path=str(model), dtype=dtype, device=device, dummy_weights=dummy_weights, deterministic=deterministic
+            ),
             pool=PoolConfig(pool_bytes=pool_bytes),
             scheduler=scheduler or SchedulerConfig(),
         )

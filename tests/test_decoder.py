@@ -18,6 +18,8 @@ from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder, ForwardBatch
 from lorasrv.model.families import read_architecture
 from lorasrv.model.loader import load_weights
+from lorasrv_kernels import fixed, reference
+from lorasrv_kernels.forward import ForwardKernels
 from peft_models import random_llama
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -36,7 +38,12 @@ class Rig:
     """A decoder with a pool whose pages go to sequences in a shuffled order."""
 
     def __init__(
-        self, folder: Path, num_pages: int = 128, block_tokens: int = 8, dtype: torch.dtype = torch.float32
+        self,
+        folder: Path,
+        num_pages: int = 128,
+        block_tokens: int = 8,
+        dtype: torch.dtype = torch.float32,
+        kernels: ForwardKernels = reference,
     ) -> None:
         cpu = torch.device("cpu")
         architecture = read_architecture(folder)
@@ -44,7 +51,7 @@ class Rig:
         self.storage = PageStorage(layout, num_pages, dtype, cpu)
         self.storage.bytes.view(dtype).fill_(float("nan"))  # nothing may be read before it is written
         weights = load_weights(folder, architecture, dtype, cpu)
-        self.decoder = Decoder(architecture, weights, module_geometry(layout, architecture.module_shapes()))
+        self.decoder = Decoder(architecture, weights, module_geometry(layout, architecture.module_shapes()), kernels)
         self.runner = ModelRunner(self.decoder, self.storage)
         self._free = random.Random(0).sample(range(num_pages), num_pages)
 
@@ -69,11 +76,14 @@ def prompt(seed: int, length: int) -> list[int]:
     return random.Random(seed).choices(range(101), k=length)
 
 
+@pytest.mark.parametrize("kernels", [reference, fixed], ids=["reference", "fixed"])
 @pytest.mark.parametrize("size", [1, 7, 30])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_equal_transformers_in_any_chunking(tmp_path: Path, name: str, size: int) -> None:
+def test_logits_equal_transformers_in_any_chunking(
+    tmp_path: Path, name: str, size: int, kernels: ForwardKernels
+) -> None:
     model = random_llama(tmp_path, **CONFIGS[name])
-    rig, tokens = Rig(tmp_path), prompt(1, 30)
+    rig, tokens = Rig(tmp_path, kernels=kernels), prompt(1, 30)
     table, want = rig.table(30), expected(model, tokens)
     for start in range(0, 30, size):
         end = min(start + size, 30)

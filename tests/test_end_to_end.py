@@ -213,14 +213,15 @@ def test_an_engine_that_is_killed_comes_back_with_its_adapters(server: LocalServ
     assert_nothing_held(client, 1.0)
 
 
-def test_dummy_weights_need_no_checkpoint(tmp_path: Path) -> None:
+def test_dummy_weights_need_no_checkpoint_and_may_be_deterministic(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     for name in ("config.json", "tokenizer.json"):
         (model / name).write_bytes((SAMPLES / "base" / name).read_bytes())
-    local = LocalServer(model, tmp_path / "data", tmp_path / "log", ("--dummy-weights",))
+    local = LocalServer(model, tmp_path / "data", tmp_path / "log", ("--dummy-weights", "--deterministic"))
     with local as server, Client(server.url) as client:
         client.push(SAMPLES / "upper")
+        assert client.info().deterministic
         for adapter in ("base", "upper"):
             finished = client.generate("banana>", adapter=adapter, temperature=1, seed=1, max_tokens=5).finished
             assert 1 <= finished.usage.completion_tokens <= 5

@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedModel
 
 from lorasrv.model.families import read_architecture
+from lorasrv_kernels import fixed, reference
+from lorasrv_kernels.forward import ForwardKernels
 from peft_models import random_model
 from test_decoder import Rig, chunk, prompt
 
@@ -101,8 +103,8 @@ def token_by_token(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def compare_chunks(case: Case, size: int) -> None:
-    rig, tokens = Rig(case.folder), case.texts[0]
+def compare_chunks(case: Case, size: int, kernels: ForwardKernels = reference) -> None:
+    rig, tokens = Rig(case.folder, kernels=kernels), case.texts[0]
     table = rig.table(NUM_TOKENS)
     for start in range(0, NUM_TOKENS, size):
         end = min(start + size, NUM_TOKENS)
@@ -132,6 +134,7 @@ def test_logits_equal_transformers(tmp_path: Path, model_type: str, rope: str) -
     assert read_architecture(tmp_path).rope.kind == rope
     for size in (1, 7, NUM_TOKENS):
         compare_chunks(case, size)
+    compare_chunks(case, 7, fixed)
     compare_mixed(case)
 
 
@@ -140,6 +143,7 @@ def test_logits_of_other_configs_equal_transformers(tmp_path: Path, name: str) -
     model_type, overrides = VARIANTS[name]
     case = make_case(tmp_path, model_type, "default", overrides)
     compare_chunks(case, 7)
+    compare_chunks(case, 7, fixed)
     compare_mixed(case)
 
 

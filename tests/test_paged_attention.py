@@ -1,12 +1,13 @@
-"""The oracle of paged attention against plain attention, row by row, with and without a window."""
+"""The oracle of paged attention and its batch-invariant form against plain attention, row by row, with windows."""
 
 import pytest
 import torch
 
-from lorasrv_kernels import reference
+from lorasrv_kernels import fixed, reference
+from lorasrv_kernels.forward import ForwardKernels
 
 BLOCK, LAYERS, KV_HEADS, GROUP, HEAD_DIM = 4, 2, 2, 3, 8
-SEQUENCES = ((1, 1), (1, 22), (9, 9), (5, 18), (16, 16), (3, 4))  # (rows, context)
+SEQUENCES = ((1, 1), (1, 22), (9, 9), (5, 18), (16, 16), (3, 4), (20, 45))  # (rows, context)
 
 
 def plain(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: range) -> torch.Tensor:
@@ -18,8 +19,12 @@ def plain(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: r
     return out
 
 
+KERNELS: dict[str, ForwardKernels] = {"reference": reference, "fixed": fixed}
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("window", [None, 1, 2, 4, 5, 9, 100])
-def test_rows_see_their_window_and_pages_that_no_row_sees_are_not_read(window: int | None) -> None:
+def test_rows_see_their_window_and_pages_that_no_row_sees_are_not_read(window: int | None, kernels: str) -> None:
     generator = torch.Generator().manual_seed(window or 0)
     num_blocks = [-(-context // BLOCK) for _, context in SEQUENCES]
     pages = torch.randperm(sum(num_blocks), generator=generator).to(torch.int32)
@@ -42,5 +47,5 @@ def test_rows_see_their_window_and_pages_that_no_row_sees_are_not_read(window: i
     starts = torch.tensor([0, *(rows for rows, _ in SEQUENCES)], dtype=torch.int32).cumsum(0)
     contexts = torch.tensor([context for _, context in SEQUENCES], dtype=torch.int32)
     out = torch.full_like(query, float("nan"))
-    reference.paged_attention(query, kv, 1, tables, starts, contexts, window, out)
+    KERNELS[kernels].paged_attention(query, kv, 1, tables, starts, contexts, window, out)
     torch.testing.assert_close(out, want.float(), atol=1e-5, rtol=0)

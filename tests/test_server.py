@@ -542,6 +542,7 @@ async def test_info_and_status(running: Running) -> None:
     assert (info.base_model.name, info.base_model.architecture) == ("base", "LlamaForCausalLM")
     assert (info.num_pages, info.block_tokens, info.max_rank) == (10, 16, 256)
     assert len(info.base_model.fingerprint) == 64
+    assert not info.deterministic
     status = await stub.GetStatus(server_pb2.GetStatusRequest())
     assert status.state == server_pb2.ENGINE_STATE_READY
     assert (status.pool.num_pages, status.pool.free_pages) == (10, 10)

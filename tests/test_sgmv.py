@@ -1,4 +1,4 @@
-"""The LoRA oracle against dense matrix products, on adapters that lie scattered in a pool."""
+"""The LoRA oracle and its batch-invariant form against dense products, on adapters scattered in a pool."""
 
 import random
 from dataclasses import dataclass
@@ -10,11 +10,14 @@ from torch import Tensor
 from lorasrv.memory.layout import PageLayout
 from lorasrv.memory.packing import PackedModule, module_geometry, pack_adapter
 from lorasrv.memory.storage import PageStorage
+from lorasrv_kernels import fixed, reference
+from lorasrv_kernels.forward import ForwardKernels
 from lorasrv_kernels.reference import sgmv_expand, sgmv_shrink
 from lorasrv_kernels.tiles import Segments
 
 SHAPES = (("q", 72, 136), ("k", 72, 40), ("v", 72, 300))
 LAYER = 1
+KERNELS: dict[str, ForwardKernels] = {"reference": reference, "fixed": fixed}
 TARGETS = {1: (0, 1, 2), 3: (0, 2), 16: (1,), 40: (0, 1, 2), 200: (2,)}  # by rank
 
 
@@ -73,14 +76,16 @@ def segments_of(pool: Pool, ranges: list[tuple[int, int, int, float]]) -> Segmen
     )
 
 
-def compare(pool: Pool, num_tokens: int, ranges: list[tuple[int, int, int, float]], dtype: torch.dtype) -> None:
+def compare(
+    pool: Pool, num_tokens: int, ranges: list[tuple[int, int, int, float]], dtype: torch.dtype, kernels: ForwardKernels
+) -> None:
     geometry, segments = module_geometry(pool.layout, SHAPES), segments_of(pool, ranges)
     x = torch.randn(num_tokens, 72).to(dtype)
     shrunk = torch.full((3, num_tokens, segments.max_rank + 2), float("nan"))
     before = torch.randn(num_tokens, sum(s[2] for s in SHAPES)).to(dtype)
     out = before.clone()
-    sgmv_shrink(x, pool.storage.bytes, segments, LAYER, geometry, shrunk)
-    sgmv_expand(shrunk, pool.storage.bytes, segments, LAYER, geometry, out)
+    kernels.sgmv_shrink(x, pool.storage.bytes, segments, LAYER, geometry, shrunk)
+    kernels.sgmv_expand(shrunk, pool.storage.bytes, segments, LAYER, geometry, out)
 
     want_shrunk, want = torch.full_like(shrunk, float("nan")), before.float()
     for start, end, rank, scale in ranges:
@@ -114,22 +119,25 @@ CASES: dict[str, tuple[int, list[tuple[int, int, int, float]]]] = {
 }
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("case", CASES)
-def test_equals_dense_fp32(case: str) -> None:
-    compare(FP32, *CASES[case], torch.float32)
+def test_equals_dense_fp32(case: str, kernels: str) -> None:
+    compare(FP32, *CASES[case], torch.float32, KERNELS[kernels])
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("case", CASES)
-def test_equals_dense_bf16(case: str) -> None:
-    compare(BF16, *CASES[case], torch.bfloat16)
+def test_equals_dense_bf16(case: str, kernels: str) -> None:
+    compare(BF16, *CASES[case], torch.bfloat16, KERNELS[kernels])
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("seed", range(3))
-def test_equals_dense_on_random_segments(seed: int) -> None:
+def test_equals_dense_on_random_segments(seed: int, kernels: str) -> None:
     rng = random.Random(seed)
     bounds = sorted(rng.sample(range(41), 8))
     ranges = [(bounds[i], bounds[i + 1], rng.choice(list(TARGETS)), rng.uniform(-2, 2)) for i in range(0, 8, 2)]
-    compare(FP32, 40, ranges, torch.float32)
+    compare(FP32, 40, ranges, torch.float32, KERNELS[kernels])
 
 
 def test_a_module_alone_is_the_same_as_in_company() -> None:

@@ -15,6 +15,8 @@ Semantics of an adapter's directory, the one place where it is stated:
     as wide as is left. Addresses stand row block by row block, chunk by chunk; a tile is contiguous, `[rows, cols]`.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,8 @@ def sgmv_shrink(
     layer: int,
     modules: tuple[Module, ...],  # that share this input
     out: Tensor,  # float32 [len(modules), num_tokens, >= max_rank]
+    *,
+    matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> None:
     """out[m, t, :rank] = scale * module scale * A[m] @ x[t] for every token t of a segment, accumulated in fp32.
 
@@ -41,7 +45,8 @@ def sgmv_shrink(
             rank, first_a, _, module_scale = header
             y = torch.zeros(end - start, rank, dtype=torch.float32, device=x.device)
             for row, col, tile in _tiles(pool, x.dtype, directory, first_a, rank, module.a):
-                y[:, row : row + tile.shape[0]] += x[start:end, col : col + tile.shape[1]].float() @ tile.float().T
+                part = matmul(x[start:end, col : col + tile.shape[1]].float(), tile.float().T)
+                y[:, row : row + tile.shape[0]] += part
             out[index, start:end, :rank] = y * (scale * module_scale)
 
 
@@ -52,6 +57,8 @@ def sgmv_expand(
     layer: int,
     modules: tuple[Module, ...],
     out: Tensor,  # [num_tokens, sum of out_features], the modules' outputs side by side
+    *,
+    matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> None:
     """out[t, columns of m] += B[m] @ h[m, t, :rank] for every token t of a segment, rounded once to out's dtype."""
     for start, end, directory, _ in _each(segments):
@@ -63,7 +70,7 @@ def sgmv_expand(
                 target = out[start:end, first_col : first_col + module.b.cols]
                 total = target.float()
                 for row, col, tile in _tiles(pool, out.dtype, directory, first_b, rank, module.b):
-                    part = h[index, start:end, row : row + tile.shape[0]] @ tile.float()
+                    part = matmul(h[index, start:end, row : row + tile.shape[0]], tile.float())
                     total[:, col : col + tile.shape[1]] += part
                 target.copy_(total)
             first_col += module.b.cols
@@ -107,6 +114,30 @@ def _tiles(
         begin = address * (ADDRESS_BYTES // elems.element_size())
         tiles.append((row, col, elems[begin : begin + num_rows * num_cols].view(num_rows, num_cols)))
     return tiles
+
+
+def pack_linear(
+    weight: Tensor,  # [out_features, in_features]
+) -> Tensor:
+    """What `linear` takes; the weight itself."""
+    return weight
+
+
+def linear(
+    x: Tensor,  # [num_rows, in_features]
+    weight: Tensor,  # as `pack_linear` gave it
+    bias: Tensor | None,  # [out_features]
+) -> Tensor:  # [num_rows, out_features]
+    """x @ weight^T + bias."""
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def by_rows(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,  # [num_rows, ...]
+) -> Tensor:  # [num_rows, ...]
+    """function(x), for a function that computes each row on its own."""
+    return function(x)
 
 
 def rms_norm(
@@ -169,7 +200,7 @@ def paged_attention(
     same thing. Pages that no row sees are not read. Query head h reads kv head h // (num_heads / kv_heads). Scores are
     scaled by 1 / sqrt(head_dim).
     """
-    group, block_tokens = query.shape[1] // kv.shape[4], kv.shape[3]
+    block_tokens = kv.shape[3]
     starts, contexts = query_starts.tolist(), context_lengths.tolist()
     for sequence, context in enumerate(contexts):
         start, end = starts[sequence], starts[sequence + 1]
@@ -178,15 +209,28 @@ def paged_attention(
         first = first_block * block_tokens
         pages = block_tables[sequence, first_block : -(-context // block_tokens)].long()
         key, value = (kv[pages, layer, which].flatten(0, 1)[: context - first].float() for which in (0, 1))
-        q = query[start:end].float().unflatten(1, (-1, group))  # [n, kv_heads, group, head_dim]
-        scores = torch.einsum("nkgd,ckd->kgnc", q, key) * query.shape[2] ** -0.5
-        row = torch.arange(first_row, context, device=query.device).unsqueeze(1)  # [n, 1]
-        position = torch.arange(first, context, device=query.device)  # [c - first]
-        hidden = position > row
-        if window is not None:
-            hidden |= position <= row - window
-        weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
-        out[start:end] = torch.einsum("kgnc,ckd->nkgd", weights, value).flatten(1, 2).to(out.dtype)
+        out[start:end] = attend(query[start:end], key, value, first_row, first, window)
+
+
+def attend(
+    query: Tensor,  # [num_rows, num_heads, head_dim], of the positions from `first_row` on
+    key: Tensor,  # float32 [num_keys, kv_heads, head_dim], of the positions from `first_key` on
+    value: Tensor,  # float32 [num_keys, kv_heads, head_dim]
+    first_row: int,
+    first_key: int,
+    window: int | None,
+) -> Tensor:  # [num_rows, num_heads, head_dim]
+    """Attention of one sequence's rows over its keys, as in `paged_attention`. Every row sees a key."""
+    num_rows, num_keys = query.shape[0], key.shape[0]
+    q = query.float().unflatten(1, (key.shape[1], -1))  # [n, kv_heads, group, head_dim]
+    scores = torch.einsum("nkgd,ckd->kgnc", q, key) * query.shape[2] ** -0.5
+    row = torch.arange(first_row, first_row + num_rows, device=query.device).unsqueeze(1)  # [n, 1]
+    position = torch.arange(first_key, first_key + num_keys, device=query.device)  # [c]
+    hidden = position > row
+    if window is not None:
+        hidden |= position <= row - window
+    weights = scores.masked_fill_(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("kgnc,ckd->nkgd", weights, value).flatten(1, 2).to(query.dtype)
 
 
 def philox(

@@ -22,6 +22,9 @@ def serve(
     dummy_weights: Annotated[
         bool, typer.Option("--dummy-weights", help="Random weights of the config's shape.")
     ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same request gives the same bits, whatever the batch; slower.")
+    ] = False,
     max_running: Annotated[int, typer.Option(help="Requests in one step.")] = 64,
     max_step_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
     max_rank: Annotated[int, typer.Option(min=1, help="The largest adapter rank that is accepted.")] = 256,
@@ -43,7 +46,13 @@ def serve(
 
         config = ServerConfig(
             engine=EngineConfig(
-                model=ModelConfig(path=str(model), dtype=dtype, device=device, dummy_weights=dummy_weights),
+                model=ModelConfig(
+                    path=str(model),
+                    dtype=dtype,
+                    device=device,
+                    dummy_weights=dummy_weights,
+                    deterministic=deterministic,
+                ),
                 pool=PoolConfig(pool_bytes=pool_bytes),
                 scheduler=SchedulerConfig(max_running=max_running, max_step_tokens=max_step_tokens),
                 max_rank=max_rank,

@@ -17,6 +17,7 @@ from lorasrv.model.families import Architecture, read_architecture
 from lorasrv.model.loader import dummy_weights, load_weights
 from lorasrv.model.sampler import Drawn, Scores, draw, position_logprobs
 from lorasrv.types import EngineInfo
+from lorasrv_kernels import fixed, reference
 from lorasrv_kernels.tiles import Segments
 
 # At a vocabulary of 128k tokens, 32 MiB of logits.
@@ -173,6 +174,8 @@ def build_runner(config: EngineConfig) -> tuple[ModelRunner, PageStorage, Archit
     """Load the model and allocate the pool. Raises UnsupportedModel or ConfigurationError."""
     architecture = read_architecture(config.model.path)
     dtype, device = getattr(torch, config.model.dtype), torch.device(config.model.device)
+    if config.model.deterministic and not fixed.is_available(device, dtype):
+        raise ConfigurationError(f"deterministic in {config.model.dtype} needs oneDNN, which this torch lacks here")
     layout = page_layout(architecture, config.pool.block_tokens, dtype.itemsize)
     num_pages = config.pool.pool_bytes // layout.page_bytes
     if num_pages < 2:
@@ -185,7 +188,8 @@ def build_runner(config: EngineConfig) -> tuple[ModelRunner, PageStorage, Archit
     else:
         weights = load_weights(config.model.path, architecture, dtype, device)
     storage = PageStorage(layout, num_pages, dtype, device)
-    decoder = Decoder(architecture, weights, module_geometry(layout, architecture.module_shapes()))
+    kernels = fixed if config.model.deterministic else reference
+    decoder = Decoder(architecture, weights, module_geometry(layout, architecture.module_shapes()), kernels)
     info = EngineInfo(
         device=config.model.device,
         dtype=config.model.dtype,

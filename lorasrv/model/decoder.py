@@ -4,16 +4,17 @@ A step mixes prefill chunks and decode rows of many sequences and adapters. All 
 the pool it reads adapters from and reads and writes KV in is an argument too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, linear
+from torch.nn.functional import embedding
 
 from lorasrv.model.families import Architecture
 from lorasrv.model.loader import LayerWeights, ModelWeights
 from lorasrv.model.rope import Rotation
 from lorasrv_kernels import reference
+from lorasrv_kernels.forward import ForwardKernels
 from lorasrv_kernels.tiles import Module, Segments
 
 
@@ -40,11 +41,21 @@ class _Lora:
 
 
 class Decoder:
-    """A decoder of any family. Immutable after construction; `modules` says how adapters' matrices are cut."""
+    """A decoder of any family. Immutable after construction; `modules` says how adapters' matrices are cut.
 
-    def __init__(self, architecture: Architecture, weights: ModelWeights, modules: tuple[Module, ...]) -> None:
+    `kernels` is the module that computes: `reference`, or `fixed`, under which a row's bits do not depend on its batch.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        weights: ModelWeights,
+        modules: tuple[Module, ...],
+        kernels: ForwardKernels = reference,
+    ) -> None:
         self.architecture = architecture
-        self.weights = weights
+        self._kernels = kernels
+        self._weights = _packed(weights, kernels)
         self._qkv_modules, self._o_module = modules[0:3], modules[3:4]
         self._gate_up_modules, self._down_module = modules[4:6], modules[6:7]
         self._rotation = Rotation(architecture.rope, architecture.head_dim, weights.embed.device)
@@ -58,13 +69,15 @@ class Decoder:
     ) -> Tensor:  # [num_tokens, hidden]
         """Compute every row, leave its KV in the pool, and return what `logits` takes."""
         eps = self.architecture.rms_norm_eps
-        x = embedding(batch.token_ids, self.weights.embed)  # [num_tokens, hidden]
-        cos, sin = self._rotation.at(batch.positions, x.dtype)
+        x = embedding(batch.token_ids, self._weights.embed)  # [num_tokens, hidden]
+        cos, sin = self._kernels.by_rows(
+            lambda positions: torch.stack(self._rotation.at(positions, x.dtype), dim=1), batch.positions
+        ).unbind(1)
         lora = _step_lora(batch, pool)
-        for index, layer in enumerate(self.weights.layers):
-            normed = reference.rms_norm(x, layer.input_norm, eps)
+        for index, layer in enumerate(self._weights.layers):
+            normed = self._kernels.rms_norm(x, layer.input_norm, eps)
             x = x + self._attention(index, layer, normed, cos, sin, batch, kv, lora)
-            normed = reference.rms_norm(x, layer.post_attention_norm, eps)
+            normed = self._kernels.rms_norm(x, layer.post_attention_norm, eps)
             x = x + self._mlp(index, layer, normed, lora)
         return x
 
@@ -73,8 +86,8 @@ class Decoder:
         self,
         x: Tensor,  # [num_rows, hidden], rows of a forward's output
     ) -> Tensor:  # float32 [num_rows, vocab_size]
-        x = reference.rms_norm(x, self.weights.norm, self.architecture.rms_norm_eps)
-        return linear(x, self.weights.lm_head).float()
+        x = self._kernels.rms_norm(x, self._weights.norm, self.architecture.rms_norm_eps)
+        return self._kernels.linear(x, self._weights.lm_head, None).float()
 
     def _attention(
         self,
@@ -88,23 +101,39 @@ class Decoder:
         lora: _Lora | None,
     ) -> Tensor:  # [num_tokens, hidden]
         heads, kv_heads = self.architecture.num_heads, self.architecture.num_kv_heads
-        qkv = _project(x, layer.qkv, layer.qkv_bias, lora, index, self._qkv_modules)
+        qkv = self._project(x, layer.qkv, layer.qkv_bias, lora, index, self._qkv_modules)
         query, key, value = qkv.unflatten(1, (-1, self.architecture.head_dim)).split((heads, kv_heads, kv_heads), dim=1)
         if layer.qk_norms is not None:
-            query = reference.rms_norm(query, layer.qk_norms[0], self.architecture.rms_norm_eps)
-            key = reference.rms_norm(key, layer.qk_norms[1], self.architecture.rms_norm_eps)
+            query = self._kernels.rms_norm(query, layer.qk_norms[0], self.architecture.rms_norm_eps)
+            key = self._kernels.rms_norm(key, layer.qk_norms[1], self.architecture.rms_norm_eps)
         query = reference.rope(query, cos, sin)
         reference.write_kv(reference.rope(key, cos, sin), value, kv, index, batch.slots)
         out = torch.empty_like(query)
         window = self.architecture.windows[index]
-        reference.paged_attention(
+        self._kernels.paged_attention(
             query, kv, index, batch.block_tables, batch.query_starts, batch.context_lengths, window, out
         )
-        return _project(out.flatten(1), layer.o, layer.o_bias, lora, index, self._o_module)
+        return self._project(out.flatten(1), layer.o, layer.o_bias, lora, index, self._o_module)
 
     def _mlp(self, index: int, layer: LayerWeights, x: Tensor, lora: _Lora | None) -> Tensor:  # [num_tokens, hidden]
-        gate_up = _project(x, layer.gate_up, None, lora, index, self._gate_up_modules)
-        return _project(reference.silu_mul(gate_up), layer.down, None, lora, index, self._down_module)
+        gate_up = self._project(x, layer.gate_up, None, lora, index, self._gate_up_modules)
+        return self._project(self._kernels.silu_mul(gate_up), layer.down, None, lora, index, self._down_module)
+
+    def _project(
+        self,
+        x: Tensor,  # [num_tokens, in_features]
+        weight: Tensor,  # [sum of out_features, in_features]
+        bias: Tensor | None,  # [sum of out_features]
+        lora: _Lora | None,
+        layer: int,
+        modules: tuple[Module, ...],  # whose weights are stacked in `weight`
+    ) -> Tensor:  # [num_tokens, sum of out_features]
+        out = self._kernels.linear(x, weight, bias)
+        if lora is not None:
+            shrunk = lora.shrunk[: len(modules)]
+            self._kernels.sgmv_shrink(x, lora.pool, lora.segments, layer, modules, shrunk)
+            self._kernels.sgmv_expand(shrunk, lora.pool, lora.segments, layer, modules, out)
+        return out
 
 
 def _step_lora(batch: ForwardBatch, pool: Tensor) -> _Lora | None:
@@ -115,17 +144,11 @@ def _step_lora(batch: ForwardBatch, pool: Tensor) -> _Lora | None:
     return _Lora(pool=pool, segments=batch.segments, shrunk=shrunk)
 
 
-def _project(
-    x: Tensor,  # [num_tokens, in_features]
-    weight: Tensor,  # [sum of out_features, in_features]
-    bias: Tensor | None,  # [sum of out_features]
-    lora: _Lora | None,
-    layer: int,
-    modules: tuple[Module, ...],  # whose weights are stacked in `weight`
-) -> Tensor:  # [num_tokens, sum of out_features]
-    out = linear(x, weight, bias)
-    if lora is not None:
-        shrunk = lora.shrunk[: len(modules)]
-        reference.sgmv_shrink(x, lora.pool, lora.segments, layer, modules, shrunk)
-        reference.sgmv_expand(shrunk, lora.pool, lora.segments, layer, modules, out)
-    return out
+def _packed(weights: ModelWeights, kernels: ForwardKernels) -> ModelWeights:
+    """The weights with every linear one as `kernels.linear` takes it."""
+    pack = kernels.pack_linear
+    layers = tuple(
+        replace(layer, qkv=pack(layer.qkv), o=pack(layer.o), gate_up=pack(layer.gate_up), down=pack(layer.down))
+        for layer in weights.layers
+    )
+    return replace(weights, layers=layers, lm_head=pack(weights.lm_head))

@@ -190,6 +190,7 @@ class Server:
             block_tokens=info.block_tokens,
             page_bytes=info.page_bytes,
             num_pages=info.num_pages,
+            deterministic=self._config.engine.model.deterministic,
         )
 
 

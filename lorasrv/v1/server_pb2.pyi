@@ -27,20 +27,22 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ServerInfo(_message.Message):
-    __slots__ = ("version", "base_model", "max_rank", "block_tokens", "page_bytes", "num_pages")
+    __slots__ = ("version", "base_model", "max_rank", "block_tokens", "page_bytes", "num_pages", "deterministic")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     MAX_RANK_FIELD_NUMBER: _ClassVar[int]
     BLOCK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
+    DETERMINISTIC_FIELD_NUMBER: _ClassVar[int]
     version: str
     base_model: BaseModel
     max_rank: int
     block_tokens: int
     page_bytes: int
     num_pages: int
-    def __init__(self, version: _Optional[str] = ..., base_model: _Optional[_Union[BaseModel, _Mapping]] = ..., max_rank: _Optional[int] = ..., block_tokens: _Optional[int] = ..., page_bytes: _Optional[int] = ..., num_pages: _Optional[int] = ...) -> None: ...
+    deterministic: bool
+    def __init__(self, version: _Optional[str] = ..., base_model: _Optional[_Union[BaseModel, _Mapping]] = ..., max_rank: _Optional[int] = ..., block_tokens: _Optional[int] = ..., page_bytes: _Optional[int] = ..., num_pages: _Optional[int] = ..., deterministic: bool = ...) -> None: ...
 
 class BaseModel(_message.Message):
     __slots__ = ("name", "architecture", "dtype", "device", "fingerprint", "context_tokens", "vocab_size")

@@ -1,0 +1,43 @@
+"""What a forward pass calls, as a type: the modules `reference` and `fixed` are its implementations."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from lorasrv_kernels.tiles import Module, Segments
+
+
+class ForwardKernels(Protocol):
+    """Functions of `reference`, under its names and signatures; see there for what they mean."""
+
+    @staticmethod
+    def pack_linear(weight: Tensor, /) -> Tensor: ...
+    @staticmethod
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None, /) -> Tensor: ...
+    @staticmethod
+    def by_rows(function: Callable[[Tensor], Tensor], x: Tensor, /) -> Tensor: ...
+    @staticmethod
+    def rms_norm(x: Tensor, weight: Tensor, eps: float, /) -> Tensor: ...
+    @staticmethod
+    def silu_mul(gate_up: Tensor, /) -> Tensor: ...
+    @staticmethod
+    def paged_attention(
+        query: Tensor,
+        kv: Tensor,
+        layer: int,
+        block_tables: Tensor,
+        query_starts: Tensor,
+        context_lengths: Tensor,
+        window: int | None,
+        out: Tensor,
+        /,
+    ) -> None: ...
+    @staticmethod
+    def sgmv_shrink(
+        x: Tensor, pool: Tensor, segments: Segments, layer: int, modules: tuple[Module, ...], out: Tensor, /
+    ) -> None: ...
+    @staticmethod
+    def sgmv_expand(
+        h: Tensor, pool: Tensor, segments: Segments, layer: int, modules: tuple[Module, ...], out: Tensor, /
+    ) -> None: ...
