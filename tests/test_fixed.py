@@ -195,6 +195,7 @@ def test_sampling_and_log_probabilities(threads: int) -> None:
             "top_k": torch.randint(1, vocab, (rows,), generator=generator),
             "min_p": torch.rand(rows, generator=generator) * 0.1,
             "seeds": torch.randint(2**62, (rows,), generator=generator),
+            "samples": torch.arange(rows) % 3,
             "positions": torch.arange(rows),
         }
         wanted = torch.arange(rows)
