@@ -207,15 +207,13 @@ def test_without_onednn_it_is_refused(case: Case, monkeypatch: pytest.MonkeyPatc
 
 def test_offline() -> None:
     words = random_words(7, len(TASKS))
-    prompts, names = [prompt(word) for word in words], [task.name for task in TASKS]
+    asked = {task.name: prompt(word) for task, word in zip(TASKS, words, strict=True)}
     sampling = SamplingParams(temperature=1.0, seed=3, max_tokens=12, logprobs=2, prompt_logprobs=0)
     with LLM(SAMPLES / "base", dtype="bfloat16", deterministic=True) as llm:
-        for name in names:
+        for name in asked:
             llm.add_adapter(name, SAMPLES / name)
-        alone = [
-            llm.generate([text], adapter=name, sampling=sampling)[0] for text, name in zip(prompts, names, strict=True)
-        ]
-        assert llm.generate(prompts, adapter=names, sampling=sampling) == alone
+        alone = [llm.generate([text], adapter=name, sampling=sampling)[0] for name, text in asked.items()]
+        assert llm.generate([*asked.values()], adapter=[*asked], sampling=sampling) == alone
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ Nondeterminism in LLM Inference" (2025).
 
 How: no library call is trusted to be batch-invariant, so each is made in one shape, whatever the step.
 
-- Rows go through in tiles of `TILE_ROWS`, the last one padded with zeros. A tile is contiguous.
-- A query row at position p is computed in the tile of `TILE_ROWS` positions aligned around it, whether the other rows
+- Rows go through in tiles of one height, the last one padded with zeros. A tile is contiguous.
+- A query row at position p is computed in the tile of `QUERY_ROWS` positions aligned around it, whether the other rows
   of that tile are there or not, over the keys up to that tile's end: shapes and the row's place follow from p alone.
   Keys that a row does not see get the weight 0 and what is not there is 0, so both add nothing.
 - Only sums, comparisons, products and conversions of single elements run untiled elsewhere: IEEE 754 fixes their bits.
@@ -31,25 +31,32 @@ from torch import Tensor
 
 from lorasrv_kernels import reference
 
+# A decode step pays for whole tiles, a prefill for calls. On a CPU a call over LoRA's thin matrices costs more than its
+# rows do, and every row of a decoding sequence has a query tile of its own.
 TILE_ROWS = 16
+LORA_ROWS = 32
+QUERY_ROWS = 8
 # What torch gives to one thread (at::internal::GRAIN_SIZE), so that a tile's columns are not cut by thread counts.
 _SERIAL_ELEMS = 32768
 
 
 def by_rows(
-    function: Callable[[Tensor], Tensor],  # of [TILE_ROWS, ...], row by row
+    function: Callable[[Tensor], Tensor],  # of [height, ...], row by row
     x: Tensor,  # [num_rows, ...]
+    height: int = TILE_ROWS,
 ) -> Tensor:  # [num_rows, ...]
-    """function(x), called for tiles of `TILE_ROWS` rows."""
+    """function(x), called for tiles of `height` rows."""
     num_rows = x.shape[0]
-    num_tiles = max(1, -(-num_rows // TILE_ROWS))
-    if num_rows < num_tiles * TILE_ROWS:
-        padded = x.new_zeros(num_tiles * TILE_ROWS, *x.shape[1:])
+    num_tiles = max(1, -(-num_rows // height))
+    if num_rows < num_tiles * height:
+        padded = x.new_zeros(num_tiles * height, *x.shape[1:])
         padded[:num_rows] = x
         x = padded
-    if num_tiles == 1:
-        return function(x.contiguous())[:num_rows]
-    return torch.cat([function(tile.contiguous()) for tile in x.split(TILE_ROWS)])[:num_rows]
+    return _joined([function(tile.contiguous()) for tile in x.split(height)])[:num_rows]
+
+
+def _joined(tiles: list[Tensor]) -> Tensor:
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
 
 def is_available(device: torch.device, dtype: torch.dtype) -> bool:
@@ -117,57 +124,61 @@ def paged_attention(
         start, end = starts[sequence], starts[sequence + 1]
         first_row = context - (end - start)
         first, keys, values = _aligned_kv(kv, layer, block_tables[sequence], first_row, context, window)
-        first_tile = first_row // TILE_ROWS * TILE_ROWS
-        rows = query.new_zeros(-(-context // TILE_ROWS) * TILE_ROWS - first_tile, *query.shape[1:])
-        rows[first_row - first_tile : context - first_tile] = query[start:end]
+        lead = first_row % QUERY_ROWS
+        rows = query.new_zeros(_up_to_tile(context) - first_row + lead, *query.shape[1:])
+        rows[lead : lead + end - start] = query[start:end]
+        places = range(first_row - lead, context, QUERY_ROWS)
         tiles = [
             _attend_tile(tile, place, keys, values, first, window)
-            for place, tile in zip(range(first_tile, context, TILE_ROWS), rows.split(TILE_ROWS), strict=True)
+            for place, tile in zip(places, rows.split(QUERY_ROWS), strict=True)
         ]
-        out[start:end] = torch.cat(tiles)[first_row - first_tile : context - first_tile]
+        out[start:end] = _joined(tiles)[lead : lead + end - start]
 
 
 def _attend_tile(
-    query: Tensor,  # [TILE_ROWS, num_heads, head_dim], of the positions [place, place + TILE_ROWS)
+    query: Tensor,  # [QUERY_ROWS, num_heads, head_dim], of the positions [place, place + QUERY_ROWS)
     place: int,
     keys: Tensor,  # float32 [num_keys, kv_heads, head_dim], of the positions from `first` on
     values: Tensor,  # float32 [num_keys, kv_heads, head_dim]
     first: int,
     window: int | None,
-) -> Tensor:  # [TILE_ROWS, num_heads, head_dim]
+) -> Tensor:  # [QUERY_ROWS, num_heads, head_dim]
     seen_from = _first_key(place, window)
-    seen = slice(seen_from - first, place + TILE_ROWS - first)
+    seen = slice(seen_from - first, place + QUERY_ROWS - first)
     return reference.attend(query, keys[seen], values[seen], place, seen_from, window)
 
 
 def _aligned_kv(
     kv: Tensor, layer: int, block_table: Tensor, first_row: int, context: int, window: int | None
 ) -> tuple[int, Tensor, Tensor]:
-    """(first, keys, values): of the positions [first, end of the last tile), 0 where no row may look."""
+    """(first, keys, values) of the positions [first, end of the last query tile); 0 where no row may look."""
     block_tokens = kv.shape[3]
-    first = _first_key(first_row // TILE_ROWS * TILE_ROWS, window)
+    first = _first_key(first_row // QUERY_ROWS * QUERY_ROWS, window)
     visible = 0 if window is None else max(0, first_row - window + 1)
     first_block = visible // block_tokens
+    skipped = first_block * block_tokens
     pages = block_table[first_block : -(-context // block_tokens)].long()
-    num_keys = -(-context // TILE_ROWS) * TILE_ROWS - first
-    found = kv.new_zeros(2, num_keys, *kv.shape[4:], dtype=torch.float32)
+    aligned = kv.new_zeros(2, _up_to_tile(context) - first, *kv.shape[4:], dtype=torch.float32)
     for which in (0, 1):
         stored = kv[pages, layer, which].flatten(0, 1)  # [tokens of these pages, kv_heads, head_dim]
-        skipped = first_block * block_tokens
-        found[which, visible - first : context - first] = stored[visible - skipped : context - skipped]
-    return first, found[0], found[1]
+        aligned[which, visible - first : context - first] = stored[visible - skipped : context - skipped]
+    return first, aligned[0], aligned[1]
+
+
+def _up_to_tile(num_tokens: int) -> int:
+    return -(-num_tokens // QUERY_ROWS) * QUERY_ROWS
 
 
 def _first_key(place: int, window: int | None) -> int:
     """Where the keys begin that a tile of rows from `place` on may see, down to a tile's border."""
-    return 0 if window is None else max(0, place - window + 1) // TILE_ROWS * TILE_ROWS
+    return 0 if window is None else max(0, place - window + 1) // QUERY_ROWS * QUERY_ROWS
 
 
 def _matmul(
     a: Tensor,  # [num_rows, k]
     b: Tensor,  # [k, num_cols]
 ) -> Tensor:  # [num_rows, num_cols]
-    return linear(a, b.T, None)
+    return by_rows(lambda tile: _linear_tile(tile, b.T, None), a, LORA_ROWS)
 
 
 sgmv_shrink = partial(reference.sgmv_shrink, matmul=_matmul)
