@@ -69,9 +69,11 @@ class Case:
         num_pages: int = 600,
         max_step_tokens: int = 512,
         prefix_cache: bool = False,
+        run_ahead: bool = False,
         rounds: int = 1,
+        sample: int = 0,
     ) -> Run:
-        """Their answers in the last of `rounds`, up to `together` at a time, through one engine."""
+        """Answers of one sample each in the last of `rounds`, up to `together` requests at a time, on one engine."""
 
         def read(name: str, packer: Packer) -> PackedAdapter:
             return pack_adapter(
@@ -79,7 +81,10 @@ class Case:
             )
 
         scheduler = SchedulerConfig(
-            max_step_tokens=max_step_tokens, max_running=min(together, max_step_tokens), prefix_cache=prefix_cache
+            max_step_tokens=max_step_tokens,
+            max_running=min(together, max_step_tokens),
+            prefix_cache=prefix_cache,
+            run_ahead=run_ahead,
         )
         model = ModelConfig(path=str(self.folder), dtype=dtype, deterministic=deterministic)
         layout = page_layout(read_architecture(self.folder), BLOCK_TOKENS, getattr(torch, dtype).itemsize)
@@ -95,6 +100,8 @@ class Case:
                     core.add(waiting.pop(0))
                 for delta in core.step():
                     assert delta.failure is None, delta.failure
+                    if delta.index != sample:
+                        continue
                     answer = answers[delta.request_id]
                     answer.token_ids += delta.token_ids
                     answer.logprobs += delta.logprobs
@@ -183,6 +190,21 @@ def test_cached_prompts(case: Case, batch: Run) -> None:
     assert {name: (a.token_ids, a.logprobs) for name, a in again.answers.items()} == {
         name: (a.token_ids, a.logprobs) for name, a in batch.answers.items()
     }
+
+
+def test_one_step_in_flight(case: Case, batch: Run) -> None:
+    assert case.serve(case.requests, run_ahead=True, together=20, max_step_tokens=50).answers == batch.answers
+
+
+def test_samples_that_share_their_prompt(case: Case, batch: Run) -> None:
+    """The others copy a page of the first one's, and compute the prompt's last token again, beside whatever runs."""
+    several = [replace(request, n=3, temperature=1.0) for request in case.requests]
+    first, last = (case.serve(several, sample=sample) for sample in (0, 2))
+    drawing = {request.request_id for request in case.requests if request.temperature == 1.0}
+    assert all(first.answers[name] == batch.answers[name] for name in drawing)
+    alone = case.serve(several[:5], together=1, sample=2, run_ahead=True, max_step_tokens=64, prefix_cache=True)
+    assert alone.answers == {name: last.answers[name] for name in alone.answers}
+    assert all(last.answers[name].token_ids != first.answers[name].token_ids for name in alone.answers)
 
 
 def test_fp32(case: Case) -> None:
