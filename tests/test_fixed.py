@@ -85,7 +85,7 @@ def test_linear(shape: tuple[int, int], dtype: torch.dtype, threads: int) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [768, 2048, 4096, 50, 7])
+@pytest.mark.parametrize("width", [768, 2048, 2050, 4100, 50, 7])
 def test_norms_and_activations(width: int, dtype: torch.dtype, threads: int) -> None:
     generator = torch.Generator().manual_seed(width)
     x = torch.empty(2 * fixed.TILE_ROWS + 5, 2 * width, dtype=dtype).normal_(generator=generator)
