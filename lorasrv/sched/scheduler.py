@@ -198,8 +198,11 @@ class _Draft:
 
     def look_ahead(self) -> None:
         """Adapters that queued requests within the look-ahead need in host memory, oldest first."""
+        rejected = {rejection.sequence_id for rejection in self.rejected}
         for sequence in self.view.waiting[: self.config.lookahead]:
-            if sequence.digest is not None and not self.view.resources.is_resident(sequence.digest):
+            if sequence.sequence_id in rejected or sequence.digest is None:
+                continue
+            if not self.view.resources.is_resident(sequence.digest):
                 self.wanted[sequence.digest] = None
 
     def _add_chunk(self, sequence: Sequence, start: int, wanted: int) -> None:
