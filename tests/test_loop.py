@@ -193,6 +193,18 @@ def test_a_failure_merges_behind_the_tokens_before_it() -> None:
     ]
 
 
+def test_a_failure_leaves_the_end_of_a_sample_before_it() -> None:
+    reader = Reader()
+    outbox = Outbox(reader.try_send)
+    failure = Failure(reason="INTERNAL", message="of another sample")
+    for each in (delta("a", 1, FinishReason.EOS), TokenDelta(request_id="a", failure=failure)):
+        outbox.send(Step((each,)))
+    reader.room = 1
+    outbox.flush()
+    ended = TokenDelta(request_id="a", token_ids=(1,), finish=FinishReason.EOS, failure=failure)
+    assert reader.got == [Step((ended,))]
+
+
 def test_shutdown_ends_the_loop_at_once() -> None:
     core = FakeCore()
     host = Host([[Submit(request("a")), Shutdown(), Submit(request("b"))]])
