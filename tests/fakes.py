@@ -144,12 +144,12 @@ class FakeTiers:
         self._copying: dict[str, float] = {}
         self._reading: dict[str, int] = {}
         self._host: set[str] = set()
-        self._wanted: set[str] = set()
+        self.wanted: set[str] = set()
         self._discarded: set[str] = set()
 
     def want(self, digests: Sequence[str]) -> None:
-        self._discarded -= set(digests) - self._wanted
-        self._wanted = set(digests)
+        self._discarded -= set(digests) - self.wanted
+        self.wanted = set(digests)
         for digest in digests:
             if digest not in self._host:
                 self._reading.setdefault(digest, self.random.randrange(4))
@@ -166,9 +166,9 @@ class FakeTiers:
                 del self._reading[digest]
                 if self.random.random() >= self.failing:
                     self._host.add(digest)
-                elif digest in self._wanted:
+                elif digest in self.wanted:
                     failures[digest] = AdapterLoadFailed(f"adapter {digest} could not be read")
-        for digest in sorted(self._host - self._wanted):
+        for digest in sorted(self._host - self.wanted):
             if digest in self._discarded or self.random.random() < 0.02:
                 self._host.remove(digest)
         self._discarded &= self._host | self._reading.keys()

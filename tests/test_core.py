@@ -376,3 +376,10 @@ def test_an_adapter_that_is_being_copied_is_not_discarded_yet() -> None:
     core.step()
     core.check()
     assert core.status().pool.free == NUM_PAGES and runner.tiers.discarded == ["a"]
+
+
+def test_nothing_is_wanted_for_a_rejected_request() -> None:
+    core, runner = make_core({"big": NUM_PAGES})
+    core.add(make_request("r", digest="big"))
+    assert run_all(core)["r"][-1].failure is not None
+    assert not runner.tiers.wanted

@@ -375,6 +375,20 @@ async def test_restarts_go_on_until_one_succeeds(tmp_path: Path) -> None:
         await eventually(lambda: engine.state == "ready")
 
 
+async def test_a_process_whose_words_nobody_reads_ends_when_told_to() -> None:
+    engine = process_engine()
+    async with started(engine):
+        child = engine._child
+        assert child is not None
+        streams = [engine.stream(request(f"r{index}", fake_core.FOREVER)) for index in range(50)]
+        for stream in streams:
+            await anext(stream)
+        time.sleep(0.3)  # noqa: ASYNC251 the loop reads nothing, and the channel fills
+    assert child._process.returncode == 0, "it had to be killed"
+    for stream in streams:
+        await stream.aclose()
+
+
 async def test_the_process_ends_with_its_parent() -> None:
     program = """
 import asyncio, os, signal

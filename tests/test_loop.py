@@ -134,10 +134,11 @@ def test_a_reader_that_stalls_delays_no_step_and_no_cancel_and_gets_one_message(
     serve_loop(core, host.receive, outbox.send, lambda: host.now_s)
     assert (core.cancelled, core.requests) == (["b"], {})
     assert not reader.got and not outbox.is_empty
-    reader.room = 1
+    reader.room = 2
     outbox.flush()
-    assert not outbox.is_empty
-    assert reader.got == [
+    assert outbox.is_empty
+    assert isinstance(reader.got[0], StatusReply)
+    assert reader.got[1:] == [
         Step(
             (
                 TokenDelta(request_id="a", token_ids=(0, 1, 2), finish=FinishReason.LENGTH),
@@ -148,8 +149,7 @@ def test_a_reader_that_stalls_delays_no_step_and_no_cancel_and_gets_one_message(
     ]
     reader.room = 9
     outbox.send(Heartbeat(7))
-    assert [type(message) for message in reader.got[1:]] == [StatusReply, Heartbeat]
-    assert outbox.is_empty
+    assert reader.got[2:] == [Heartbeat(7)]
 
 
 def test_what_waits_for_a_stalled_reader_is_what_the_requests_may_produce() -> None:
@@ -163,6 +163,17 @@ def test_what_waits_for_a_stalled_reader_is_what_the_requests_may_produce() -> N
     (step,) = reader.got
     assert isinstance(step, Step)
     assert [delta.token_ids for delta in step.deltas] == [tuple(range(50))] * 20
+
+
+def test_a_reply_is_not_put_off_by_deltas_that_keep_coming() -> None:
+    reader = Reader()
+    outbox = Outbox(reader.try_send)
+    outbox.send(Step((delta("a", 0),)))
+    outbox.send(StatusReply(1, FakeCore().status()))
+    for token_id in (1, 2):
+        reader.room = 1
+        outbox.send(Step((delta("a", token_id),)))
+    assert {type(message) for message in reader.got} == {Step, StatusReply}
 
 
 def test_what_waits_is_not_overtaken() -> None:
@@ -191,6 +202,18 @@ def test_a_failure_merges_behind_the_tokens_before_it() -> None:
     assert reader.got == [
         Step((TokenDelta(request_id="a", token_ids=(1,), failure=Failure(reason="INTERNAL", message="m")),))
     ]
+
+
+def test_a_failure_leaves_the_end_of_a_sample_before_it() -> None:
+    reader = Reader()
+    outbox = Outbox(reader.try_send)
+    failure = Failure(reason="INTERNAL", message="of another sample")
+    for each in (delta("a", 1, FinishReason.EOS), TokenDelta(request_id="a", failure=failure)):
+        outbox.send(Step((each,)))
+    reader.room = 1
+    outbox.flush()
+    ended = TokenDelta(request_id="a", token_ids=(1,), finish=FinishReason.EOS, failure=failure)
+    assert reader.got == [Step((ended,))]
 
 
 def test_shutdown_ends_the_loop_at_once() -> None:

@@ -180,3 +180,9 @@ def test_philox_gives_the_published_answers(
 ) -> None:
     """Known answers of Random123, philox4x32 with 10 rounds."""
     assert tuple(int(word) for word in philox(counter, key)) == want
+
+
+def test_philox_takes_numbers_beside_tensors_of_another_device() -> None:
+    quads, rows = torch.arange(5, device="meta"), torch.zeros(3, 1, dtype=torch.int64, device="meta")
+    for word in philox((quads, rows, rows, 0), (rows, rows)):
+        assert word.device.type == "meta" and word.shape == (3, 5)

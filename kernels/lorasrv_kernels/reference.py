@@ -242,7 +242,8 @@ def philox(
     Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011); the same bits as `tl.philox`.
     """
     mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = torch.broadcast_tensors(*(torch.as_tensor(word, dtype=torch.int64) for word in counter))
+    # Numbers stay without dimensions, so that they go with tensors of any device.
+    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64) for word in counter)
     k0, k1 = (torch.as_tensor(word, dtype=torch.int64) for word in key)
     for _ in range(10):
         # The 64-bit products wrap, which leaves their bits as in unsigned arithmetic.

@@ -226,6 +226,7 @@ class EngineCore:
             self._count(adapter_loads=1)
         copies = tuple(copy for admission in plan.admit if (copy := self._admit(admission)) is not None)
         if not plan.chunks:
+            assert not copies, "a copy without a step"
             return None
         chunks = tuple((self._sequences[chunk.sequence_id], chunk) for chunk in plan.chunks)
         inputs = tuple(self._chunk_input(sequence, chunk) for sequence, chunk in chunks)

@@ -38,5 +38,6 @@ class MergingDelta:
         self._token_ids.extend(delta.token_ids)
         self._logprobs.extend(delta.logprobs)
         self._prompt_logprobs.extend(delta.prompt_logprobs)
-        self._finish = delta.finish
+        # Behind the end of sample 0 there may come a failure, which is the whole request's.
+        self._finish = self._finish or delta.finish
         self._failure = delta.failure

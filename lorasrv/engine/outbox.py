@@ -43,8 +43,12 @@ class Outbox:
                 self._replies.append(message)
 
     def flush(self) -> None:
-        """Send what waits, as far as there is room."""
-        if self._deltas and self._try_send(Step(tuple(waiting.delta() for waiting in self._deltas.values()))):
-            self._deltas.clear()
-        while self._replies and not self._deltas and self._try_send(self._replies[0]):
+        """Send what waits, as far as there is room: replies first, since what deltas there are can go in one message
+        later, and more keep coming."""
+        while self._replies and self._try_send(self._replies[0]):
             self._replies.popleft()
+        if not self._replies and self._deltas and self._try_send(self._held_deltas()):
+            self._deltas.clear()
+
+    def _held_deltas(self) -> Step:
+        return Step(tuple(waiting.delta() for waiting in self._deltas.values()))

@@ -68,6 +68,7 @@ def _serve(socket: zmq.Socket[bytes], factory: str) -> int:
     try:
         outbox.send(Ready(info))
         serve_loop(core, receive, outbox.send, time.monotonic)
+        socket.setsockopt(zmq.LINGER, 0)  # who says Shutdown reads no more
         return 0
     except Exception:
         _log.exception("the engine broke")

@@ -170,13 +170,14 @@ class _Draft:
 
     def _admit(self, sequence: Sequence, num_cached_blocks: int) -> None:
         known, start = len(sequence.token_ids), num_cached_blocks * self.block_tokens
-        copied = None
-        if known - start in range(2, self.block_tokens + 1):
+        may_run, copied = self._may_run(sequence), None
+        # A copy is made in the step that computes behind it.
+        if may_run and known - start in range(2, self.block_tokens + 1):
             copied = self.view.resources.copyable_page(sequence)
         self.admitted.append(
             Admission(sequence_id=sequence.sequence_id, num_cached_blocks=num_cached_blocks, copied_page=copied)
         )
-        if self._may_run(sequence):
+        if may_run:
             start = start if copied is None else known - 1
             self._add_chunk(sequence, start, known - start)
 
@@ -197,8 +198,11 @@ class _Draft:
 
     def look_ahead(self) -> None:
         """Adapters that queued requests within the look-ahead need in host memory, oldest first."""
+        rejected = {rejection.sequence_id for rejection in self.rejected}
         for sequence in self.view.waiting[: self.config.lookahead]:
-            if sequence.digest is not None and not self.view.resources.is_resident(sequence.digest):
+            if sequence.sequence_id in rejected or sequence.digest is None:
+                continue
+            if not self.view.resources.is_resident(sequence.digest):
                 self.wanted[sequence.digest] = None
 
     def _add_chunk(self, sequence: Sequence, start: int, wanted: int) -> None:
