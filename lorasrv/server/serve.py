@@ -29,9 +29,14 @@ def serve(config: ServerConfig, announce: Callable[[str], None] = print, *, as_j
 async def serve_until_signal(
     config: ServerConfig, ready: Callable[[str], None], make_engine: Callable[[EngineConfig], Engine]
 ) -> None:
-    """The first signal drains within `config.grace_s`; a second one ends the streams at once, a third the process."""
+    """The first signal drains within `config.grace_s`; a second one ends the streams at once, a third the process.
+
+    SIGHUP reads the key file again, where there is one.
+    """
     signals = _Signals()
     server = Server(config, make_engine)
+    if config.api_keys is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload_keys)
     try:
         starting = asyncio.create_task(server.start())
         stopping = asyncio.create_task(signals.wait())
