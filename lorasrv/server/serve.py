@@ -36,7 +36,7 @@ async def serve_until_signal(
     signals = _Signals()
     server = Server(config, make_engine)
     if config.api_keys is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reload_keys)
+        signals.on_hangup(server.reload_keys)
     try:
         starting = asyncio.create_task(server.start())
         stopping = asyncio.create_task(signals.wait())
@@ -73,9 +73,12 @@ class _Signals:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._arrived.put_nowait, number)
 
+    def on_hangup(self, callback: Callable[[], None]) -> None:
+        self._loop.add_signal_handler(signal.SIGHUP, callback)
+
     async def wait(self) -> None:
         await self._arrived.get()
 
     def restore(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._loop.remove_signal_handler(number)
