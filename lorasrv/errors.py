@@ -23,6 +23,18 @@ class InvalidRequest(LorasrvError):
         self.field = field
 
 
+class Unauthenticated(LorasrvError):
+    """A call without a valid credential; the message is a fixed text."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(LorasrvError):
+    """A valid credential without the role that the call asks for."""
+
+    reason = "PERMISSION_DENIED"
+
+
 class UnsupportedModel(LorasrvError):
     """A base model folder that is not served exactly: it is refused, never approximated."""
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -127,15 +128,15 @@ async def test_a_broken_push_continues_where_the_server_is(
         with Client(running.address) as client:
             write = client._adapters.WriteUpload
 
-            def break_once(requests: object, timeout: float | None) -> adapter_pb2.Upload:
+            def break_once(requests: object, **options: Any) -> adapter_pb2.Upload:
                 nonlocal broken
                 if broken:
                     messages = list(requests)  # pyright: ignore[reportArgumentType, reportCallIssue]
                     offsets.extend(message.offset_bytes for message in messages)
-                    return write(iter(messages), timeout=timeout)
+                    return write(iter(messages), **options)
                 broken = True
                 first = next(requests)  # pyright: ignore[reportArgumentType, reportCallIssue]
-                write(iter([first]), timeout=timeout)
+                write(iter([first]), **options)
                 raise BrokenCall
 
             client._adapters.WriteUpload = break_once
@@ -208,10 +209,14 @@ def test_every_kind_of_prompt_is_a_request() -> None:
 
 @pytest.mark.parametrize("url", ["127.0.0.1:1", "http://127.0.0.1:1", "http://127.0.0.1:1/"])
 def test_urls(url: str) -> None:
-    assert target_of(url) == "127.0.0.1:1"
+    assert target_of(url) == ("127.0.0.1:1", False)
 
 
-@pytest.mark.parametrize("url", ["", "localhost", "https://a:1", "a:b", "http://a:1/path", ":1"])
+def test_a_url_of_tls() -> None:
+    assert target_of("https://llm.example.com:443/") == ("llm.example.com:443", True)
+
+
+@pytest.mark.parametrize("url", ["", "localhost", "ftp://a:1", "https://http://a:1", "a:b", "http://a:1/path", ":1"])
 def test_bad_urls(url: str) -> None:
     with pytest.raises(ValueError, match="HOST:PORT"):
         target_of(url)

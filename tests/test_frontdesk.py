@@ -17,6 +17,7 @@ from lorasrv.engine.text import load_tokenizer
 from lorasrv.errors import EngineUnavailable, GenerationExists, InvalidRequest, LorasrvError
 from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Prompt, Started
 from lorasrv.server.frontdesk import FrontDesk
+from lorasrv.server.seen import SeenVersions
 from lorasrv.types import (
     BASE_ID,
     AdapterUse,
@@ -78,6 +79,7 @@ class Desk:
         self.engine = FakeEngine()
         self.versions = FakeVersions()
         self.tokenizer = SlowTokenizer()
+        self.seen = SeenVersions()
         self.desk = FrontDesk(
             engine=self.engine,
             limits=LIMITS,
@@ -86,6 +88,7 @@ class Desk:
             chat_template=None,
             workers=workers,
             pinning=pinning,
+            seen=self.seen,
         )
 
     async def events(self, request: GenerationRequest) -> list[Event]:
@@ -148,8 +151,8 @@ async def test_the_engine_is_asked_for_the_pinned_version(desk: Desk) -> None:
     (request,) = desk.engine.requests
     assert request.adapter == AdapterUse(digest=DIGEST, scale=0.5)
     assert (request.top_k, request.seed, request.max_tokens) == (3, 7, 2)
-    assert desk.desk.adapter_id(DIGEST) == "upper"
-    assert desk.desk.adapter_id("cd" * 32) is None
+    assert desk.seen.name("default", DIGEST) == "upper"
+    assert desk.seen.name("other", DIGEST) is None
 
 
 async def test_base_needs_no_version(desk: Desk) -> None:

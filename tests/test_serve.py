@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,11 @@ import grpc
 import pytest
 
 from fake_engine import FakeEngine, server_config
+from keyed import KeyRing
+from lorasrv.client import AsyncClient
+from lorasrv.client.errors import Unauthenticated
 from lorasrv.errors import UnsupportedModel
+from lorasrv.keys import Role
 from lorasrv.server.serve import serve_until_signal
 from lorasrv.types import EngineInfo
 from lorasrv.v1 import generation_pb2, generation_pb2_grpc
@@ -22,13 +27,16 @@ ASKED = generation_pb2.GenerateRequest(adapter=[generation_pb2.AdapterRef(name="
 class Serving:
     """`serve_until_signal` as a task, and one stream held by the engine's gate."""
 
-    def __init__(self, data_dir: Path, grace_s: float) -> None:
+    def __init__(self, data_dir: Path, grace_s: float, **settings: str) -> None:
         self.engine = FakeEngine()
         self._address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        config = server_config(data_dir, grace_s=grace_s)
+        config = replace(server_config(data_dir, grace_s=grace_s), **settings)
         self.task = asyncio.create_task(
             serve_until_signal(config, self._address.set_result, lambda config: self.engine)
         )
+
+    async def address(self) -> str:
+        return await self._address
 
     async def held_stream(self) -> Any:
         self.engine.gate.clear()
@@ -86,6 +94,19 @@ async def test_a_signal_before_ready_ends_it(tmp_path: Path) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     await asyncio.wait_for(task, 10)
     assert (ready, engine.state) == ([], "unavailable")
+
+
+async def test_sighup_reads_the_keys_again(tmp_path: Path) -> None:
+    ring = KeyRing(tmp_path / "keys.toml")
+    serving = Serving(tmp_path / "data", grace_s=0, api_keys=str(ring.path))
+    async with AsyncClient(await serving.address(), api_key=ring.add("acme", [Role.GENERATE])) as client:
+        with pytest.raises(Unauthenticated):
+            await client.generate("x", adapter="base")
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep(0)
+        assert (await client.generate("x", adapter="base")).text == "x"
+    os.kill(os.getpid(), signal.SIGTERM)
+    await serving.task
 
 
 async def test_an_engine_that_does_not_start_is_the_error(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from lorasrv.engine.text import load_tokenizer
 from lorasrv.engine.vocabulary import Vocabulary
 from lorasrv.requests import AdapterRef, Delta, GenerationRequest
 from lorasrv.server.frontdesk import FrontDesk
+from lorasrv.server.seen import SeenVersions
 from lorasrv.server.server import Server, ServerConfig
 from lorasrv.types import SamplingParams
 from lorasrv_bench.stream_core import DELTAS_PER_S, PacedCore, answer_token, answers_of, info_of
@@ -185,6 +186,7 @@ async def _run_desk(setup: Setup, seeds: Sequence[int]) -> tuple[float, dict[int
             chat_template=None,
             workers=workers,
             pinning=workers,
+            seen=SeenVersions(),
         )
 
         async def read(seed: int) -> list[Any]:

@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from lorasrv.cli.connection import UrlOption, connect, resolve_url
+from lorasrv.cli.connection import UrlOption, connect, connect_async
 from lorasrv.cli.output import JsonOption, exit_code, one_line, print_json, progress, reported_errors
-from lorasrv.client import AsyncClient
 from lorasrv.client.batch import Job, Outcome, generate_all
 from lorasrv.client.errors import ClientError
 from lorasrv.errors import ConfigurationError
@@ -97,7 +96,7 @@ def generate(
             return
         with sys.stdin if file == "-" else Path(file or "").open(encoding="utf-8") as lines:
             jobs = read_jobs(lines, adapter, sampling, jsonl=str(file).endswith(".jsonl"))
-        code = asyncio.run(_generate_many(jobs, concurrency, resolve_url(url), as_json))
+        code = asyncio.run(_generate_many(jobs, concurrency, url, as_json))
     raise typer.Exit(code)
 
 
@@ -223,7 +222,7 @@ def _generate_one(job: Job, url: str | None, as_json: bool) -> None:
         print()
 
 
-async def _generate_many(jobs: list[Job], concurrency: int, url: str, as_json: bool) -> int:
+async def _generate_many(jobs: list[Job], concurrency: int, url: str | None, as_json: bool) -> int:
     """The exit code: 0, or that of the first prompt that failed."""
     codes: list[int] = []
 
@@ -235,7 +234,7 @@ async def _generate_many(jobs: list[Job], concurrency: int, url: str, as_json: b
 
     with progress(*Progress.get_default_columns()) as bar:
         task = bar.add_task("generating", total=len(jobs))
-        async with AsyncClient(url) as client:
+        async with connect_async(url) as client:
             await generate_all(client, jobs, concurrency, emit, lambda: bar.advance(task))
     return codes[0] if codes else 0
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lorasrv import __version__
-from lorasrv.cli import adapters, demo, generate, serve, status
+from lorasrv.cli import adapters, demo, generate, keys, serve, status
 from lorasrv.cli.output import EXIT_CODES
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
 app.command("status")(status.status)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(keys.app, name="keys")
 
 
 def _print_version(wanted: bool) -> None:

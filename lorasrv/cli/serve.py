@@ -17,7 +17,15 @@ def serve(
     device: Annotated[str, typer.Option(help="A torch device, say cpu or cuda:0.")] = "cpu",
     pool_gib: Annotated[float | None, typer.Option(min=0, help="Size of the page pool.")] = None,
     pool_mib: Annotated[float | None, typer.Option(min=0, help="The same in MiB; 256 by default.")] = None,
-    listen: Annotated[str, typer.Option(help="Loopback HOST:PORT; port 0 picks a free one.")] = "127.0.0.1:8470",
+    listen: Annotated[
+        str, typer.Option(help="HOST:PORT, loopback without --api-keys; port 0 picks a free one.")
+    ] = "127.0.0.1:8470",
+    api_keys: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="File of API keys, see lorasrv keys new; SIGHUP reads it again."),
+    ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(dir_okay=False, help="Certificate chain, PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(dir_okay=False, help="Its private key, PEM.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="The registry; in the user's data folder by default.")] = None,
     dummy_weights: Annotated[
         bool, typer.Option("--dummy-weights", help="Random weights of the config's shape.")
@@ -59,6 +67,9 @@ def serve(
             ),
             data_dir=str(data_dir or platformdirs.user_data_dir("lorasrv")),
             listen=listen,
+            api_keys=None if api_keys is None else str(api_keys),
+            tls_cert=None if tls_cert is None else str(tls_cert),
+            tls_key=None if tls_key is None else str(tls_key),
             grace_s=grace_s,
             heartbeat_timeout_s=heartbeat_timeout_s,
             stall_timeout_s=stall_timeout_s,

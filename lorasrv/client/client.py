@@ -11,12 +11,13 @@ import grpc
 from lorasrv.client.errors import Unavailable, error_from_call
 from lorasrv.client.messages import (
     CHANNEL_OPTIONS,
-    DEFAULT_TENANT,
     DEFAULT_URL,
+    OWN_TENANT,
     Event,
     Generation,
     Prompt,
     committed_bytes,
+    credentials,
     event_of,
     generate_request,
     target_of,
@@ -42,13 +43,27 @@ class Client:
             client.push("runs/upper", "upper")
             print(client.generate("hello", adapter="upper").text)
 
-    Resources are the protobuf messages of `lorasrv.v1`. `timeout_s` bounds each call; None waits.
+    Resources are the protobuf messages of `lorasrv.v1`. `timeout_s` bounds each call; None waits. An https:// URL is
+    one of TLS. `api_key` is the one in LORASRV_API_KEY by default; the tenant is the key's.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, *, tenant: str = DEFAULT_TENANT, timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        tenant: str = OWN_TENANT,
+        timeout_s: float | None = None,
+    ) -> None:
         self._tenant = f"tenants/{tenant}"
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(target_of(url), options=CHANNEL_OPTIONS)
+        self._credentials = credentials(api_key)
+        target, secure = target_of(url)
+        self._channel = (
+            grpc.secure_channel(target, grpc.ssl_channel_credentials(), options=CHANNEL_OPTIONS)
+            if secure
+            else grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        )
         self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._adapters: Any = adapter_pb2_grpc.AdapterServiceStub(self._channel)
         self._server: Any = server_pb2_grpc.ServerServiceStub(self._channel)
@@ -79,7 +94,7 @@ class Client:
         """
         request = generate_request(prompt, adapter=adapter, **sampling)
         with _translated():
-            call = self._generation.GenerateStream(request, timeout=self._timeout_s)
+            call = self._generation.GenerateStream(request, timeout=self._timeout_s, metadata=self._credentials)
             try:
                 for response in call:
                     if (event := event_of(response)) is not None:
@@ -150,7 +165,7 @@ class Client:
 
     def _call(self, method: Any, request: Any) -> Any:
         with _translated():
-            return method(request, timeout=self._timeout_s)
+            return method(request, timeout=self._timeout_s, metadata=self._credentials)
 
 
 def _reported(

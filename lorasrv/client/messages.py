@@ -1,6 +1,7 @@
 """What the sync and the async client share: addresses, requests, and an adapter folder as upload messages."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 Event = generation_pb2.Started | generation_pb2.Delta | generation_pb2.Finished
 
 DEFAULT_URL = "127.0.0.1:8470"
-DEFAULT_TENANT = "default"
+OWN_TENANT = "-"  # in resource names: the tenant of the API key
+API_KEY_VARIABLE = "LORASRV_API_KEY"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DEFAULTS_FILE = "serving.json"
 CHUNK_BYTES = 1 << 20
@@ -69,13 +71,25 @@ class Generation:
         return self.samples[0]
 
 
-def target_of(url: str) -> str:
-    """`HOST:PORT` of a URL, which may say http://; raises ValueError."""
-    target = url.removeprefix("http://").rstrip("/")
+def target_of(url: str) -> tuple[str, bool]:
+    """`HOST:PORT` of a URL, and whether it says https://; raises ValueError."""
+    secure = url.startswith("https://")
+    target = url.removeprefix("https://" if secure else "http://").rstrip("/")
     host, colon, port = target.rpartition(":")
     if not host or not colon or not port.isdigit() or "/" in target:
-        raise ValueError(f"{url!r} is not HOST:PORT or http://HOST:PORT")
-    return target
+        raise ValueError(f"{url!r} is not HOST:PORT, http://HOST:PORT or https://HOST:PORT")
+    return target, secure
+
+
+def credentials(api_key: str | None) -> tuple[tuple[str, str], ...]:
+    """The metadata that an API key is sent in; None is the one in LORASRV_API_KEY, if any. Raises ValueError."""
+    key = os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key
+    if not key:
+        return ()
+    if not all("!" <= character <= "~" for character in key):
+        # gRPC's own error would quote it.
+        raise ValueError("the API key has characters that no key has: it is one line of visible ASCII without spaces")
+    return (("authorization", f"Bearer {key}"),)
 
 
 def generate_request(

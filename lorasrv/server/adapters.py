@@ -11,11 +11,13 @@ from google.protobuf.empty_pb2 import Empty
 from lorasrv.engine.client import Engine
 from lorasrv.errors import EngineUnavailable, InvalidRequest
 from lorasrv.server import convert
+from lorasrv.server.access import current_caller
+from lorasrv.server.seen import SeenVersions
 from lorasrv.types import Tier
 from lorasrv.v1 import adapter_pb2, adapter_pb2_grpc
 from lorasrv_adapters.errors import AdapterNotFound, UploadNotFound, quote
 from lorasrv_adapters.records import Upload
-from lorasrv_adapters.reference import parse_adapter_name, parse_tenant_name, parse_upload_name
+from lorasrv_adapters.reference import parse_adapter_name, parse_tenant_name, parse_upload_name, tenant_name
 from lorasrv_adapters.registry import Registry
 from lorasrv_adapters.uploads import UploadWriter
 
@@ -25,13 +27,17 @@ T = TypeVar("T")
 
 
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
-    """Every call is of `tenant` until there are credentials; what other tenants have is not found."""
+    """Every call is of its caller's tenant, which names may write as `-`; what other tenants have is not found."""
 
-    def __init__(self, registry: Registry, engine: Engine, tenant: str, workers: Executor) -> None:
+    def __init__(self, registry: Registry, engine: Engine, seen: SeenVersions, workers: Executor) -> None:
         self._registry = registry
         self._engine = engine
-        self._tenant = tenant
+        self._seen = seen
         self._workers = workers
+
+    @property
+    def _tenant(self) -> str:
+        return current_caller().tenant
 
     async def CreateUpload(self, request: adapter_pb2.CreateUploadRequest, context: Context) -> adapter_pb2.Upload:
         tenant = self._parent(request.parent)
@@ -94,25 +100,34 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         except EngineUnavailable:
             # Without an engine every version is on disk only.
             return {}
-        return {adapter.digest: adapter.tier for adapter in status.adapters}
+        return {
+            adapter.digest: adapter.tier
+            for adapter in status.adapters
+            if self._seen.name(self._tenant, adapter.digest) is not None
+        }
 
     async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.wrap_future(self._workers.submit(function, *args, **kwargs))
 
+    def _full(self, name: str) -> str:
+        """The name with the caller's tenant in the place of `-`."""
+        own, _, rest = name.partition("/-")
+        return f"{tenant_name(self._tenant)}{rest}" if own == "tenants" and rest[:1] in ("", "/") else name
+
     def _parent(self, name: str) -> str:
-        tenant = parse_tenant_name(name)
+        tenant = parse_tenant_name(self._full(name))
         if tenant != self._tenant:
             raise AdapterNotFound(f"tenant {quote(tenant)} not found")
         return tenant
 
     def _adapter(self, name: str) -> tuple[str, str]:
-        tenant, adapter_id = parse_adapter_name(name)
+        tenant, adapter_id = parse_adapter_name(self._full(name))
         if tenant != self._tenant:
             raise AdapterNotFound(f"adapter {quote(adapter_id)} not found")
         return tenant, adapter_id
 
     def _upload(self, name: str) -> tuple[str, str]:
-        tenant, upload_id = parse_upload_name(name)
+        tenant, upload_id = parse_upload_name(self._full(name))
         if tenant != self._tenant:
             raise UploadNotFound(f"upload {quote(upload_id)} not found")
         return tenant, upload_id

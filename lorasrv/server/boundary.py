@@ -9,23 +9,26 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from lorasrv.errors import InvalidRequest, SlowReader
+from lorasrv.errors import InvalidRequest, PermissionDenied, SlowReader, Unauthenticated
+from lorasrv.keys import Caller
+from lorasrv.server.access import PACKAGE_PREFIX, Access, calling
 from lorasrv.server.status import describe, is_described
 
 log = logging.getLogger(__name__)
 
-PACKAGE_PREFIX = "/lorasrv.v1."
-
 
 class Boundary(grpc.aio.ServerInterceptor):
-    """Takes parsing out of gRPC's hands, whose answer to malformed bytes is UNKNOWN, and maps errors to statuses.
+    """Lets in whom `access` does, takes parsing out of gRPC's hands, whose answer to malformed bytes is UNKNOWN, and
+    maps errors to statuses.
 
+    Who calls is asked before a message is read. What a service does is done as `access.current_caller`.
     An error of ours becomes its status; any other is logged with its traceback and masked as INTERNAL. A stream whose
     reader takes nothing for `stall_timeout_s` while a message waits to be written ends with SlowReader: what gRPC and
     the network hold in front of that message is bounded by their flow control.
     """
 
-    def __init__(self, stall_timeout_s: float) -> None:
+    def __init__(self, access: Access, stall_timeout_s: float) -> None:
+        self._access = access
         self._stall_timeout_s = stall_timeout_s
 
     async def intercept_service(
@@ -33,23 +36,41 @@ class Boundary(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        handler = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith(PACKAGE_PREFIX):
-            return handler
+        method = handler_call_details.method
+        try:
+            caller = self._access.authenticate(method, handler_call_details.invocation_metadata)
+            handler = await continuation(handler_call_details)
+            if handler is None or not method.startswith(PACKAGE_PREFIX):
+                return handler
+            self._access.authorise(method, caller)
+        except (Unauthenticated, PermissionDenied) as error:
+            return _refusal(error)
         if handler.request_streaming:
-            call = _stream_unary(handler.stream_unary, handler.request_deserializer)
+            call = _stream_unary(handler.stream_unary, handler.request_deserializer, caller)
             return grpc.stream_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
         if handler.response_streaming:
-            call = _unary_stream(handler.unary_stream, handler.request_deserializer, self._stall_timeout_s)
+            call = _unary_stream(handler.unary_stream, handler.request_deserializer, caller, self._stall_timeout_s)
             return grpc.unary_stream_rpc_method_handler(call, response_serializer=handler.response_serializer)
-        call = _unary_unary(handler.unary_unary, handler.request_deserializer)
+        call = _unary_unary(handler.unary_unary, handler.request_deserializer, caller)
         return grpc.unary_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
 
 
-def _unary_unary(behaviour: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any]) -> Callable[..., Any]:
+def _refusal(error: Unauthenticated | PermissionDenied) -> Any:
+    """A handler for calls of any kind that answers without reading a message."""
+
+    async def call(chunks: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        await _fail(context, error)
+
+    return grpc.stream_stream_rpc_method_handler(call)
+
+
+def _unary_unary(
+    behaviour: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any], caller: Caller
+) -> Callable[..., Any]:
     async def call(data: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
-            return await behaviour(_parsed(data, parse), context)
+            with calling(caller):
+                return await behaviour(_parsed(data, parse), context)
         except Exception as error:
             await _fail(context, error)
 
@@ -57,7 +78,10 @@ def _unary_unary(behaviour: Callable[..., Awaitable[Any]], parse: Callable[[byte
 
 
 def _unary_stream(
-    behaviour: Callable[..., AsyncGenerator[Any, None]], parse: Callable[[bytes], Any], stall_timeout_s: float
+    behaviour: Callable[..., AsyncGenerator[Any, None]],
+    parse: Callable[[bytes], Any],
+    caller: Caller,
+    stall_timeout_s: float,
 ) -> Callable[..., Any]:
     async def write(context: grpc.aio.ServicerContext[Any, Any], response: Any) -> None:
         try:
@@ -70,24 +94,28 @@ def _unary_stream(
         try:
             # Written here rather than yielded: when the client is gone the generator is closed now, not by the
             # garbage collector.
-            async with aclosing(behaviour(_parsed(data, parse), context)) as responses:
-                async for response in responses:
-                    await write(context, response)
+            with calling(caller):
+                async with aclosing(behaviour(_parsed(data, parse), context)) as responses:
+                    async for response in responses:
+                        await write(context, response)
         except Exception as error:
             await _fail(context, error)
 
     return call
 
 
-def _stream_unary(behaviour: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any]) -> Callable[..., Any]:
+def _stream_unary(
+    behaviour: Callable[..., Awaitable[Any]], parse: Callable[[bytes], Any], caller: Caller
+) -> Callable[..., Any]:
     async def call(chunks: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         async def requests() -> AsyncGenerator[Any, None]:
             async for data in chunks:
                 yield _parsed(data, parse)
 
         try:
-            async with aclosing(requests()) as messages:
-                return await behaviour(messages, context)
+            with calling(caller):
+                async with aclosing(requests()) as messages:
+                    return await behaviour(messages, context)
         except Exception as error:
             await _fail(context, error)
 

@@ -1,6 +1,6 @@
 """Protobuf to our types and back: nothing is checked or decided here."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
 
@@ -195,9 +195,9 @@ def version_defaults(serving: str) -> adapter_pb2.VersionDefaults:
 
 
 def server_status(
-    state: EngineState, status: EngineStatus | None, adapter_id_of: Callable[[str], str | None], uptime_s: float
+    state: EngineState, status: EngineStatus | None, names: Mapping[str, str], uptime_s: float
 ) -> server_pb2.ServerStatus:
-    """`status` None while the engine cannot tell."""
+    """`status` None while the engine cannot tell; of its adapters those whose digest has a name in `names`."""
     message = server_pb2.ServerStatus(state=ENGINE_STATES[state], uptime=duration(uptime_s))
     if status is None:
         return message
@@ -215,13 +215,14 @@ def server_status(
     message.adapter_pins = status.pins
     message.adapters.extend(
         server_pb2.AdapterStatus(
-            adapter_id=adapter_id_of(each.digest) or "",
+            adapter_id=names[each.digest],
             version_digest=each.digest,
             tier=TIERS[each.tier],
             num_pages=each.num_pages,
             pins=each.pins,
         )
         for each in status.adapters
+        if each.digest in names
     )
     message.counters.CopyFrom(server_pb2.Counters(**asdict(status.counters)))
     return message

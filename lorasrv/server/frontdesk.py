@@ -20,6 +20,7 @@ from lorasrv.engine.prompts import read_prompt
 from lorasrv.engine.vocabulary import Vocabulary
 from lorasrv.errors import EngineUnavailable, GenerationExists
 from lorasrv.requests import AdapterRef, Chat, Delta, Event, Finished, GenerationRequest, Prompt, Started
+from lorasrv.server.seen import SeenVersions
 from lorasrv.types import BASE_ID, AdapterUse, EngineRequest
 from lorasrv_adapters.records import ResolvedVersion
 
@@ -66,6 +67,7 @@ class FrontDesk:
         chat_template: ChatTemplate | None,
         workers: Executor,
         pinning: Executor,
+        seen: SeenVersions,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
@@ -76,9 +78,9 @@ class FrontDesk:
         self._vocabulary = Vocabulary(tokenizer)
         self._workers = workers
         self._pinning = pinning
+        self._seen = seen
         self._clock = clock
         self._running: set[tuple[str, str]] = set()
-        self._adapter_ids: dict[str, str] = {}
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -86,10 +88,6 @@ class FrontDesk:
     @property
     def num_running(self) -> int:
         return len(self._running)
-
-    def adapter_id(self, digest: str) -> str | None:
-        """What a version that was asked for here is called; the name it was last asked for by, if it has several."""
-        return self._adapter_ids.get(digest)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """One Started, then the Deltas of all samples, each sample's ended by its Finished.
@@ -158,7 +156,7 @@ class FrontDesk:
         pinning = self._pinning.submit(self._versions.acquire, tenant, adapter.name)
         try:
             version = await asyncio.shield(asyncio.wrap_future(pinning))
-            self._adapter_ids[version.digest] = version.adapter_id
+            self._seen.note(tenant, version.digest, version.adapter_id)
             yield Served(
                 use=AdapterUse(digest=version.digest, scale=1.0 if adapter.scale is None else adapter.scale),
                 defaults=read_defaults(version.serving),

@@ -29,9 +29,14 @@ def serve(config: ServerConfig, announce: Callable[[str], None] = print, *, as_j
 async def serve_until_signal(
     config: ServerConfig, ready: Callable[[str], None], make_engine: Callable[[EngineConfig], Engine]
 ) -> None:
-    """The first signal drains within `config.grace_s`; a second one ends the streams at once, a third the process."""
+    """The first signal drains within `config.grace_s`; a second one ends the streams at once, a third the process.
+
+    SIGHUP reads the key file again, where there is one.
+    """
     signals = _Signals()
     server = Server(config, make_engine)
+    if config.api_keys is not None:
+        signals.on_hangup(server.reload_keys)
     try:
         starting = asyncio.create_task(server.start())
         stopping = asyncio.create_task(signals.wait())
@@ -68,9 +73,12 @@ class _Signals:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._arrived.put_nowait, number)
 
+    def on_hangup(self, callback: Callable[[], None]) -> None:
+        self._loop.add_signal_handler(signal.SIGHUP, callback)
+
     async def wait(self) -> None:
         await self._arrived.get()
 
     def restore(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._loop.remove_signal_handler(number)

@@ -1,7 +1,6 @@
 """A running server: everything `lorasrv serve` holds, built in order and taken down in the opposite one."""
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +19,18 @@ from lorasrv.engine.client import Engine
 from lorasrv.engine.defaults import adapter_check
 from lorasrv.engine.text import load_tokenizer
 from lorasrv.errors import ConfigurationError
+from lorasrv.keys import KeyFile
 from lorasrv.model.base_shapes import base_shapes
 from lorasrv.model.families import read_architecture
+from lorasrv.server.access import Access
 from lorasrv.server.adapters import AdapterService
 from lorasrv.server.boundary import Boundary
 from lorasrv.server.frontdesk import FrontDesk
 from lorasrv.server.generation import GenerationService
 from lorasrv.server.health import ALWAYS_SERVING, FOLLOW_ENGINE, Health
 from lorasrv.server.info import ServerService
+from lorasrv.server.seen import SeenVersions
+from lorasrv.server.transport import is_loopback, tls_credentials
 from lorasrv.types import EngineInfo
 from lorasrv.v1 import adapter_pb2_grpc, generation_pb2_grpc, server_pb2, server_pb2_grpc
 from lorasrv_adapters.errors import AdapterError
@@ -52,7 +55,8 @@ _OPTIONS = (
 class ServerConfig:
     """All that a serving process needs. `engine.blob_root` is set here, from `data_dir`.
 
-    `listen` is HOST:PORT, port 0 picks a free one; without credentials the host has to be a loopback address.
+    `listen` is HOST:PORT, port 0 picks a free one; without `api_keys`, a file as `lorasrv.keys` describes, the host has
+    to be a loopback address and every call is of `tenant`. `tls_cert` and `tls_key` are PEM files: a chain and its key.
     `grace_s` is how long streams may go on once the server has been told to stop. An engine that says nothing for
     `heartbeat_timeout_s` is taken for hung and replaced; it speaks between steps, so one step has to take less. A
     stream that is not read for `stall_timeout_s` ends.
@@ -62,6 +66,9 @@ class ServerConfig:
     data_dir: str
     listen: str = "127.0.0.1:8470"
     tenant: str = "default"
+    api_keys: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
     grace_s: float = 10.0
     heartbeat_timeout_s: float = 30.0
     stall_timeout_s: float = 30.0
@@ -70,10 +77,12 @@ class ServerConfig:
         host, colon, port = self.listen.rpartition(":")
         if not colon or not port.isdigit() or int(port) > 65535:
             raise ConfigurationError(f"listen address {self.listen!r} is not HOST:PORT")
-        if not _is_loopback(host):
+        if self.api_keys is None and not is_loopback(host):
             raise ConfigurationError(
-                f"listen address {self.listen!r} is not a loopback address: without credentials nothing else is served"
+                f"listen address {self.listen!r} is not a loopback address: nothing else is served without API keys"
             )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ConfigurationError("a TLS certificate and its key go together; only one of them is given")
         if self.grace_s < 0:
             raise ConfigurationError(f"grace_s {self.grace_s} is negative")
         if self.heartbeat_timeout_s < 1:
@@ -87,6 +96,9 @@ class Server:
 
     def __init__(self, config: ServerConfig, make_engine: Callable[[EngineConfig], Engine]) -> None:
         self._config = config
+        self._keys = None if config.api_keys is None else KeyFile(Path(config.api_keys))
+        self._credentials = tls_credentials(config.tls_cert, config.tls_key)
+        self._seen = SeenVersions()
         # Three pools: neither validating uploads nor tokenizing long prompts, which take seconds, may hold up pins.
         self._text_workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="lorasrv-text")
         self._pin_workers = ThreadPoolExecutor(NUM_WORKERS, thread_name_prefix="lorasrv-pins")
@@ -107,12 +119,18 @@ class Server:
 
     async def start(self) -> str:
         """Serve; returns the bound address. The port is taken first: a server that cannot have it loads no model."""
-        server = grpc.aio.server(interceptors=[Boundary(self._config.stall_timeout_s)], options=_OPTIONS)
+        access = Access(self._keys, self._config.tenant)
+        server = grpc.aio.server(interceptors=[Boundary(access, self._config.stall_timeout_s)], options=_OPTIONS)
         host = self._config.listen.rpartition(":")[0]
         try:
-            port = server.add_insecure_port(self._config.listen)
+            if self._credentials is None:
+                port = server.add_insecure_port(self._config.listen)
+            else:
+                port = server.add_secure_port(self._config.listen, self._credentials)
         except RuntimeError:
             raise ConfigurationError(f"cannot listen on {self._config.listen}: is it in use?") from None
+        if self._credentials is None and not is_loopback(host):
+            log.warning("listening on %s without TLS: API keys and prompts pass in the clear", self._config.listen)
         info = await self._engine.start()
         self._desk = FrontDesk(
             engine=self._engine,
@@ -122,6 +140,7 @@ class Server:
             chat_template=self._chat_template,
             workers=self._text_workers,
             pinning=self._pin_workers,
+            seen=self._seen,
         )
         self._add_services(server, self._desk, info)
         await self._health.start()
@@ -129,6 +148,15 @@ class Server:
         self._grpc = server
         self._reaper = asyncio.create_task(self._reap(), name="upload-reaper")
         return f"{host}:{port}"
+
+    def reload_keys(self) -> None:
+        """Read the key file again; one that cannot be used is logged and changes nothing. Calls that run go on."""
+        if self._keys is None:
+            return
+        try:
+            self._keys.reload()
+        except ConfigurationError as error:
+            log.error("the keys stay as they were: %s", error)
 
     async def drain(self, grace_s: float) -> None:
         """Admit no more generations, and wait up to `grace_s` for those that run."""
@@ -162,13 +190,12 @@ class Server:
                 log.warning("expired uploads could not be dropped: %s", error)
 
     def _add_services(self, server: grpc.aio.Server, desk: FrontDesk, info: EngineInfo) -> None:
-        tenant = self._config.tenant
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(desk, tenant), server)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(desk), server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterService(self._registry, self._engine, tenant, self._registry_workers), server
+            AdapterService(self._registry, self._engine, self._seen, self._registry_workers), server
         )
         server_pb2_grpc.add_ServerServiceServicer_to_server(
-            ServerService(self._server_info(info), self._engine, desk), server
+            ServerService(self._server_info(info), self._engine, self._seen), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         names = (*ALWAYS_SERVING, *filter(None, FOLLOW_ENGINE), "grpc.health.v1.Health", reflection.SERVICE_NAME)
@@ -192,12 +219,3 @@ class Server:
             num_pages=info.num_pages,
             deterministic=self._config.engine.model.deterministic,
         )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
