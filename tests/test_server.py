@@ -588,7 +588,7 @@ async def test_draining_ends_streams_with_unavailable(running: Running, generati
     events = aiter(stream)
     await anext(events)
     await running.server.drain(grace_s=0.01)
-    await refused(generation.Generate(asked()), Code.UNAVAILABLE, "ENGINE_UNAVAILABLE")
+    await refused(generation.Generate(asked()), Code.UNAVAILABLE, "DRAINING")
     await running.engine.close()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in events:
