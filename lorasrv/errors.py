@@ -65,6 +65,18 @@ class QueueFull(ResourceExhausted):
     reason = "QUEUE_FULL"
 
 
+class DeadlineExceeded(LorasrvError):
+    """The call's deadline has passed; what it had begun was aborted."""
+
+    reason = "DEADLINE_EXCEEDED"
+
+
+class Draining(LorasrvError):
+    """The server admits nothing more; another replica may."""
+
+    reason = "DRAINING"
+
+
 class SlowReader(ResourceExhausted):
     """A stream's reader took nothing for the stall time-out while output waited for it."""
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from lorasrv.types import FinishReason, PositionLogprobs, SamplingParams
+from lorasrv.types import FinishReason, PositionLogprobs, Priority, SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,8 @@ class GenerationRequest:
     """One call, unchecked. `prompt` is text, token ids, a chat, or None when the caller set none of them.
 
     With `echo` the prompt comes back with Started. What `sampling` leaves unset, and the system prompt of a chat, are
-    the adapter version's own, unless `ignore_version_defaults`.
+    the adapter version's own, unless `ignore_version_defaults`. `deadline_s` is when the caller stops waiting, on
+    `time.monotonic`.
     """
 
     tenant: str
@@ -49,6 +50,9 @@ class GenerationRequest:
     sampling: SamplingParams = field(default_factory=SamplingParams)
     generation_id: str | None = None
     echo: bool = False
+    priority: Priority = Priority.NORMAL
+    session_key: str | None = None
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,15 @@ class Prompt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tokenized:
+    """A prompt's tokens; `offsets` say where each stands in `text`, in characters."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Started:
     """The generation was admitted. `version_digest` None is the base model; `prompt` is there with echo."""
 
@@ -68,6 +81,13 @@ class Started:
     prompt_tokens: int
     seed: int
     prompt: Prompt | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Queued:
+    """So many stand before it. Told between Started and the first Delta, if it waits for long."""
+
+    position: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,4 +121,4 @@ class Finished:
     total_s: float
 
 
-Event = Started | Delta | Finished
+Event = Started | Queued | Delta | Finished

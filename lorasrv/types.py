@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field, fields, replace
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from typing import Any, Self
 
 BASE_ID = "base"
@@ -14,6 +14,13 @@ class FinishReason(StrEnum):
     EOS = "eos"
     STOP = "stop"
     LENGTH = "length"
+
+
+class Priority(IntEnum):
+    """Classes of the queue; the lower one goes first."""
+
+    NORMAL = 0
+    BATCH = 1
 
 
 class Tier(StrEnum):
@@ -113,7 +120,8 @@ class EngineRequest:
     """A validated, tokenized request. `adapter` None is the base model; `rules` None leaves the logits as they are.
 
     `n` samples of one prompt are drawn, each with its own numbers. Only requests of one `cache_salt` (a tenant) share
-    cached prefixes.
+    cached prefixes. At `deadline_s`, on `time.monotonic`, which is one clock for all processes of a machine, the
+    request is over. `session_key` tells a router of replicas which requests belong together.
     """
 
     request_id: str
@@ -133,6 +141,9 @@ class EngineRequest:
     prompt_logprobs: int | None = None
     n: int = 1
     cache_salt: str = ""
+    priority: Priority = Priority.NORMAL
+    session_key: str | None = None
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +169,8 @@ class TokenDelta:
 
     After `finish` nothing follows for that sample, after `failure` nothing for the request. `finish` STOP means that
     the last token is a stop token id. `logprobs`, when asked for, has one for each token; `prompt_logprobs` those of
-    the prompt tokens, from the second on, that were computed in this step: sample 0 has them.
+    the prompt tokens, from the second on, that were computed in this step: sample 0 has them. `queue_position`, of a
+    request that has not begun, is how many stand before it; such a delta has nothing else.
     """
 
     request_id: str
@@ -166,6 +178,7 @@ class TokenDelta:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[PositionLogprobs, ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    queue_position: int | None = None
     finish: FinishReason | None = None
     failure: Failure | None = None
 

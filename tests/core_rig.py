@@ -1,5 +1,6 @@
 """An engine core on a fake device, and what its tests ask of it."""
 
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -19,6 +20,7 @@ def make_core(
     seed: int = 0,
     failing: float = 0.0,
     delays: Random | None = None,
+    clock: Callable[[], float] = lambda: 0.0,
     **config: Any,
 ) -> tuple[EngineCore, FakeRunner]:
     """With `delays`, the device's work takes its time."""
@@ -33,7 +35,7 @@ def make_core(
         eos_token_ids=frozenset({EOS}),
     )
     scheduler = SchedulerConfig(**({"max_step_tokens": 32, "max_running": 8} | config))
-    return EngineCore(config=scheduler, limits=limits, runner=runner, tiers=tiers), runner
+    return EngineCore(config=scheduler, limits=limits, runner=runner, tiers=tiers, clock=clock), runner
 
 
 def make_request(

@@ -1,18 +1,21 @@
 """A real server over a real registry, with a fake engine, on a free port of this process's event loop."""
 
+import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 
 from fake_engine import FakeEngine, server_config
 from lorasrv.client.errors import error_from_call
 from lorasrv.server.server import Server, ServerConfig
+from lorasrv.v1 import generation_pb2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +48,25 @@ def subprocess_env() -> dict[str, str]:
 def reason_of(error: Any) -> str | None:
     """The ErrorInfo's reason of a failed call, as the client library reads it."""
     return error_from_call(error).reason
+
+
+def asked(text: str | None = "hé>", adapter: str = "base", **sampling: Any) -> generation_pb2.GenerateRequest:
+    """A request with this text as its prompt."""
+    return generation_pb2.GenerateRequest(
+        adapter=[generation_pb2.AdapterRef(name=adapter)],
+        text=text,
+        sampling=generation_pb2.SamplingParams(**sampling),
+    )
+
+
+async def refused(call: Any, code: grpc.StatusCode, reason: str) -> grpc.aio.AioRpcError:
+    """The error of a call that has to fail so."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert (caught.value.code(), reason_of(caught.value)) == (code, reason), caught.value.details()
+    return caught.value
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)

@@ -1,6 +1,7 @@
 """The engine under 10,000 random steps: equal to a brute-force reference, nothing lost, nobody served another's KV."""
 
 import codecs
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,11 +15,12 @@ from fakes import EOS, VOCAB, expected_scores, expected_tokens
 from lorasrv.engine.core import EngineCore
 from lorasrv.engine.output import OutputStream
 from lorasrv.engine.vocabulary import Vocabulary
-from lorasrv.types import AdapterUse, EngineRequest, FinishReason, TokenDelta
+from lorasrv.types import AdapterUse, EngineRequest, FinishReason, Priority, TokenDelta
 
 MAX_PROMPT = 30
 MAX_TOKENS = 20
 FETCH_STEPS = 10
+HOWS = ("cancelled", "finished", "failed", "stopped", "samples", "overdue", "told")
 TENANTS = ("acme", "umbrella")
 SHARED_PREFIXES = ((), (), tuple(range(1, 14)), tuple(range(1, 9)))
 STOPS = (("€",), ("ab", "é"), ("a€", "bca"), ("😀", "cd"))
@@ -77,7 +79,7 @@ class Live:
 
     request: EngineRequest
     stop: tuple[str, ...]
-    deadline: int
+    late_after: float
     outputs: dict[int, OutputStream]
     texts: dict[int, str] = field(default_factory=dict[int, str])
     tokens: dict[int, list[int]] = field(default_factory=dict[int, list[int]])
@@ -96,8 +98,9 @@ class Traffic:
         self.ends: Counter[str] = Counter()
         self.count = 0
         self.users: dict[bytes, tuple[str, AdapterUse | None]] = {}
+        self.step = 0
 
-    def arrive(self, step: int) -> None:
+    def arrive(self) -> None:
         random = self.random
         shared = random.choice(SHARED_PREFIXES)
         prompt = shared + tuple(random.randrange(1, VOCAB) for _ in range(random.randint(1, MAX_PROMPT - len(shared))))
@@ -110,17 +113,21 @@ class Traffic:
             ignore_eos=random.random() < 0.3,
             prompt_logprobs=random.choice((None, 0)),
             n=random.choice((1, 1, 1, 2, 4)),
+            priority=random.choice((Priority.NORMAL, Priority.NORMAL, Priority.BATCH)),
+            deadline_s=random.choice((None, None, self.step + random.randint(1, 200))),
         )
         self.count += 1
         self.core.add(request)
         # The oldest sequence is admitted once the ones that run have ended, and is never preempted: with T tokens at
-        # most each and reads of D steps, one with k older ones ends within (k + 1) * (2 T + D) steps.
+        # most each and reads of D steps, one with k older ones ends within (k + 1) * (2 T + D) steps. What gives way to
+        # others has no such bound.
         num_sequences = sum(live.request.n for live in self.live.values()) + request.n
+        bound = num_sequences * (2 * (MAX_PROMPT + MAX_TOKENS) + FETCH_STEPS)
         stop = random.choice(((), random.choice(STOPS)))
         self.live[request.request_id] = Live(
             request=request,
             stop=stop,
-            deadline=step + num_sequences * (2 * (MAX_PROMPT + MAX_TOKENS) + FETCH_STEPS),
+            late_after=self.step + bound if request.priority is Priority.NORMAL else math.inf,
             outputs={index: OutputStream(self.vocabulary, request, stop) for index in range(request.n)},
         )
 
@@ -133,8 +140,16 @@ class Traffic:
     def take(self, delta: TokenDelta) -> None:
         live = self.live[delta.request_id]
         if delta.failure is not None:
+            if delta.failure.reason == "DEADLINE_EXCEEDED":
+                assert live.request.deadline_s == self.step
+                self.end(delta.request_id, "overdue")
+                return
             assert delta.failure.reason == "ADAPTER_LOAD_FAILED"
             self.end(delta.request_id, "failed")
+            return
+        if delta.queue_position is not None:
+            assert not live.outputs[0].num_tokens and not live.scores and delta.queue_position < len(self.live) * 4
+            self.ends["told"] += 1
             return
         piece = live.outputs[delta.index].take(delta)
         live.texts[delta.index] = live.texts.get(delta.index, "") + piece.text
@@ -158,11 +173,11 @@ class Traffic:
         self.ends[how] += 1
         self.ends["samples"] += self.live.pop(request_id).request.n > 1
 
-    def check(self, step: int) -> None:
+    def check(self) -> None:
         """Every block that a sequence shares is named by what it asked for itself, and no name is two tenants' or two
         adapters'."""
-        late = [request_id for request_id, live in self.live.items() if live.deadline < step]
-        assert not late, f"past their bound at step {step}: {late}"
+        late = [request_id for request_id, live in self.live.items() if live.late_after < self.step]
+        assert not late, f"past their bound at step {self.step}: {late}"
         prefix = self.core._ledger._prefix
         for sequence in self.core._running:
             keys = sequence.keys.first(sequence.num_keyed_blocks, sequence.token_ids)
@@ -179,13 +194,21 @@ def test_ten_thousand_random_steps(seed: int, run_ahead: bool, prefix_cache: boo
     random = Random(seed)
     sizes = {f"a{index}": random.randint(2, 8) for index in range(60)}
     delays = Random(seed) if run_ahead else None
+    steps = [0]  # one takes a second
     core, runner = make_core(
-        sizes, seed=seed, failing=0.02, delays=delays, run_ahead=run_ahead, prefix_cache=prefix_cache
+        sizes,
+        seed=seed,
+        failing=0.02,
+        delays=delays,
+        clock=lambda: steps[0],
+        run_ahead=run_ahead,
+        prefix_cache=prefix_cache,
     )
     traffic = Traffic(core, list(sizes), random)
     for step in range(10_000):
+        steps[0] = traffic.step = step
         if random.random() < 0.2 and len(traffic.live) < 25:
-            traffic.arrive(step)
+            traffic.arrive()
         if random.random() < 0.02:
             traffic.cancel()
         if random.random() < 0.01:
@@ -193,7 +216,7 @@ def test_ten_thousand_random_steps(seed: int, run_ahead: bool, prefix_cache: boo
         for delta in core.step():
             traffic.take(delta)
         core.check()
-        traffic.check(step)
+        traffic.check()
     for request_id in list(traffic.live):
         core.cancel(request_id)
     while core.has_work():
@@ -204,7 +227,7 @@ def test_ten_thousand_random_steps(seed: int, run_ahead: bool, prefix_cache: boo
     assert status.pool.free + status.pool.adapters + status.pool.prefix == NUM_PAGES
     assert status.counters.cached_prompt_tokens > (1000 if prefix_cache else 0)
     assert status.counters.steps == runner.num_forwards
-    assert min(traffic.ends[how] for how in ("cancelled", "finished", "failed", "stopped", "samples")) > 20
+    assert min(traffic.ends[how] for how in HOWS) > 20
     assert min(status.counters.adapter_evictions, status.counters.preemptions) > 20
     assert len(runner.tiers.discarded) > 50
 
@@ -216,8 +239,8 @@ def test_a_copy_that_does_not_wait_for_the_steps_is_noticed() -> None:
     runner.tiers.waits_for_steps = False
     traffic = Traffic(core, list(sizes), random)
     with pytest.raises(AssertionError, match="overwritten"):
-        for step in range(1000):
+        for _ in range(1000):
             if random.random() < 0.2 and len(traffic.live) < 25:
-                traffic.arrive(step)
+                traffic.arrive()
             for delta in core.step():
                 traffic.take(delta)

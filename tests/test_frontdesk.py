@@ -14,7 +14,7 @@ from tokenizers import Encoding
 from fake_engine import BASE_MODEL, EOS, INFO, FakeEngine
 from lorasrv.engine.admission import TokenLimits, check_request, check_tokens, engine_request
 from lorasrv.engine.text import load_tokenizer
-from lorasrv.errors import EngineUnavailable, GenerationExists, InvalidRequest, LorasrvError
+from lorasrv.errors import Draining, EngineUnavailable, GenerationExists, InvalidRequest, LorasrvError
 from lorasrv.requests import AdapterRef, Delta, Event, Finished, GenerationRequest, Prompt, Started
 from lorasrv.server.frontdesk import FrontDesk
 from lorasrv.server.seen import SeenVersions
@@ -125,7 +125,7 @@ def asked(
 
 
 def of_sample(events: Sequence[Event], index: int) -> list[Event]:
-    return [event for event in events if not isinstance(event, Started) and event.index == index]
+    return [event for event in events if isinstance(event, Delta | Finished) and event.index == index]
 
 
 def text_of(events: list[Event]) -> str:
@@ -388,7 +388,7 @@ async def test_draining_waits_and_admits_nothing(desk: Desk) -> None:
     while not desk.engine.running:
         await asyncio.sleep(0)
     assert not await desk.desk.drain(0.01)
-    with pytest.raises(EngineUnavailable, match="shutting down"):
+    with pytest.raises(Draining, match="shutting down"):
         await desk.events(asked())
     desk.engine.gate.set()
     assert await desk.desk.drain(5)

@@ -2,7 +2,7 @@
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,11 @@ from lorasrv.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
-from running_server import Running, reason_of, running_server
+from running_server import Running, asked, reason_of, refused, running_server, until
 
 Code = grpc.StatusCode
 TENANT = "tenants/default"
+BASE = [generation_pb2.AdapterRef(name="base")]
 
 
 @pytest.fixture
@@ -51,14 +52,6 @@ def adapters(running: Running) -> Any:
     return adapter_pb2_grpc.AdapterServiceStub(running.channel)
 
 
-def asked(text: str | None = "hé>", adapter: str = "base", **sampling: Any) -> generation_pb2.GenerateRequest:
-    return generation_pb2.GenerateRequest(
-        adapter=[generation_pb2.AdapterRef(name=adapter)],
-        text=text,
-        sampling=generation_pb2.SamplingParams(**sampling),
-    )
-
-
 async def push(adapters: Any, folder: Path, adapter_id: str) -> adapter_pb2.Upload:
     upload = await create(adapters, folder, adapter_id)
     await adapters.WriteUpload(write_requests(folder, upload))
@@ -69,18 +62,6 @@ async def create(adapters: Any, folder: Path, adapter_id: str) -> adapter_pb2.Up
     return await adapters.CreateUpload(
         adapter_pb2.CreateUploadRequest(parent=TENANT, adapter_id=adapter_id, files=upload_files(folder))
     )
-
-
-async def refused(call: Any, code: grpc.StatusCode, reason: str) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    assert (caught.value.code(), reason_of(caught.value)) == (code, reason), caught.value.details()
-    return caught.value
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.005)
 
 
 # Generation
@@ -217,6 +198,9 @@ async def test_knobs_reach_the_engine_and_unset_ones_change_nothing(running: Run
         (asked(prompt_logprobs=2**32 - 1), "sampling.prompt_logprobs"),
         (asked(n=0), "sampling.n"),
         (asked(n=65), "sampling.n"),
+        (generation_pb2.GenerateRequest(adapter=BASE, text="x", priority=7), "priority"),  # pyright: ignore[reportArgumentType]
+        (generation_pb2.GenerateRequest(adapter=BASE, text="x", session_key="x" * 129), "session_key"),
+        (generation_pb2.GenerateRequest(adapter=BASE * 2, text="x"), "adapter"),
         (
             generation_pb2.GenerateRequest(
                 adapter=[generation_pb2.AdapterRef(name="base")], tokens=generation_pb2.TokenIds(ids=[260])
@@ -228,11 +212,16 @@ async def test_knobs_reach_the_engine_and_unset_ones_change_nothing(running: Run
 async def test_invalid_requests_name_their_field(
     running: Running, generation: Any, request_: generation_pb2.GenerateRequest, field: str
 ) -> None:
+    running.engine.gate.clear()
+    neighbour = generation.Generate(asked("neighbour"))
+    await until(lambda: bool(running.engine.running))
     error = await refused(generation.Generate(request_), Code.INVALID_ARGUMENT, "INVALID_REQUEST")
+    running.engine.gate.set()
+    assert (await neighbour).samples[0].text == "neighbour"
     status = rpc_status.from_call(error)
     bad = error_details_pb2.BadRequest()
     assert [bad.field_violations[0].field for each in status.details if each.Unpack(bad)] == [field]
-    assert not running.engine.requests
+    assert len(running.engine.requests) == 1
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
@@ -588,7 +577,7 @@ async def test_draining_ends_streams_with_unavailable(running: Running, generati
     events = aiter(stream)
     await anext(events)
     await running.server.drain(grace_s=0.01)
-    await refused(generation.Generate(asked()), Code.UNAVAILABLE, "ENGINE_UNAVAILABLE")
+    await refused(generation.Generate(asked()), Code.UNAVAILABLE, "DRAINING")
     await running.engine.close()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in events:

@@ -41,6 +41,10 @@ def serve(
         float, typer.Option(min=1, help="An engine whose step takes longer is taken for hung and restarted.")
     ] = 30.0,
     stall_timeout_s: Annotated[float, typer.Option(min=1, help="A stream not read for so long is ended.")] = 30.0,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics here; 0 picks a free port.")
+    ] = None,
+    metrics_host: Annotated[str, typer.Option(help="Where metrics are served; loopback by default.")] = "127.0.0.1",
     as_json: JsonOption = False,
 ) -> None:
     """Serve a base model and the adapters pushed to it; prints one READY line and stays until SIGTERM or SIGINT."""
@@ -73,6 +77,8 @@ def serve(
             grace_s=grace_s,
             heartbeat_timeout_s=heartbeat_timeout_s,
             stall_timeout_s=stall_timeout_s,
+            metrics_host=metrics_host,
+            metrics_port=metrics_port,
         )
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         run(config, lambda line: print(line, flush=True), as_json=as_json)

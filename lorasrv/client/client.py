@@ -1,6 +1,6 @@
 """The client: one object with a method per verb. Loads grpc and protobuf, nothing else."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -21,12 +21,14 @@ from lorasrv.client.messages import (
     event_of,
     generate_request,
     target_of,
+    tokenize_request,
     upload_files,
     write_requests,
 )
 from lorasrv.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
+    generation_pb2,
     generation_pb2_grpc,
     server_pb2,
     server_pb2_grpc,
@@ -88,8 +90,9 @@ class Client:
         return Generation(self._call(self._generation.Generate, request))
 
     def stream(self, prompt: Prompt, *, adapter: str, **sampling: Any) -> Iterator[Event]:
-        """One Started, then the Deltas of all samples, each sample's ended by its Finished; all tell their `index`.
+        """One Started, then the Deltas of all samples, each sample's ended by its Finished; these tell their `index`.
 
+        While it waits for long, Queued says how many stand before it.
         Closing the iterator cancels the generation.
         """
         request = generate_request(prompt, adapter=adapter, **sampling)
@@ -101,6 +104,22 @@ class Client:
                         yield event
             finally:
                 call.cancel()
+
+    def tokenize(
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        *,
+        adapter: str = "base",
+        with_offsets: bool = False,
+        with_text: bool = False,
+    ) -> generation_pb2.TokenizeResponse:
+        """The tokens that a generation with this text or chat would begin with."""
+        request = tokenize_request(prompt, adapter=adapter, with_offsets=with_offsets, with_text=with_text)
+        return self._call(self._generation.Tokenize, request)
+
+    def detokenize(self, token_ids: Sequence[int], *, with_special_tokens: bool = False) -> str:
+        request = generation_pb2.DetokenizeRequest(token_ids=token_ids, with_special_tokens=with_special_tokens)
+        return self._call(self._generation.Detokenize, request).text
 
     def push(
         self, folder: str | Path, adapter_id: str | None = None, progress: Progress | None = None
@@ -142,6 +161,21 @@ class Client:
 
     def status(self) -> server_pb2.ServerStatus:
         return self._call(self._server.GetStatus, server_pb2.GetStatusRequest())
+
+    def watch_status(self, interval_s: float = 1.0) -> Iterator[server_pb2.ServerStatus]:
+        """The status now and after each interval, of 0.1 to 60 seconds; without end, also where `timeout_s` is set."""
+        request = server_pb2.WatchStatusRequest()
+        request.interval.FromMilliseconds(round(interval_s * 1000))
+        with _translated():
+            call = self._server.WatchStatus(request)
+            try:
+                yield from call
+            finally:
+                call.cancel()
+
+    def drain(self) -> int:
+        """Let the server admit no more generations, for good; how many are still to finish. Ask again to see."""
+        return self._call(self._server.Drain, server_pb2.DrainRequest()).remaining_generations
 
     def info(self) -> server_pb2.ServerInfo:
         return self._call(self._server.GetServerInfo, server_pb2.GetServerInfoRequest())

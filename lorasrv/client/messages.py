@@ -5,13 +5,15 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 from lorasrv.v1 import adapter_pb2, generation_pb2
 
 # Text, token ids, or the messages of a chat: [{"role": "user", "content": "Hello"}].
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
-Event = generation_pb2.Started | generation_pb2.Delta | generation_pb2.Finished
+Event = generation_pb2.Started | generation_pb2.Queued | generation_pb2.Delta | generation_pb2.Finished
+# How much later than others a request may be admitted.
+Priority = Literal["normal", "batch"]
 
 DEFAULT_URL = "127.0.0.1:8470"
 OWN_TENANT = "-"  # in resource names: the tenant of the API key
@@ -19,6 +21,11 @@ API_KEY_VARIABLE = "LORASRV_API_KEY"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DEFAULTS_FILE = "serving.json"
 CHUNK_BYTES = 1 << 20
+
+PRIORITIES: Mapping[Priority, generation_pb2.Priority] = {
+    "normal": generation_pb2.PRIORITY_NORMAL,
+    "batch": generation_pb2.PRIORITY_BATCH,
+}
 
 CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
@@ -118,6 +125,8 @@ def generate_request(
     echo: bool = False,
     generation_id: str = "",
     ignore_version_defaults: bool = False,
+    priority: Priority | None = None,
+    session_key: str = "",
 ) -> generation_pb2.GenerateRequest:
     """A request; what is None is left to the defaults of the adapter version, then of the server. The proto file's
     SamplingParams says what is what.
@@ -146,17 +155,37 @@ def generate_request(
         generation_id=generation_id,
         echo=echo,
         ignore_version_defaults=ignore_version_defaults,
+        session_key=session_key,
     )
+    if priority is not None:
+        request.priority = PRIORITIES[priority]
     if ignore_eos is not None:
         request.sampling.ignore_eos = ignore_eos
-    if isinstance(prompt, str):
-        request.text = prompt
-    elif len(prompt) and isinstance(prompt[0], Mapping):
-        messages = [generation_pb2.ChatMessage(**message) for message in cast(Sequence[Mapping[str, str]], prompt)]
-        request.messages.CopyFrom(generation_pb2.ChatMessages(messages=messages))
-    else:
+    if not _set_text(request, prompt):
         request.tokens.CopyFrom(generation_pb2.TokenIds(ids=cast(Sequence[int], prompt)))
     return request
+
+
+def tokenize_request(
+    prompt: str | Sequence[Mapping[str, str]], *, adapter: str, with_offsets: bool, with_text: bool
+) -> generation_pb2.TokenizeRequest:
+    """Raises ValueError for a prompt that is tokens already, or nothing."""
+    request = generation_pb2.TokenizeRequest(adapter=adapter, with_offsets=with_offsets, with_text=with_text)
+    if not _set_text(request, prompt):
+        raise ValueError("the prompt is neither text nor the messages of a chat")
+    return request
+
+
+def _set_text(request: generation_pb2.GenerateRequest | generation_pb2.TokenizeRequest, prompt: Prompt) -> bool:
+    """Set a prompt that is a text or a chat; whether it is one."""
+    if isinstance(prompt, str):
+        request.text = prompt
+        return True
+    if len(prompt) and isinstance(prompt[0], Mapping):
+        messages = [generation_pb2.ChatMessage(**message) for message in cast(Sequence[Mapping[str, str]], prompt)]
+        request.messages.CopyFrom(generation_pb2.ChatMessages(messages=messages))
+        return True
+    return False
 
 
 def event_of(response: generation_pb2.GenerateStreamResponse) -> Event | None:
@@ -166,6 +195,8 @@ def event_of(response: generation_pb2.GenerateStreamResponse) -> Event | None:
             return response.started
         case "delta":
             return response.delta
+        case "queued":
+            return response.queued
         case "finished":
             return response.finished
         case _:

@@ -20,6 +20,7 @@ from lorasrv.types import (
     SamplingParams,
 )
 
+MAX_SESSION_KEY_CHARS = 128
 MAX_STOP_CHARS = 256
 MAX_TEMPERATURE = 100.0
 MAX_SCALE = 100.0
@@ -75,6 +76,10 @@ def check_request(request: GenerationRequest) -> AdapterRef:
         raise InvalidRequest(
             "generation_id", f"{request.generation_id[:128]!r} does not match {_GENERATION_ID.pattern}"
         )
+    if request.session_key is not None and len(request.session_key) > MAX_SESSION_KEY_CHARS:
+        raise InvalidRequest(
+            "session_key", f"{len(request.session_key)} characters; at most {MAX_SESSION_KEY_CHARS} are accepted"
+        )
     check_sampling(request.sampling)
     return _check_adapters(request.adapters)
 
@@ -87,9 +92,9 @@ def check_sampling(sampling: SamplingParams) -> None:
 
 def check_vocabulary(sampling: SamplingParams, vocab_size: int) -> None:
     """Raises InvalidRequest for a token id that the model does not have."""
-    _check_token_ids("sampling.logit_bias", sampling.logit_bias, vocab_size)
-    _check_token_ids("sampling.bad_words", (token_id for word in sampling.bad_words for token_id in word), vocab_size)
-    _check_token_ids("sampling.stop_token_ids", sampling.stop_token_ids, vocab_size)
+    check_token_ids("sampling.logit_bias", sampling.logit_bias, vocab_size)
+    check_token_ids("sampling.bad_words", (token_id for word in sampling.bad_words for token_id in word), vocab_size)
+    check_token_ids("sampling.stop_token_ids", sampling.stop_token_ids, vocab_size)
 
 
 def check_tokens(
@@ -111,7 +116,7 @@ def check_tokens(
             f"{asked} exceeds the limit: context {limits.context_tokens} tokens, pool {limits.pool_tokens} tokens",
         )
     # Behind the length, which bounds what this costs.
-    _check_token_ids("prompt.tokens", token_ids, limits.vocab_size)
+    check_token_ids("prompt.tokens", token_ids, limits.vocab_size)
     return min(default, room) if max_tokens is None else max_tokens
 
 
@@ -235,7 +240,8 @@ def _check_length(field: str, length: int, most: int, what: str) -> None:
         raise InvalidRequest(f"sampling.{field}", f"{length} {what}; at most {most} are accepted")
 
 
-def _check_token_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
+def check_token_ids(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    """Raises InvalidRequest."""
     outside = next((token_id for token_id in token_ids if not 0 <= token_id < vocab_size), None)
     if outside is not None:
         raise InvalidRequest(field, f"token id {outside} is outside the vocabulary of {vocab_size}")

@@ -10,16 +10,20 @@ Decisions are `sched.scheduler`'s and pure; effects on pages and pins are `engin
 here.
 """
 
+import time
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lorasrv.config import SchedulerConfig
 from lorasrv.engine.admission import TokenLimits, check_tokens
 from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, Runner, RunningStep, StepOutput
+from lorasrv.engine.deadlines import Deadlines
 from lorasrv.engine.ledger import Ledger
+from lorasrv.engine.positions import Positions
 from lorasrv.engine.sampling import check_named_tokens, finish_reason, sample_input, score_input
 from lorasrv.engine.tiers import AdapterTiers
-from lorasrv.errors import GenerationExists, InternalError, InvalidRequest, LorasrvError, QueueFull
+from lorasrv.errors import DeadlineExceeded, GenerationExists, InternalError, InvalidRequest, LorasrvError, QueueFull
 from lorasrv.memory.eviction import IdleAdapter
 from lorasrv.sched.plan import Admission, Chunk, Plan
 from lorasrv.sched.scheduler import Scheduler, View
@@ -59,12 +63,23 @@ class _InFlight:
 class EngineCore:
     """One engine's state. Owned by the engine's thread: every method is called from it."""
 
-    def __init__(self, *, config: SchedulerConfig, limits: Limits, runner: Runner, tiers: AdapterTiers) -> None:
+    def __init__(
+        self,
+        *,
+        config: SchedulerConfig,
+        limits: Limits,
+        runner: Runner,
+        tiers: AdapterTiers,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._config = config
         self._limits = limits
         self._runner = runner
         self._runs_ahead = runner.runs_ahead if config.run_ahead is None else config.run_ahead
         self._tiers = tiers
+        self._clock = clock
+        self._deadlines = Deadlines()
+        self._positions = Positions(clock())
         self._scheduler = Scheduler(config=config, block_tokens=limits.block_tokens)
         self._ledger = Ledger(
             num_pages=limits.num_pages,
@@ -83,19 +98,24 @@ class EngineCore:
         self._counters = EngineCounters()
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request. Raises InvalidRequest, GenerationExists or QueueFull, and then nothing has changed."""
+        """Queue a request. Raises InvalidRequest, GenerationExists, QueueFull or DeadlineExceeded, and then nothing has
+        changed."""
         self._validate(request)
         if request.request_id in self._requests:
             raise GenerationExists(f"generation {request.request_id!r} is running")
         if self.num_waiting + request.n > self._config.max_waiting:
             raise QueueFull(f"{self.num_waiting} sequences are waiting; the limit is {self._config.max_waiting}")
+        if request.deadline_s is not None:
+            if request.deadline_s <= self._clock():
+                raise _past_deadline()
+            self._deadlines.add(request.request_id, request.deadline_s)
         if request.adapter is not None:
             self._ledger.keep(request.adapter.digest)
         first, *followers = (self._new_sequence(request, sample) for sample in range(request.n))
         self._requests[request.request_id] = [first, *followers]
         for sequence in (first, *followers):
             self._sequences[sequence.sequence_id] = sequence
-        self._waiting.append(first)
+        insort(self._waiting, first, key=lambda waiting: waiting.order)
         if followers:
             self._followers[first.sequence_id] = followers
 
@@ -118,7 +138,7 @@ class EngineCore:
 
     def step(self) -> tuple[TokenDelta, ...]:
         """Submit one step and apply the one before; with nothing to do for either, wait briefly for an adapter."""
-        refused = self._fail_unloadable()
+        refused = self._fail_overdue() + self._fail_unloadable()
         plan = self._scheduler.decide(self._view())
         refused += self._reject(plan)
         submitted = self._submit(plan)
@@ -130,7 +150,7 @@ class EngineCore:
             self._in_flight = None
         if not (refused or submitted or before) and self._sequences:
             self._tiers.wait(IDLE_WAIT_S)
-        return refused + deltas
+        return refused + deltas + self._positions.tell(self._waiting, self._clock())
 
     def status(self) -> EngineStatus:
         return EngineStatus(
@@ -157,6 +177,7 @@ class EngineCore:
         by_request = [sequence for sequences in self._requests.values() for sequence in sequences]
         assert {id(sequence) for sequence in by_request} == known, "a request's samples are lost"
         assert all(self._requests.values()), "a request without samples is kept"
+        self._deadlines.check(set(self._requests))
         assert self._followers.keys() <= self._sequences.keys(), "samples wait for one that has ended"
         for queue in (self._waiting, self._running):
             orders = [sequence.order for sequence in queue]
@@ -184,7 +205,7 @@ class EngineCore:
             # The prompt is the first sample's to score.
             request=request if sample == 0 else replace(request, prompt_logprobs=None),
             sample=sample,
-            order=self._num_added,
+            order=(request.priority, self._num_added),
             token_ids=list(request.token_ids),
             keys=self._ledger.block_keys(request),
         )
@@ -199,6 +220,11 @@ class EngineCore:
         )
 
     # Effects before the forward.
+
+    def _fail_overdue(self) -> tuple[TokenDelta, ...]:
+        """End the requests whose deadline has passed: what is queued never starts, what runs makes no further step."""
+        overdue = self._deadlines.passed(self._clock())
+        return tuple(self._fail(self._requests[request_id][0], _past_deadline()) for request_id in overdue)
 
     def _fail_unloadable(self) -> tuple[TokenDelta, ...]:
         """End the queued requests whose adapter could not be read."""
@@ -340,6 +366,7 @@ class EngineCore:
         ]
         if not siblings:
             del self._requests[sequence.request_id]
+            self._deadlines.discard(sequence.request_id)
         if sequence in self._running:
             self._ledger.release(sequence, forget=forget)
             self._running.remove(sequence)
@@ -373,3 +400,7 @@ class EngineCore:
     def _count(self, **increments: int) -> None:
         totals = {name: getattr(self._counters, name) + increment for name, increment in increments.items()}
         self._counters = replace(self._counters, **totals)
+
+
+def _past_deadline() -> DeadlineExceeded:
+    return DeadlineExceeded("the call's deadline has passed")

@@ -12,6 +12,7 @@ class MergingDelta:
         self._token_ids: list[int] = []
         self._logprobs: list[PositionLogprobs] = []
         self._prompt_logprobs: list[PositionLogprobs] = []
+        self._queue_position: int | None = None
         self._finish: FinishReason | None = None
         self._failure: Failure | None = None
 
@@ -30,6 +31,7 @@ class MergingDelta:
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs),
             prompt_logprobs=tuple(self._prompt_logprobs),
+            queue_position=self._queue_position,
             finish=self._finish,
             failure=self._failure,
         )
@@ -38,6 +40,7 @@ class MergingDelta:
         self._token_ids.extend(delta.token_ids)
         self._logprobs.extend(delta.logprobs)
         self._prompt_logprobs.extend(delta.prompt_logprobs)
+        self._queue_position = delta.queue_position
         # Behind the end of sample 0 there may come a failure, which is the whole request's.
         self._finish = self._finish or delta.finish
         self._failure = delta.failure

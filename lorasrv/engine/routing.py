@@ -43,7 +43,7 @@ class Mailbox:
             self._open.remove(delta.index)
         if (waiting := self._waiting.get(delta.index)) is not None:
             waiting.add(delta)
-        elif delta.token_ids or delta.prompt_logprobs or delta.finish is not None:
+        elif delta.token_ids or delta.prompt_logprobs or delta.finish is not None or delta.queue_position is not None:
             self._waiting[delta.index] = MergingDelta(delta)
 
     def fail(self, error: LorasrvError) -> None:

@@ -165,8 +165,8 @@ class Driver:
 
     def _take(self, delta: TokenDelta) -> None:
         run = self._runs.get(delta.request_id)
-        if run is None:
-            return  # it was taken back while it was computed
+        if run is None or delta.queue_position is not None:
+            return  # it was taken back while it was computed, or it waits
         if run.take(delta) and not run.ended:
             self._core.cancel(delta.request_id, delta.index)
         if run.ended:

@@ -15,14 +15,15 @@ OPEN_PREFIX = "/grpc.health.v1.Health/"
 METHOD_ROLES: Mapping[str, Role] = {
     f"{PACKAGE_PREFIX}{service}/{method}": role
     for service, role, methods in (
-        ("GenerationService", Role.GENERATE, ("Generate", "GenerateStream")),
+        ("GenerationService", Role.GENERATE, ("Generate", "GenerateStream", "Tokenize", "Detokenize")),
         ("AdapterService", Role.READ, ("GetAdapter", "ListAdapters")),
         (
             "AdapterService",
             Role.PUBLISH,
             ("CreateUpload", "WriteUpload", "GetUpload", "FinishUpload", "DeleteAdapter"),
         ),
-        ("ServerService", Role.READ, ("GetServerInfo", "GetStatus")),
+        ("ServerService", Role.READ, ("GetServerInfo", "GetStatus", "WatchStatus")),
+        ("ServerService", Role.ADMIN, ("Drain",)),
     )
     for method in methods
 }

@@ -9,8 +9,20 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from lorasrv.engine.client import EngineState
 from lorasrv.engine.defaults import read_defaults
-from lorasrv.requests import AdapterRef, Chat, ChatMessage, Delta, Event, Finished, GenerationRequest, Started
-from lorasrv.types import EngineStatus, FinishReason, PositionLogprobs, SamplingParams, Tier
+from lorasrv.errors import InvalidRequest
+from lorasrv.requests import (
+    AdapterRef,
+    Chat,
+    ChatMessage,
+    Delta,
+    Event,
+    Finished,
+    GenerationRequest,
+    Queued,
+    Started,
+    Tokenized,
+)
+from lorasrv.types import EngineStatus, FinishReason, PositionLogprobs, Priority, SamplingParams, Tier
 from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
 from lorasrv_adapters import records
 from lorasrv_adapters.reference import adapter_name, upload_name, version_name
@@ -19,6 +31,12 @@ FINISH_REASONS = {
     FinishReason.EOS: generation_pb2.FINISH_REASON_EOS,
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+}
+
+PRIORITIES = {
+    generation_pb2.PRIORITY_UNSPECIFIED: Priority.NORMAL,
+    generation_pb2.PRIORITY_NORMAL: Priority.NORMAL,
+    generation_pb2.PRIORITY_BATCH: Priority.BATCH,
 }
 
 TIERS = {
@@ -43,19 +61,15 @@ UPLOAD_STATES = {
 }
 
 
-def generation_request(request: generation_pb2.GenerateRequest, tenant: str) -> GenerationRequest:
-    prompt: str | tuple[int, ...] | Chat | None = None
-    match request.WhichOneof("prompt"):
-        case "text":
-            prompt = request.text
-        case "tokens":
-            prompt = tuple(request.tokens.ids)
-        case "messages":
-            prompt = Chat(
-                messages=tuple(ChatMessage(role=each.role, content=each.content) for each in request.messages.messages)
-            )
-        case _:
-            pass
+def generation_request(
+    request: generation_pb2.GenerateRequest, tenant: str, deadline_s: float | None
+) -> GenerationRequest:
+    """Raises InvalidRequest for a value of an enum that is not known here."""
+    prompt: str | tuple[int, ...] | Chat | None = text_or_chat(request)
+    if request.WhichOneof("prompt") == "tokens":
+        prompt = tuple(request.tokens.ids)
+    if request.priority not in PRIORITIES:
+        raise InvalidRequest("priority", f"{request.priority} is no class; {sorted(PRIORITIES)} are")
     return GenerationRequest(
         tenant=tenant,
         adapters=tuple(
@@ -66,7 +80,22 @@ def generation_request(request: generation_pb2.GenerateRequest, tenant: str) -> 
         generation_id=request.generation_id or None,
         echo=request.echo,
         ignore_version_defaults=request.ignore_version_defaults,
+        priority=PRIORITIES[request.priority],
+        session_key=request.session_key or None,
+        deadline_s=deadline_s,
     )
+
+
+def text_or_chat(request: generation_pb2.GenerateRequest | generation_pb2.TokenizeRequest) -> str | Chat | None:
+    """The prompt; None when it is neither."""
+    match request.WhichOneof("prompt"):
+        case "text":
+            return request.text
+        case "messages":
+            messages = request.messages.messages
+            return Chat(messages=tuple(ChatMessage(role=each.role, content=each.content) for each in messages))
+        case _:
+            return None
 
 
 def sampling_params(sampling: generation_pb2.SamplingParams) -> SamplingParams:
@@ -86,10 +115,23 @@ def sampling_message(sampling: SamplingParams) -> generation_pb2.SamplingParams:
     return generation_pb2.SamplingParams(**given)
 
 
+def tokenized(
+    found: Tokenized, *, with_offsets: bool = False, with_text: bool = False
+) -> generation_pb2.TokenizeResponse:
+    spans = found.offsets if with_offsets else ()
+    return generation_pb2.TokenizeResponse(
+        token_ids=found.token_ids,
+        offsets=[generation_pb2.TextSpan(start=start, end=end) for start, end in spans],
+        text=found.text if with_text else "",
+    )
+
+
 def stream_response(event: Event) -> generation_pb2.GenerateStreamResponse:
     match event:
         case Started():
             return generation_pb2.GenerateStreamResponse(started=started(event))
+        case Queued():
+            return generation_pb2.GenerateStreamResponse(queued=generation_pb2.Queued(position=event.position))
         case Delta():
             delta = generation_pb2.Delta(
                 index=event.index,
@@ -195,10 +237,21 @@ def version_defaults(serving: str) -> adapter_pb2.VersionDefaults:
 
 
 def server_status(
-    state: EngineState, status: EngineStatus | None, names: Mapping[str, str], uptime_s: float
+    state: EngineState,
+    status: EngineStatus | None,
+    names: Mapping[str, str],
+    *,
+    uptime_s: float,
+    draining: bool,
+    open_generations: int,
 ) -> server_pb2.ServerStatus:
     """`status` None while the engine cannot tell; of its adapters those whose digest has a name in `names`."""
-    message = server_pb2.ServerStatus(state=ENGINE_STATES[state], uptime=duration(uptime_s))
+    message = server_pb2.ServerStatus(
+        state=ENGINE_STATES[state],
+        uptime=duration(uptime_s),
+        draining=draining,
+        open_generations=open_generations,
+    )
     if status is None:
         return message
     message.pool.CopyFrom(

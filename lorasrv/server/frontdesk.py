@@ -18,8 +18,8 @@ from lorasrv.engine.defaults import VersionDefaults, read_defaults
 from lorasrv.engine.output import OutputStream
 from lorasrv.engine.prompts import read_prompt
 from lorasrv.engine.vocabulary import Vocabulary
-from lorasrv.errors import EngineUnavailable, GenerationExists
-from lorasrv.requests import AdapterRef, Chat, Delta, Event, Finished, GenerationRequest, Prompt, Started
+from lorasrv.errors import Draining, EngineUnavailable, GenerationExists
+from lorasrv.requests import AdapterRef, Chat, Delta, Event, Finished, GenerationRequest, Prompt, Queued, Started
 from lorasrv.server.seen import SeenVersions
 from lorasrv.types import BASE_ID, AdapterUse, EngineRequest
 from lorasrv_adapters.records import ResolvedVersion
@@ -89,13 +89,23 @@ class FrontDesk:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    async def system_prompt(self, tenant: str, adapter: AdapterRef) -> str | None:
+        """That of the version which the reference means now. Raises the registry's errors for the adapter."""
+        async with self._pinned(tenant, adapter) as served:
+            return served.defaults.system_prompt
+
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
-        """One Started, then the Deltas of all samples, each sample's ended by its Finished.
+        """One Started, Queued now and then while it waits, then the Deltas of all samples, each sample's ended by its
+        Finished.
 
         Closing the generator early cancels the engine's work.
 
-        Raises the errors of `engine.admission`, GenerationExists, EngineUnavailable, the registry's errors for the
-        adapter, and what the engine raises.
+        Raises the errors of `engine.admission`, GenerationExists, Draining, EngineUnavailable, the registry's errors
+        for the adapter, and what the engine raises.
         """
         received_s = self._clock()
         adapter = check_request(request)
@@ -122,9 +132,13 @@ class FrontDesk:
                     async for event in events:
                         yield event
 
+    def stop_admitting(self) -> None:
+        """For good; what runs goes on."""
+        self._draining = True
+
     async def drain(self, grace_s: float) -> bool:
         """Admit nothing more and wait for what runs; False when some still runs after `grace_s`."""
-        self._draining = True
+        self.stop_admitting()
         try:
             await asyncio.wait_for(self._idle.wait(), grace_s)
         except TimeoutError:
@@ -134,7 +148,7 @@ class FrontDesk:
     @contextmanager
     def _register(self, tenant: str, generation_id: str) -> Iterator[None]:
         if self._draining:
-            raise EngineUnavailable("the server is shutting down")
+            raise Draining("the server is shutting down")
         key = (tenant, generation_id)
         if key in self._running:
             raise GenerationExists(f"generation {generation_id!r} is running already")
@@ -171,7 +185,7 @@ class FrontDesk:
 
     def _engine_request(self, request: GenerationRequest, token_ids: tuple[int, ...], served: Served) -> EngineRequest:
         # Generation ids are a tenant's own; the engine knows no tenants but by the salt of their prefixes.
-        return engine_request(
+        checked = engine_request(
             uuid.uuid4().hex,
             token_ids,
             adapter=served.use,
@@ -179,6 +193,9 @@ class FrontDesk:
             limits=self._limits,
             defaults=served.defaults.sampling,
             cache_salt=request.tenant,
+        )
+        return replace(
+            checked, priority=request.priority, session_key=request.session_key, deadline_s=request.deadline_s
         )
 
     async def _read(
@@ -206,6 +223,9 @@ class FrontDesk:
         }
         async with aclosing(self._engine.stream(request)) as deltas:
             async for delta in deltas:
+                if delta.queue_position is not None:
+                    yield Queued(position=delta.queue_position)
+                    continue
                 sample = samples[delta.index]
                 if delta.token_ids and sample.first_token_s is None:
                     sample.first_token_s = self._clock() - admission.received_s

@@ -1,5 +1,6 @@
 """GenerationService: convert, ask the front desk, convert."""
 
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -7,10 +8,13 @@ from typing import Any
 
 import grpc
 
-from lorasrv.requests import Delta, Finished, GenerationRequest, Started
+from lorasrv.requests import Delta, Event, Finished, Queued, Started
 from lorasrv.server import convert
 from lorasrv.server.access import current_caller
 from lorasrv.server.frontdesk import FrontDesk
+from lorasrv.server.metrics import Metrics
+from lorasrv.server.tokens import TokenDesk
+from lorasrv.types import BASE_ID
 from lorasrv.v1 import generation_pb2, generation_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -19,15 +23,17 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Every call is of its caller's tenant."""
 
-    def __init__(self, desk: FrontDesk) -> None:
+    def __init__(self, desk: FrontDesk, tokens: TokenDesk, metrics: Metrics) -> None:
         self._desk = desk
+        self._tokens = tokens
+        self._metrics = metrics
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> generation_pb2.GenerateResponse:
         response = generation_pb2.GenerateResponse()
         texts: defaultdict[int, list[str]] = defaultdict(list)
-        async with aclosing(self._desk.generate(_asked(request))) as events:
+        async with aclosing(self._generate(request, context)) as events:
             async for event in events:
                 match event:
                     case Started():
@@ -38,6 +44,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                         sample.token_ids.extend(event.token_ids)
                         sample.logprobs.extend(convert.logprobs(event.logprobs))
                         response.prompt_logprobs.extend(convert.logprobs(event.prompt_logprobs))
+                    case Queued():
+                        pass
                     case Finished():
                         _sample(response, event.index).finished.CopyFrom(convert.finished(event))
         for index, sample in enumerate(response.samples):
@@ -47,13 +55,32 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def GenerateStream(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> AsyncGenerator[generation_pb2.GenerateStreamResponse, None]:
-        async with aclosing(self._desk.generate(_asked(request))) as events:
+        async with aclosing(self._generate(request, context)) as events:
             async for event in events:
                 yield convert.stream_response(event)
 
+    async def Tokenize(
+        self, request: generation_pb2.TokenizeRequest, context: Context
+    ) -> generation_pb2.TokenizeResponse:
+        prompt = convert.text_or_chat(request)
+        tokenized = await self._tokens.tokenize(prompt, current_caller().tenant, request.adapter or BASE_ID)
+        return convert.tokenized(tokenized, with_offsets=request.with_offsets, with_text=request.with_text)
 
-def _asked(request: generation_pb2.GenerateRequest) -> GenerationRequest:
-    return convert.generation_request(request, current_caller().tenant)
+    async def Detokenize(
+        self, request: generation_pb2.DetokenizeRequest, context: Context
+    ) -> generation_pb2.DetokenizeResponse:
+        text = await self._tokens.detokenize(request.token_ids, with_special_tokens=request.with_special_tokens)
+        return generation_pb2.DetokenizeResponse(text=text)
+
+    def _generate(self, request: generation_pb2.GenerateRequest, context: Context) -> AsyncGenerator[Event, None]:
+        asked = convert.generation_request(request, current_caller().tenant, _deadline_s(context))
+        return self._metrics.observed(self._desk.generate(asked))
+
+
+def _deadline_s(context: Context) -> float | None:
+    """When the caller stops waiting, on the clock that all processes of this machine share; None if it never does."""
+    left_s = context.time_remaining()
+    return None if left_s is None else time.monotonic() + left_s
 
 
 def _sample(response: generation_pb2.GenerateResponse, index: int) -> generation_pb2.Sample:

@@ -1,4 +1,4 @@
-"""The standard health service, per service name: generation is served while the engine is ready."""
+"""The standard health service, per service name: generation is served while the engine is ready and admits."""
 
 import asyncio
 
@@ -20,6 +20,7 @@ class Health:
         self._engine = engine
         self._states: asyncio.Queue[EngineState] = asyncio.Queue()
         self._follower: asyncio.Task[None] | None = None
+        self._draining = False
 
     async def start(self) -> None:
         for service in ALWAYS_SERVING:
@@ -27,6 +28,11 @@ class Health:
         await self._publish(self._engine.state)
         self._engine.on_state_change(self._states.put_nowait)
         self._follower = asyncio.create_task(self._follow())
+
+    async def drain(self) -> None:
+        """Generation is NOT_SERVING for good, whatever the engine does."""
+        self._draining = True
+        await self._publish(self._engine.state)
 
     async def leave(self) -> None:
         """NOT_SERVING for good: the server is about to stop."""
@@ -41,6 +47,6 @@ class Health:
 
     async def _publish(self, state: EngineState) -> None:
         serving = health_pb2.HealthCheckResponse.SERVING
-        status = serving if state == "ready" else health_pb2.HealthCheckResponse.NOT_SERVING
+        status = serving if state == "ready" and not self._draining else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in FOLLOW_ENGINE:
             await self.servicer.set(service, status)

@@ -29,7 +29,9 @@ from lorasrv.server.frontdesk import FrontDesk
 from lorasrv.server.generation import GenerationService
 from lorasrv.server.health import ALWAYS_SERVING, FOLLOW_ENGINE, Health
 from lorasrv.server.info import ServerService
+from lorasrv.server.metrics import CallCounter, Metrics, MetricsEndpoint
 from lorasrv.server.seen import SeenVersions
+from lorasrv.server.tokens import TokenDesk
 from lorasrv.server.transport import is_loopback, tls_credentials
 from lorasrv.types import EngineInfo
 from lorasrv.v1 import adapter_pb2_grpc, generation_pb2_grpc, server_pb2, server_pb2_grpc
@@ -59,7 +61,8 @@ class ServerConfig:
     to be a loopback address and every call is of `tenant`. `tls_cert` and `tls_key` are PEM files: a chain and its key.
     `grace_s` is how long streams may go on once the server has been told to stop. An engine that says nothing for
     `heartbeat_timeout_s` is taken for hung and replaced; it speaks between steps, so one step has to take less. A
-    stream that is not read for `stall_timeout_s` ends.
+    stream that is not read for `stall_timeout_s` ends. Prometheus finds metrics at `metrics_host`, which is a loopback
+    address unless said otherwise, on `metrics_port`: 0 picks a free one, None serves none.
     """
 
     engine: EngineConfig
@@ -72,6 +75,8 @@ class ServerConfig:
     grace_s: float = 10.0
     heartbeat_timeout_s: float = 30.0
     stall_timeout_s: float = 30.0
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int | None = None
 
     def __post_init__(self) -> None:
         host, colon, port = self.listen.rpartition(":")
@@ -89,6 +94,8 @@ class ServerConfig:
             raise ConfigurationError(f"heartbeat_timeout_s {self.heartbeat_timeout_s} is below 1")
         if not self.stall_timeout_s > 0:
             raise ConfigurationError(f"stall_timeout_s {self.stall_timeout_s} is not above 0")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise ConfigurationError(f"metrics_port {self.metrics_port} is no port")
 
 
 class Server:
@@ -113,6 +120,8 @@ class Server:
         )
         self._engine = make_engine(replace(config.engine, blob_root=str(self._registry.blob_root)))
         self._health = Health(self._engine)
+        self._metrics = Metrics(self._engine)
+        self._metrics_endpoint: MetricsEndpoint | None = None
         self._desk: FrontDesk | None = None
         self._grpc: grpc.aio.Server | None = None
         self._reaper: asyncio.Task[None] | None = None
@@ -120,7 +129,8 @@ class Server:
     async def start(self) -> str:
         """Serve; returns the bound address. The port is taken first: a server that cannot have it loads no model."""
         access = Access(self._keys, self._config.tenant)
-        server = grpc.aio.server(interceptors=[Boundary(access, self._config.stall_timeout_s)], options=_OPTIONS)
+        interceptors = [CallCounter(self._metrics), Boundary(access, self._config.stall_timeout_s)]
+        server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
         host = self._config.listen.rpartition(":")[0]
         try:
             if self._credentials is None:
@@ -131,6 +141,11 @@ class Server:
             raise ConfigurationError(f"cannot listen on {self._config.listen}: is it in use?") from None
         if self._credentials is None and not is_loopback(host):
             log.warning("listening on %s without TLS: API keys and prompts pass in the clear", self._config.listen)
+        if self._config.metrics_port is not None:
+            self._metrics_endpoint = MetricsEndpoint(
+                self._metrics, self._config.metrics_host, self._config.metrics_port
+            )
+            log.info("metrics at http://%s/metrics", self._metrics_endpoint.address)
         info = await self._engine.start()
         self._desk = FrontDesk(
             engine=self._engine,
@@ -158,8 +173,20 @@ class Server:
         except ConfigurationError as error:
             log.error("the keys stay as they were: %s", error)
 
+    @property
+    def metrics_address(self) -> str | None:
+        """HOST:PORT where metrics are served, if they are."""
+        return None if self._metrics_endpoint is None else self._metrics_endpoint.address
+
+    async def begin_drain(self) -> None:
+        """Admit no more generations; what runs goes on, and adapters and status are served. Safe to call again."""
+        if self._desk is not None:
+            self._desk.stop_admitting()
+        await self._health.drain()
+
     async def drain(self, grace_s: float) -> None:
-        """Admit no more generations, and wait up to `grace_s` for those that run."""
+        """Admit no more generations, and wait up to `grace_s` for those that run: the server is about to stop."""
+        await self.begin_drain()
         await self._health.leave()
         if self._desk is not None and not await self._desk.drain(grace_s):
             log.warning("%d generations outlived the grace time of %g s", self._desk.num_running, grace_s)
@@ -175,6 +202,8 @@ class Server:
             await self._desk.drain(grace_s=LAST_WORDS_S)
         if self._grpc is not None:
             await self._grpc.stop(grace=LAST_WORDS_S)
+        if self._metrics_endpoint is not None:
+            await asyncio.to_thread(self._metrics_endpoint.close)
         self._text_workers.shutdown(wait=True)
         self._pin_workers.shutdown(wait=True)
         self._registry_workers.shutdown(wait=True)
@@ -190,12 +219,21 @@ class Server:
                 log.warning("expired uploads could not be dropped: %s", error)
 
     def _add_services(self, server: grpc.aio.Server, desk: FrontDesk, info: EngineInfo) -> None:
-        generation_pb2_grpc.add_GenerationServiceServicer_to_server(GenerationService(desk), server)
+        tokens = TokenDesk(
+            desk=desk,
+            tokenizer=self._tokenizer,
+            chat_template=self._chat_template,
+            vocab_size=info.vocab_size,
+            workers=self._text_workers,
+        )
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+            GenerationService(desk, tokens, self._metrics), server
+        )
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
             AdapterService(self._registry, self._engine, self._seen, self._registry_workers), server
         )
         server_pb2_grpc.add_ServerServiceServicer_to_server(
-            ServerService(self._server_info(info), self._engine, self._seen), server
+            ServerService(self._server_info(info), self._engine, desk, self._seen, self.begin_drain), server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         names = (*ALWAYS_SERVING, *filter(None, FOLLOW_ENGINE), "grpc.health.v1.Health", reflection.SERVICE_NAME)

@@ -45,6 +45,8 @@ OUTCOMES: Mapping[type[LorasrvError] | type[AdapterError], Outcome] = {
     errors.GenerationExists: _is(grpc.StatusCode.ALREADY_EXISTS),
     errors.ResourceExhausted: _is(grpc.StatusCode.RESOURCE_EXHAUSTED, retry_s=1),
     errors.QueueFull: _is(grpc.StatusCode.RESOURCE_EXHAUSTED, retry_s=1),
+    errors.DeadlineExceeded: _is(grpc.StatusCode.DEADLINE_EXCEEDED),
+    errors.Draining: _is(grpc.StatusCode.UNAVAILABLE, retry_s=1),
     errors.SlowReader: _is(grpc.StatusCode.RESOURCE_EXHAUSTED),
     errors.AdapterLoadFailed: _is(grpc.StatusCode.UNAVAILABLE, retry_s=1),
     errors.AdapterCorrupt: _is(grpc.StatusCode.DATA_LOSS),

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1blorasrv/v1/generation.proto\x12\nlorasrv.v1\x1a\x1egoogle/protobuf/duration.proto\"8\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_scale\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf6\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\x05min_p\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x02H\x08\x88\x01\x01\x12=\n\nlogit_bias\x18\x0b \x03(\x0b\x32).lorasrv.v1.SamplingParams.LogitBiasEntry\x12\'\n\tbad_words\x18\x0c \x03(\x0b\x32\x14.lorasrv.v1.TokenIds\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\t\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0f \x01(\x08H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x0c\x88\x01\x01\x12\x0e\n\x01n\x18\x12 \x01(\rH\r\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x04\n\x02_n\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"b\n\x10PositionLogprobs\x12\'\n\x05token\x18\x01 \x01(\x0b\x32\x18.lorasrv.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.lorasrv.v1.TokenLogprob\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.lorasrv.v1.ChatMessage\"\x9e\x02\n\x0fGenerateRequest\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x03(\x0b\x32\x16.lorasrv.v1.AdapterRef\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\x06tokens\x18\x03 \x01(\x0b\x32\x14.lorasrv.v1.TokenIdsH\x00\x12,\n\x08messages\x18\x04 \x01(\x0b\x32\x18.lorasrv.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.lorasrv.v1.SamplingParams\x12\x15\n\rgeneration_id\x18\x06 \x01(\t\x12\x0c\n\x04\x65\x63ho\x18\x07 \x01(\x08\x12\x1f\n\x17ignore_version_defaults\x18\x08 \x01(\x08\x42\x08\n\x06prompt\"\x94\x01\n\x10GenerateResponse\x12$\n\x07started\x18\x01 \x01(\x0b\x32\x13.lorasrv.v1.Started\x12#\n\x07samples\x18\x02 \x03(\x0b\x32\x12.lorasrv.v1.Sample\x12\x35\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\"\x81\x01\n\x06Sample\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.lorasrv.v1.Finished\"\x97\x01\n\x16GenerateStreamResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.lorasrv.v1.StartedH\x00\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.lorasrv.v1.DeltaH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.lorasrv.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"\x8c\x01\n\x07Started\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x16\n\x0eversion_digest\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x13\n\x0bprompt_text\x18\x05 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x06 \x03(\r\"\x9e\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\x12\x35\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\"\xc7\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.lorasrv.v1.FinishReason\x12\x0c\n\x04stop\x18\x03 \x01(\t\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.lorasrv.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.lorasrv.v1.Timings\x12\x1a\n\rstop_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"k\n\x07Timings\x12\x36\n\x13time_to_first_token\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x32\xaf\x01\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1b.lorasrv.v1.GenerateRequest\x1a\x1c.lorasrv.v1.GenerateResponse\x12S\n\x0eGenerateStream\x12\x1b.lorasrv.v1.GenerateRequest\x1a\".lorasrv.v1.GenerateStreamResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1blorasrv/v1/generation.proto\x12\nlorasrv.v1\x1a\x1egoogle/protobuf/duration.proto\"8\n\nAdapterRef\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\x05scale\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x08\n\x06_scale\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xf6\x05\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\x05min_p\x18\x07 \x01(\x02H\x05\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x08 \x01(\x02H\x06\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\t \x01(\x02H\x07\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\n \x01(\x02H\x08\x88\x01\x01\x12=\n\nlogit_bias\x18\x0b \x03(\x0b\x32).lorasrv.v1.SamplingParams.LogitBiasEntry\x12\'\n\tbad_words\x18\x0c \x03(\x0b\x32\x14.lorasrv.v1.TokenIds\x12\x16\n\x0estop_token_ids\x18\r \x03(\r\x12\x17\n\nmin_tokens\x18\x0e \x01(\rH\t\x88\x01\x01\x12\x17\n\nignore_eos\x18\x0f \x01(\x08H\n\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\rH\x0b\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x11 \x01(\rH\x0c\x88\x01\x01\x12\x0e\n\x01n\x18\x12 \x01(\rH\r\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_max_tokensB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x04\n\x02_n\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"b\n\x10PositionLogprobs\x12\'\n\x05token\x18\x01 \x01(\x0b\x32\x18.lorasrv.v1.TokenLogprob\x12%\n\x03top\x18\x02 \x03(\x0b\x32\x18.lorasrv.v1.TokenLogprob\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"9\n\x0c\x43hatMessages\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.lorasrv.v1.ChatMessage\"\xdb\x02\n\x0fGenerateRequest\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x03(\x0b\x32\x16.lorasrv.v1.AdapterRef\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12&\n\x06tokens\x18\x03 \x01(\x0b\x32\x14.lorasrv.v1.TokenIdsH\x00\x12,\n\x08messages\x18\x04 \x01(\x0b\x32\x18.lorasrv.v1.ChatMessagesH\x00\x12,\n\x08sampling\x18\x05 \x01(\x0b\x32\x1a.lorasrv.v1.SamplingParams\x12\x15\n\rgeneration_id\x18\x06 \x01(\t\x12\x0c\n\x04\x65\x63ho\x18\x07 \x01(\x08\x12\x1f\n\x17ignore_version_defaults\x18\x08 \x01(\x08\x12&\n\x08priority\x18\t \x01(\x0e\x32\x14.lorasrv.v1.Priority\x12\x13\n\x0bsession_key\x18\n \x01(\tB\x08\n\x06prompt\"\x94\x01\n\x10GenerateResponse\x12$\n\x07started\x18\x01 \x01(\x0b\x32\x13.lorasrv.v1.Started\x12#\n\x07samples\x18\x02 \x03(\x0b\x32\x12.lorasrv.v1.Sample\x12\x35\n\x0fprompt_logprobs\x18\x03 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\"\x81\x01\n\x06Sample\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\x12&\n\x08\x66inished\x18\x04 \x01(\x0b\x32\x14.lorasrv.v1.Finished\"\xbd\x01\n\x16GenerateStreamResponse\x12&\n\x07started\x18\x01 \x01(\x0b\x32\x13.lorasrv.v1.StartedH\x00\x12\"\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x11.lorasrv.v1.DeltaH\x00\x12(\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x14.lorasrv.v1.FinishedH\x00\x12$\n\x06queued\x18\x04 \x01(\x0b\x32\x12.lorasrv.v1.QueuedH\x00\x42\x07\n\x05\x65vent\"\x1a\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\r\"\x8c\x01\n\x07Started\x12\x15\n\rgeneration_id\x18\x01 \x01(\t\x12\x16\n\x0eversion_digest\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x13\n\x0bprompt_text\x18\x05 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x06 \x03(\r\"\x9e\x01\n\x05\x44\x65lta\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12.\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\x12\x35\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32\x1c.lorasrv.v1.PositionLogprobs\"\xc7\x01\n\x08\x46inished\x12\r\n\x05index\x18\x01 \x01(\r\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.lorasrv.v1.FinishReason\x12\x0c\n\x04stop\x18\x03 \x01(\t\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.lorasrv.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.lorasrv.v1.Timings\x12\x1a\n\rstop_token_id\x18\x06 \x01(\rH\x00\x88\x01\x01\x42\x10\n\x0e_stop_token_id\"9\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\"k\n\x07Timings\x12\x36\n\x13time_to_first_token\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x93\x01\n\x0fTokenizeRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\x08messages\x18\x02 \x01(\x0b\x32\x18.lorasrv.v1.ChatMessagesH\x00\x12\x0f\n\x07\x61\x64\x61pter\x18\x03 \x01(\t\x12\x14\n\x0cwith_offsets\x18\x04 \x01(\x08\x12\x11\n\twith_text\x18\x05 \x01(\x08\x42\x08\n\x06prompt\"Z\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12%\n\x07offsets\x18\x02 \x03(\x0b\x32\x14.lorasrv.v1.TextSpan\x12\x0c\n\x04text\x18\x03 \x01(\t\"&\n\x08TextSpan\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\"C\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x1b\n\x13with_special_tokens\x18\x02 \x01(\x08\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t*M\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x13\n\x0fPRIORITY_NORMAL\x10\x01\x12\x12\n\x0ePRIORITY_BATCH\x10\x02*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_EOS\x10\x01\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x32\xc3\x02\n\x11GenerationService\x12\x45\n\x08Generate\x12\x1b.lorasrv.v1.GenerateRequest\x1a\x1c.lorasrv.v1.GenerateResponse\x12S\n\x0eGenerateStream\x12\x1b.lorasrv.v1.GenerateRequest\x1a\".lorasrv.v1.GenerateStreamResponse0\x01\x12\x45\n\x08Tokenize\x12\x1b.lorasrv.v1.TokenizeRequest\x1a\x1c.lorasrv.v1.TokenizeResponse\x12K\n\nDetokenize\x12\x1d.lorasrv.v1.DetokenizeRequest\x1a\x1e.lorasrv.v1.DetokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2575
-  _globals['_FINISHREASON']._serialized_end=2693
+  _globals['_PRIORITY']._serialized_start=3089
+  _globals['_PRIORITY']._serialized_end=3166
+  _globals['_FINISHREASON']._serialized_start=3168
+  _globals['_FINISHREASON']._serialized_end=3286
   _globals['_ADAPTERREF']._serialized_start=75
   _globals['_ADAPTERREF']._serialized_end=131
   _globals['_TOKENIDS']._serialized_start=133
@@ -53,23 +55,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGES']._serialized_start=1116
   _globals['_CHATMESSAGES']._serialized_end=1173
   _globals['_GENERATEREQUEST']._serialized_start=1176
-  _globals['_GENERATEREQUEST']._serialized_end=1462
-  _globals['_GENERATERESPONSE']._serialized_start=1465
-  _globals['_GENERATERESPONSE']._serialized_end=1613
-  _globals['_SAMPLE']._serialized_start=1616
-  _globals['_SAMPLE']._serialized_end=1745
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1748
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1899
-  _globals['_STARTED']._serialized_start=1902
-  _globals['_STARTED']._serialized_end=2042
-  _globals['_DELTA']._serialized_start=2045
-  _globals['_DELTA']._serialized_end=2203
-  _globals['_FINISHED']._serialized_start=2206
-  _globals['_FINISHED']._serialized_end=2405
-  _globals['_USAGE']._serialized_start=2407
-  _globals['_USAGE']._serialized_end=2464
-  _globals['_TIMINGS']._serialized_start=2466
-  _globals['_TIMINGS']._serialized_end=2573
-  _globals['_GENERATIONSERVICE']._serialized_start=2696
-  _globals['_GENERATIONSERVICE']._serialized_end=2871
+  _globals['_GENERATEREQUEST']._serialized_end=1523
+  _globals['_GENERATERESPONSE']._serialized_start=1526
+  _globals['_GENERATERESPONSE']._serialized_end=1674
+  _globals['_SAMPLE']._serialized_start=1677
+  _globals['_SAMPLE']._serialized_end=1806
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1809
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1998
+  _globals['_QUEUED']._serialized_start=2000
+  _globals['_QUEUED']._serialized_end=2026
+  _globals['_STARTED']._serialized_start=2029
+  _globals['_STARTED']._serialized_end=2169
+  _globals['_DELTA']._serialized_start=2172
+  _globals['_DELTA']._serialized_end=2330
+  _globals['_FINISHED']._serialized_start=2333
+  _globals['_FINISHED']._serialized_end=2532
+  _globals['_USAGE']._serialized_start=2534
+  _globals['_USAGE']._serialized_end=2591
+  _globals['_TIMINGS']._serialized_start=2593
+  _globals['_TIMINGS']._serialized_end=2700
+  _globals['_TOKENIZEREQUEST']._serialized_start=2703
+  _globals['_TOKENIZEREQUEST']._serialized_end=2850
+  _globals['_TOKENIZERESPONSE']._serialized_start=2852
+  _globals['_TOKENIZERESPONSE']._serialized_end=2942
+  _globals['_TEXTSPAN']._serialized_start=2944
+  _globals['_TEXTSPAN']._serialized_end=2982
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2984
+  _globals['_DETOKENIZEREQUEST']._serialized_end=3051
+  _globals['_DETOKENIZERESPONSE']._serialized_start=3053
+  _globals['_DETOKENIZERESPONSE']._serialized_end=3087
+  _globals['_GENERATIONSERVICE']._serialized_start=3289
+  _globals['_GENERATIONSERVICE']._serialized_end=3612
 # @@protoc_insertion_point(module_scope)

@@ -45,6 +45,16 @@ class GenerationServiceStub(object):
                 request_serializer=lorasrv_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=lorasrv_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/lorasrv.v1.GenerationService/Tokenize',
+                request_serializer=lorasrv_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/lorasrv.v1.GenerationService/Detokenize',
+                request_serializer=lorasrv_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class GenerationServiceServicer(object):
@@ -52,15 +62,30 @@ class GenerationServiceServicer(object):
     """
 
     def Generate(self, request, context):
-        """Answers once, when the generation has finished.
+        """Answers once, when the generation has finished. A call that is cancelled, or whose deadline passes, ends its work
+        within a step; queued work with a dead deadline is never started.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Sends one Started, then the deltas of all samples as they come, and behind those of a sample its Finished. A failure
-        is the call's status.
+        """Sends one Started, then Queued now and then while it waits, then the deltas of all samples as they come, and behind
+        those of a sample its Finished. A failure is the call's status.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Tokenize(self, request, context):
+        """The tokens that a Generate call with this prompt would begin with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """The text of tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -78,6 +103,16 @@ def add_GenerationServiceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=lorasrv_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
                     response_serializer=lorasrv_dot_v1_dot_generation__pb2.GenerateStreamResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=lorasrv_dot_v1_dot_generation__pb2.TokenizeRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_generation__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=lorasrv_dot_v1_dot_generation__pb2.DetokenizeRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_generation__pb2.DetokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -135,6 +170,60 @@ class GenerationService(object):
             '/lorasrv.v1.GenerationService/GenerateStream',
             lorasrv_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
             lorasrv_dot_v1_dot_generation__pb2.GenerateStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.GenerationService/Tokenize',
+            lorasrv_dot_v1_dot_generation__pb2.TokenizeRequest.SerializeToString,
+            lorasrv_dot_v1_dot_generation__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.GenerationService/Detokenize',
+            lorasrv_dot_v1_dot_generation__pb2.DetokenizeRequest.SerializeToString,
+            lorasrv_dot_v1_dot_generation__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -26,15 +26,15 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from lorasrv.v1 import adapter_pb2 as lorasrv_dot_v1_dot_adapter__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lorasrv/v1/server.proto\x12\nlorasrv.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18lorasrv/v1/adapter.proto\"\x16\n\x14GetServerInfoRequest\"\xae\x01\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12)\n\nbase_model\x18\x02 \x01(\x0b\x32\x15.lorasrv.v1.BaseModel\x12\x10\n\x08max_rank\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x12\n\npage_bytes\x18\x05 \x01(\x04\x12\x11\n\tnum_pages\x18\x06 \x01(\x04\x12\x15\n\rdeterministic\x18\x07 \x01(\x08\"\x8f\x01\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x06 \x01(\r\x12\x12\n\nvocab_size\x18\x07 \x01(\r\"\x12\n\x10GetStatusRequest\"\xa6\x02\n\x0cServerStatus\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.lorasrv.v1.EngineState\x12$\n\x04pool\x18\x02 \x01(\x0b\x32\x16.lorasrv.v1.PoolStatus\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x18\n\x10waiting_requests\x18\x04 \x01(\r\x12\x14\n\x0c\x61\x64\x61pter_pins\x18\x05 \x01(\r\x12+\n\x08\x61\x64\x61pters\x18\x06 \x03(\x0b\x32\x19.lorasrv.v1.AdapterStatus\x12&\n\x08\x63ounters\x18\x07 \x01(\x0b\x32\x14.lorasrv.v1.Counters\x12)\n\x06uptime\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\"x\n\nPoolStatus\x12\x11\n\tnum_pages\x18\x01 \x01(\x04\x12\x12\n\nfree_pages\x18\x02 \x01(\x04\x12\x16\n\x0esequence_pages\x18\x03 \x01(\x04\x12\x15\n\radapter_pages\x18\x04 \x01(\x04\x12\x14\n\x0cprefix_pages\x18\x05 \x01(\x04\"|\n\rAdapterStatus\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x16\n\x0eversion_digest\x18\x02 \x01(\t\x12\x1e\n\x04tier\x18\x03 \x01(\x0e\x32\x10.lorasrv.v1.Tier\x12\x11\n\tnum_pages\x18\x04 \x01(\x04\x12\x0c\n\x04pins\x18\x05 \x01(\r\"\xcb\x01\n\x08\x43ounters\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x04\x12\x19\n\x11\x66inished_requests\x18\x04 \x01(\x04\x12\x15\n\radapter_loads\x18\x05 \x01(\x04\x12\x19\n\x11\x61\x64\x61pter_evictions\x18\x06 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x07 \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x08 \x01(\x04*|\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45NGINE_STATE_STARTING\x10\x01\x12\x16\n\x12\x45NGINE_STATE_READY\x10\x02\x12\x1c\n\x18\x45NGINE_STATE_UNAVAILABLE\x10\x03\x32\x9f\x01\n\rServerService\x12I\n\rGetServerInfo\x12 .lorasrv.v1.GetServerInfoRequest\x1a\x16.lorasrv.v1.ServerInfo\x12\x43\n\tGetStatus\x12\x1c.lorasrv.v1.GetStatusRequest\x1a\x18.lorasrv.v1.ServerStatusb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lorasrv/v1/server.proto\x12\nlorasrv.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18lorasrv/v1/adapter.proto\"\x16\n\x14GetServerInfoRequest\"\xae\x01\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12)\n\nbase_model\x18\x02 \x01(\x0b\x32\x15.lorasrv.v1.BaseModel\x12\x10\n\x08max_rank\x18\x03 \x01(\r\x12\x14\n\x0c\x62lock_tokens\x18\x04 \x01(\r\x12\x12\n\npage_bytes\x18\x05 \x01(\x04\x12\x11\n\tnum_pages\x18\x06 \x01(\x04\x12\x15\n\rdeterministic\x18\x07 \x01(\x08\"\x8f\x01\n\tBaseModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x06 \x01(\r\x12\x12\n\nvocab_size\x18\x07 \x01(\r\"\x12\n\x10GetStatusRequest\"A\n\x12WatchStatusRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\x0e\n\x0c\x44rainRequest\".\n\rDrainResponse\x12\x1d\n\x15remaining_generations\x18\x01 \x01(\r\"\xd2\x02\n\x0cServerStatus\x12&\n\x05state\x18\x01 \x01(\x0e\x32\x17.lorasrv.v1.EngineState\x12$\n\x04pool\x18\x02 \x01(\x0b\x32\x16.lorasrv.v1.PoolStatus\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x18\n\x10waiting_requests\x18\x04 \x01(\r\x12\x14\n\x0c\x61\x64\x61pter_pins\x18\x05 \x01(\r\x12+\n\x08\x61\x64\x61pters\x18\x06 \x03(\x0b\x32\x19.lorasrv.v1.AdapterStatus\x12&\n\x08\x63ounters\x18\x07 \x01(\x0b\x32\x14.lorasrv.v1.Counters\x12)\n\x06uptime\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x18\n\x10open_generations\x18\n \x01(\r\"x\n\nPoolStatus\x12\x11\n\tnum_pages\x18\x01 \x01(\x04\x12\x12\n\nfree_pages\x18\x02 \x01(\x04\x12\x16\n\x0esequence_pages\x18\x03 \x01(\x04\x12\x15\n\radapter_pages\x18\x04 \x01(\x04\x12\x14\n\x0cprefix_pages\x18\x05 \x01(\x04\"|\n\rAdapterStatus\x12\x12\n\nadapter_id\x18\x01 \x01(\t\x12\x16\n\x0eversion_digest\x18\x02 \x01(\t\x12\x1e\n\x04tier\x18\x03 \x01(\x0e\x32\x10.lorasrv.v1.Tier\x12\x11\n\tnum_pages\x18\x04 \x01(\x04\x12\x0c\n\x04pins\x18\x05 \x01(\r\"\xcb\x01\n\x08\x43ounters\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x02 \x01(\x04\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x04\x12\x19\n\x11\x66inished_requests\x18\x04 \x01(\x04\x12\x15\n\radapter_loads\x18\x05 \x01(\x04\x12\x19\n\x11\x61\x64\x61pter_evictions\x18\x06 \x01(\x04\x12\x13\n\x0bpreemptions\x18\x07 \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x08 \x01(\x04*|\n\x0b\x45ngineState\x12\x1c\n\x18\x45NGINE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45NGINE_STATE_STARTING\x10\x01\x12\x16\n\x12\x45NGINE_STATE_READY\x10\x02\x12\x1c\n\x18\x45NGINE_STATE_UNAVAILABLE\x10\x03\x32\xa8\x02\n\rServerService\x12I\n\rGetServerInfo\x12 .lorasrv.v1.GetServerInfoRequest\x1a\x16.lorasrv.v1.ServerInfo\x12\x43\n\tGetStatus\x12\x1c.lorasrv.v1.GetStatusRequest\x1a\x18.lorasrv.v1.ServerStatus\x12I\n\x0bWatchStatus\x12\x1e.lorasrv.v1.WatchStatusRequest\x1a\x18.lorasrv.v1.ServerStatus0\x01\x12<\n\x05\x44rain\x12\x18.lorasrv.v1.DrainRequest\x1a\x19.lorasrv.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lorasrv.v1.server_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENGINESTATE']._serialized_start=1215
-  _globals['_ENGINESTATE']._serialized_end=1339
+  _globals['_ENGINESTATE']._serialized_start=1390
+  _globals['_ENGINESTATE']._serialized_end=1514
   _globals['_GETSERVERINFOREQUEST']._serialized_start=97
   _globals['_GETSERVERINFOREQUEST']._serialized_end=119
   _globals['_SERVERINFO']._serialized_start=122
@@ -43,14 +43,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_BASEMODEL']._serialized_end=442
   _globals['_GETSTATUSREQUEST']._serialized_start=444
   _globals['_GETSTATUSREQUEST']._serialized_end=462
-  _globals['_SERVERSTATUS']._serialized_start=465
-  _globals['_SERVERSTATUS']._serialized_end=759
-  _globals['_POOLSTATUS']._serialized_start=761
-  _globals['_POOLSTATUS']._serialized_end=881
-  _globals['_ADAPTERSTATUS']._serialized_start=883
-  _globals['_ADAPTERSTATUS']._serialized_end=1007
-  _globals['_COUNTERS']._serialized_start=1010
-  _globals['_COUNTERS']._serialized_end=1213
-  _globals['_SERVERSERVICE']._serialized_start=1342
-  _globals['_SERVERSERVICE']._serialized_end=1501
+  _globals['_WATCHSTATUSREQUEST']._serialized_start=464
+  _globals['_WATCHSTATUSREQUEST']._serialized_end=529
+  _globals['_DRAINREQUEST']._serialized_start=531
+  _globals['_DRAINREQUEST']._serialized_end=545
+  _globals['_DRAINRESPONSE']._serialized_start=547
+  _globals['_DRAINRESPONSE']._serialized_end=593
+  _globals['_SERVERSTATUS']._serialized_start=596
+  _globals['_SERVERSTATUS']._serialized_end=934
+  _globals['_POOLSTATUS']._serialized_start=936
+  _globals['_POOLSTATUS']._serialized_end=1056
+  _globals['_ADAPTERSTATUS']._serialized_start=1058
+  _globals['_ADAPTERSTATUS']._serialized_end=1182
+  _globals['_COUNTERS']._serialized_start=1185
+  _globals['_COUNTERS']._serialized_end=1388
+  _globals['_SERVERSERVICE']._serialized_start=1517
+  _globals['_SERVERSERVICE']._serialized_end=1813
 # @@protoc_insertion_point(module_scope)

@@ -66,8 +66,24 @@ class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class WatchStatusRequest(_message.Message):
+    __slots__ = ("interval",)
+    INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    interval: _duration_pb2.Duration
+    def __init__(self, interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class DrainRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DrainResponse(_message.Message):
+    __slots__ = ("remaining_generations",)
+    REMAINING_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
+    remaining_generations: int
+    def __init__(self, remaining_generations: _Optional[int] = ...) -> None: ...
+
 class ServerStatus(_message.Message):
-    __slots__ = ("state", "pool", "running_requests", "waiting_requests", "adapter_pins", "adapters", "counters", "uptime")
+    __slots__ = ("state", "pool", "running_requests", "waiting_requests", "adapter_pins", "adapters", "counters", "uptime", "draining", "open_generations")
     STATE_FIELD_NUMBER: _ClassVar[int]
     POOL_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +92,8 @@ class ServerStatus(_message.Message):
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    OPEN_GENERATIONS_FIELD_NUMBER: _ClassVar[int]
     state: EngineState
     pool: PoolStatus
     running_requests: int
@@ -84,7 +102,9 @@ class ServerStatus(_message.Message):
     adapters: _containers.RepeatedCompositeFieldContainer[AdapterStatus]
     counters: Counters
     uptime: _duration_pb2.Duration
-    def __init__(self, state: _Optional[_Union[EngineState, str]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., adapter_pins: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[AdapterStatus, _Mapping]]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    draining: bool
+    open_generations: int
+    def __init__(self, state: _Optional[_Union[EngineState, str]] = ..., pool: _Optional[_Union[PoolStatus, _Mapping]] = ..., running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., adapter_pins: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[AdapterStatus, _Mapping]]] = ..., counters: _Optional[_Union[Counters, _Mapping]] = ..., uptime: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., draining: bool = ..., open_generations: _Optional[int] = ...) -> None: ...
 
 class PoolStatus(_message.Message):
     __slots__ = ("num_pages", "free_pages", "sequence_pages", "adapter_pages", "prefix_pages")

@@ -45,6 +45,16 @@ class ServerServiceStub(object):
                 request_serializer=lorasrv_dot_v1_dot_server__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=lorasrv_dot_v1_dot_server__pb2.ServerStatus.FromString,
                 _registered_method=True)
+        self.WatchStatus = channel.unary_stream(
+                '/lorasrv.v1.ServerService/WatchStatus',
+                request_serializer=lorasrv_dot_v1_dot_server__pb2.WatchStatusRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_server__pb2.ServerStatus.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/lorasrv.v1.ServerService/Drain',
+                request_serializer=lorasrv_dot_v1_dot_server__pb2.DrainRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_server__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class ServerServiceServicer(object):
@@ -63,6 +73,21 @@ class ServerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchStatus(self, request, context):
+        """The status now, and again after each interval, until the caller or the server ends it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Admit no more generations and finish those that run, until the server is stopped: there is no way back. Generation
+        is NOT_SERVING from here on; adapters and status go on. Returns at once, however often it is called.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ServerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +100,16 @@ def add_ServerServiceServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=lorasrv_dot_v1_dot_server__pb2.GetStatusRequest.FromString,
                     response_serializer=lorasrv_dot_v1_dot_server__pb2.ServerStatus.SerializeToString,
+            ),
+            'WatchStatus': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchStatus,
+                    request_deserializer=lorasrv_dot_v1_dot_server__pb2.WatchStatusRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_server__pb2.ServerStatus.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=lorasrv_dot_v1_dot_server__pb2.DrainRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_server__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -132,6 +167,60 @@ class ServerService(object):
             '/lorasrv.v1.ServerService/GetStatus',
             lorasrv_dot_v1_dot_server__pb2.GetStatusRequest.SerializeToString,
             lorasrv_dot_v1_dot_server__pb2.ServerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorasrv.v1.ServerService/WatchStatus',
+            lorasrv_dot_v1_dot_server__pb2.WatchStatusRequest.SerializeToString,
+            lorasrv_dot_v1_dot_server__pb2.ServerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.ServerService/Drain',
+            lorasrv_dot_v1_dot_server__pb2.DrainRequest.SerializeToString,
+            lorasrv_dot_v1_dot_server__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,
