@@ -5,7 +5,7 @@ import ipaddress
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
@@ -31,6 +31,7 @@ from lorasrv.server.info import ServerService
 from lorasrv.types import EngineInfo
 from lorasrv.v1 import adapter_pb2_grpc, generation_pb2_grpc, server_pb2, server_pb2_grpc
 from lorasrv_adapters.errors import AdapterError
+from lorasrv_adapters.limits import RegistryLimits
 from lorasrv_adapters.registry import Registry
 
 MAX_MESSAGE_BYTES = 4 << 20
@@ -65,6 +66,7 @@ class ServerConfig:
     grace_s: float = 10.0
     heartbeat_timeout_s: float = 30.0
     stall_timeout_s: float = 30.0
+    registry: RegistryLimits = field(default_factory=RegistryLimits)
 
     def __post_init__(self) -> None:
         host, colon, port = self.listen.rpartition(":")
@@ -97,7 +99,11 @@ class Server:
         self._chat_template = load_chat_template(Path(model.path))
         self._base = base_shapes(model.path, model.dtype)
         self._registry = Registry(
-            Path(config.data_dir), self._base, config.engine.max_rank, check=adapter_check(config.engine)
+            Path(config.data_dir),
+            self._base,
+            config.engine.max_rank,
+            limits=config.registry,
+            check=adapter_check(config.engine),
         )
         self._engine = make_engine(replace(config.engine, blob_root=str(self._registry.blob_root)))
         self._health = Health(self._engine)
