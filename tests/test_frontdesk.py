@@ -41,6 +41,7 @@ class FakeVersions:
     def __init__(self) -> None:
         self.pins = 0
         self.acquired = 0
+        self.quarantined: list[str] = []
 
     def acquire(self, tenant: str, reference: str) -> ResolvedVersion:
         if reference != "upper":
@@ -52,6 +53,9 @@ class FakeVersions:
     def unpin(self, digest: str) -> None:
         assert digest == DIGEST
         self.pins -= 1
+
+    def quarantine(self, digest: str) -> None:
+        self.quarantined.append(digest)
 
 
 class SlowTokenizer:

@@ -26,7 +26,7 @@ from lorasrv_adapters.manifest import (
     parse_manifest,
 )
 from lorasrv_adapters.published import open_folder, open_version
-from lorasrv_adapters.records import Upload, UploadFile, UploadState
+from lorasrv_adapters.records import Tag, Upload, UploadFile, UploadState, VersionState
 from lorasrv_adapters.registry import Registry
 
 BASE = llama_shapes()
@@ -56,8 +56,8 @@ def registry(tmp_path: Path, clock: Clock) -> Iterator[Registry]:
 
 def send(registry: Registry, upload: Upload, folder: Path, chunk_bytes: int = 700) -> None:
     """Bring every file from its committed offset to its end, as a client does."""
-    for file in registry.get_upload(upload.tenant, upload.upload_id).files:
-        writer = registry.open_writer(upload.tenant, upload.upload_id, file.name)
+    for file in registry.uploads.get(upload.tenant, upload.upload_id).files:
+        writer = registry.uploads.open_writer(upload.tenant, upload.upload_id, file.name)
         data = (folder / file.name).read_bytes()
         offset = writer.offset
         while offset < len(data):
@@ -65,13 +65,13 @@ def send(registry: Registry, upload: Upload, folder: Path, chunk_bytes: int = 70
 
 
 def start(registry: Registry, folder: Path, adapter_id: str = "upper", tenant: str = "acme") -> Upload:
-    upload = registry.create_upload(tenant, adapter_id, upload_files(folder))
+    upload = registry.uploads.create(tenant, adapter_id, upload_files(folder))
     send(registry, upload, folder)
     return upload
 
 
 def push(registry: Registry, folder: Path, adapter_id: str = "upper", tenant: str = "acme") -> str:
-    done = registry.finish_upload(tenant, start(registry, folder, adapter_id, tenant).upload_id)
+    done = registry.uploads.finish(tenant, start(registry, folder, adapter_id, tenant).upload_id)
     registry.check()
     assert done.version is not None
     return done.version.digest
@@ -85,7 +85,7 @@ def test_publish_and_open(registry: Registry, tmp_path: Path) -> None:
     folder = small_adapter(tmp_path / "a", BASE)
     digest = push(registry, folder)
 
-    adapter = registry.get_adapter("acme", "upper")
+    adapter = registry.adapters.get("acme", "upper")
     (version,) = adapter.versions
     assert adapter.tags == {"latest": digest}
     assert (version.digest, version.rank_min, version.rank_max) == (digest, 2, 2)
@@ -126,7 +126,7 @@ def test_the_digest_covers_the_defaults_and_is_what_it_was_without(registry: Reg
         assert digests[-1] == expected() == open_folder(folder, BASE, 256).digest
         assert open_digest(registry, digests[-1]) == 4
     assert len(set(digests)) == 4
-    versions = registry.get_adapter("acme", "upper").versions
+    versions = registry.adapters.get("acme", "upper").versions
     assert [version.serving for version in versions] == ["{}", '{"sampling": {"top_k": 3}}', "{}", None]
     assert [registry.resolve("acme", f"upper@sha256:{digest}").serving for digest in digests] == [
         version.serving for version in reversed(versions)
@@ -144,7 +144,7 @@ def test_a_damaged_serving_file_is_found(registry: Registry, tmp_path: Path) -> 
 
 def test_new_version_moves_latest_and_keeps_the_old(registry: Registry, tmp_path: Path) -> None:
     digests = [push(registry, small_adapter(tmp_path / str(seed), BASE, seed=seed)) for seed in range(3)]
-    adapter = registry.get_adapter("acme", "upper")
+    adapter = registry.adapters.get("acme", "upper")
     assert [version.digest for version in adapter.versions] == digests[::-1]
     assert registry.resolve("acme", "upper").digest == digests[-1]
     assert registry.resolve("acme", f"upper@sha256:{digests[0][:8]}").digest == digests[0]
@@ -159,7 +159,7 @@ def test_same_content_is_stored_once_and_moves_the_tag_back(registry: Registry, 
     assert push(registry, old) == digest
     assert push(registry, old, tenant="other") == digest
     assert set(registry.blobs.digests()) == blobs
-    assert len(registry.get_adapter("acme", "upper").versions) == 2
+    assert len(registry.adapters.get("acme", "upper").versions) == 2
     assert registry.resolve("acme", "upper@latest").digest == digest
 
 
@@ -167,7 +167,7 @@ def test_finish_is_idempotent(registry: Registry, tmp_path: Path) -> None:
     upload = start(registry, small_adapter(tmp_path / "a", BASE))
     results: list[Upload] = []
     threads = [
-        threading.Thread(target=lambda: results.append(registry.finish_upload("acme", upload.upload_id)))
+        threading.Thread(target=lambda: results.append(registry.uploads.finish("acme", upload.upload_id)))
         for _ in range(4)
     ]
     for thread in threads:
@@ -177,9 +177,9 @@ def test_finish_is_idempotent(registry: Registry, tmp_path: Path) -> None:
     assert len(results) == 4
     assert len({result.version for result in results}) == 1
     assert results[0].state is UploadState.PUBLISHED
-    assert registry.get_upload("acme", upload.upload_id) == results[0]
+    assert registry.uploads.get("acme", upload.upload_id) == results[0]
     with pytest.raises(err.UploadNotReceiving):
-        registry.open_writer("acme", upload.upload_id, CONFIG_FILE)
+        registry.uploads.open_writer("acme", upload.upload_id, CONFIG_FILE)
 
 
 def test_refused_content_fails_the_upload_with_all_reasons(registry: Registry, tmp_path: Path) -> None:
@@ -189,22 +189,22 @@ def test_refused_content_fails_the_upload_with_all_reasons(registry: Registry, t
     reasons: list[list[str]] = []
     for _ in range(2):
         with pytest.raises(err.ContentRefused) as refused:
-            registry.finish_upload("acme", upload.upload_id)
+            registry.uploads.finish("acme", upload.upload_id)
         assert {type(error) for error in refused.value.errors} == {err.UnsupportedFeature, err.InvalidAdapter}
         reasons.append([str(error) for error in refused.value.errors])
         registry.check()
-    failed = registry.get_upload("acme", upload.upload_id)
+    failed = registry.uploads.get("acme", upload.upload_id)
     assert failed.state is UploadState.FAILED
     assert reasons == [[str(error) for error in failed.errors]] * 2
     assert not list((tmp_path / "data" / "staging").iterdir())
     with pytest.raises(err.AdapterNotFound):
-        registry.get_adapter("acme", "upper")
+        registry.adapters.get("acme", "upper")
 
 
 def test_offsets(registry: Registry, tmp_path: Path) -> None:
     folder = small_adapter(tmp_path / "a", BASE)
-    upload = registry.create_upload("acme", "upper", upload_files(folder))
-    writer = registry.open_writer("acme", upload.upload_id, WEIGHTS_FILE)
+    upload = registry.uploads.create("acme", "upper", upload_files(folder))
+    writer = registry.uploads.open_writer("acme", upload.upload_id, WEIGHTS_FILE)
     data = (folder / WEIGHTS_FILE).read_bytes()
     assert writer.write(0, data[:100]) == 100
     for wrong in (0, 99, 101, 1 << 60):
@@ -214,45 +214,45 @@ def test_offsets(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(err.InvalidUpload, match=str(len(data))):
         writer.write(100, data)
     with pytest.raises(err.UploadIncomplete, match="100 of"):
-        registry.finish_upload("acme", upload.upload_id)
-    assert {f.name: f.committed_bytes for f in registry.get_upload("acme", upload.upload_id).files} == {
+        registry.uploads.finish("acme", upload.upload_id)
+    assert {f.name: f.committed_bytes for f in registry.uploads.get("acme", upload.upload_id).files} == {
         WEIGHTS_FILE: 100,
         CONFIG_FILE: 0,
     }
     with pytest.raises(err.InvalidUpload):
-        registry.open_writer("acme", upload.upload_id, "../catalogue.sqlite3")
+        registry.uploads.open_writer("acme", upload.upload_id, "../catalogue.sqlite3")
 
 
 def test_digest_mismatch_returns_that_file_to_zero(registry: Registry, tmp_path: Path) -> None:
     folder = small_adapter(tmp_path / "a", BASE)
-    upload = registry.create_upload("acme", "upper", upload_files(folder))
+    upload = registry.uploads.create("acme", "upper", upload_files(folder))
     good = (folder / CONFIG_FILE).read_bytes()
     (folder / CONFIG_FILE).write_bytes(b"x" * len(good))
     send(registry, upload, folder)
     with pytest.raises(err.DigestMismatch, match=CONFIG_FILE):
-        registry.finish_upload("acme", upload.upload_id)
-    offsets = {f.name: f.committed_bytes for f in registry.get_upload("acme", upload.upload_id).files}
+        registry.uploads.finish("acme", upload.upload_id)
+    offsets = {f.name: f.committed_bytes for f in registry.uploads.get("acme", upload.upload_id).files}
     assert offsets[CONFIG_FILE] == 0
     assert offsets[WEIGHTS_FILE] > 0
     (folder / CONFIG_FILE).write_bytes(good)
     send(registry, upload, folder)
-    assert registry.finish_upload("acme", upload.upload_id).state is UploadState.PUBLISHED
+    assert registry.uploads.finish("acme", upload.upload_id).state is UploadState.PUBLISHED
 
 
 def test_the_newest_writer_wins(registry: Registry, tmp_path: Path) -> None:
     folder = small_adapter(tmp_path / "a", BASE)
-    upload = registry.create_upload("acme", "upper", upload_files(folder))
+    upload = registry.uploads.create("acme", "upper", upload_files(folder))
     data = (folder / WEIGHTS_FILE).read_bytes()
-    old = registry.open_writer("acme", upload.upload_id, WEIGHTS_FILE)
-    other = registry.open_writer("acme", upload.upload_id, CONFIG_FILE)
+    old = registry.uploads.open_writer("acme", upload.upload_id, WEIGHTS_FILE)
+    other = registry.uploads.open_writer("acme", upload.upload_id, CONFIG_FILE)
     old.write(0, data[:50])
-    new = registry.open_writer("acme", upload.upload_id, WEIGHTS_FILE)
+    new = registry.uploads.open_writer("acme", upload.upload_id, WEIGHTS_FILE)
     assert new.offset == 50
     with pytest.raises(err.UploadSuperseded):
         old.write(50, data[50:])
     new.write(50, data[50:])
     other.write(0, (folder / CONFIG_FILE).read_bytes())
-    registry.finish_upload("acme", upload.upload_id)
+    registry.uploads.finish("acme", upload.upload_id)
     with pytest.raises(err.UploadNotReceiving):
         new.write(len(data), b"")
 
@@ -273,7 +273,7 @@ def test_the_newest_writer_wins(registry: Registry, tmp_path: Path) -> None:
 )
 def test_only_an_adapters_files_are_taken(registry: Registry, names: list[str]) -> None:
     with pytest.raises(err.InvalidUpload):
-        registry.create_upload("acme", "upper", [UploadFile(name=n, size_bytes=1, sha256="0" * 64) for n in names])
+        registry.uploads.create("acme", "upper", [UploadFile(name=n, size_bytes=1, sha256="0" * 64) for n in names])
 
 
 @pytest.mark.parametrize(
@@ -282,34 +282,34 @@ def test_only_an_adapters_files_are_taken(registry: Registry, names: list[str]) 
 def test_sizes_and_digests_are_checked_when_announced(registry: Registry, size: int, sha256: str) -> None:
     files = [UploadFile(name=name, size_bytes=size, sha256=sha256) for name in FILE_NAMES]
     with pytest.raises(err.InvalidUpload):
-        registry.create_upload("acme", "upper", files)
+        registry.uploads.create("acme", "upper", files)
 
 
 @pytest.mark.parametrize("bad", ["", "Upper", "a\0", "x" * 64, "\u0430", "../a", "base"])
 def test_bad_ids(registry: Registry, tmp_path: Path, bad: str) -> None:
     files = upload_files(small_adapter(tmp_path / "a", BASE))
     with pytest.raises(err.InvalidReference):
-        registry.create_upload("acme", bad, files)
+        registry.uploads.create("acme", bad, files)
     with pytest.raises(err.InvalidReference):
         registry.resolve("acme", bad)
     if bad != "base":
         with pytest.raises(err.InvalidReference):
-            registry.create_upload(bad, "upper", files)
+            registry.uploads.create(bad, "upper", files)
 
 
 def test_another_tenants_things_look_missing(registry: Registry, tmp_path: Path) -> None:
     digest = push(registry, small_adapter(tmp_path / "a", BASE))
-    upload = registry.create_upload("acme", "upper", upload_files(tmp_path / "a"))
+    upload = registry.uploads.create("acme", "upper", upload_files(tmp_path / "a"))
 
     def texts(tenant: str, adapter_id: str, upload_id: str) -> list[str]:
         calls = [
-            lambda: registry.get_adapter(tenant, adapter_id),
-            lambda: registry.delete_adapter(tenant, adapter_id),
+            lambda: registry.adapters.get(tenant, adapter_id),
+            lambda: registry.adapters.delete(tenant, adapter_id),
             lambda: registry.resolve(tenant, adapter_id),
             lambda: registry.resolve(tenant, f"{adapter_id}@sha256:{digest}"),
-            lambda: registry.get_upload(tenant, upload_id),
-            lambda: registry.open_writer(tenant, upload_id, CONFIG_FILE),
-            lambda: registry.finish_upload(tenant, upload_id),
+            lambda: registry.uploads.get(tenant, upload_id),
+            lambda: registry.uploads.open_writer(tenant, upload_id, CONFIG_FILE),
+            lambda: registry.uploads.finish(tenant, upload_id),
         ]
         found = []
         for call in calls:
@@ -319,7 +319,7 @@ def test_another_tenants_things_look_missing(registry: Registry, tmp_path: Path)
         return found
 
     assert texts("rival", "upper", upload.upload_id) == texts("rival", "nosuch", "f" * 32)
-    assert registry.list_adapters("rival").adapters == ()
+    assert registry.adapters.list("rival").adapters == ()
 
 
 def test_listing_pages(registry: Registry, tmp_path: Path) -> None:
@@ -330,21 +330,21 @@ def test_listing_pages(registry: Registry, tmp_path: Path) -> None:
     seen: list[str] = []
     token: str | None = None
     while True:
-        page = registry.list_adapters("acme", 2, token)
+        page = registry.adapters.list("acme", page_size=2, page_token=token)
         seen += [adapter.adapter_id for adapter in page.adapters]
         token = page.next_page_token
         if token is None:
             break
-        registry.delete_adapter("acme", seen[-1])
+        registry.adapters.delete("acme", seen[-1])
         forged = ("x", "AAAA", "\u0430", "L2Jhc2U=", "YWNtZS8uLi8=")
         for bad in forged:
             with pytest.raises(err.InvalidPage):
-                registry.list_adapters("acme", 2, bad)
+                registry.adapters.list("acme", page_size=2, page_token=bad)
         with pytest.raises(err.InvalidPage):
-            registry.list_adapters("rival", 2, token)
+            registry.adapters.list("rival", page_size=2, page_token=token)
     assert seen == names
     with pytest.raises(err.InvalidPage, match="-1"):
-        registry.list_adapters("acme", -1)
+        registry.adapters.list("acme", page_size=-1)
 
 
 def test_unknown_references(registry: Registry, tmp_path: Path) -> None:
@@ -359,12 +359,12 @@ def test_delete_keeps_shared_and_pinned_blobs(registry: Registry, tmp_path: Path
     push(registry, first)
     digest = push(registry, first, "twin")
     push(registry, second)
-    registry.delete_adapter("acme", "upper")
+    registry.adapters.delete("acme", "upper", purge=True)
     registry.check()
     assert open_digest(registry, digest) == 4
     pinned = registry.acquire("acme", "twin")
     registry.pin(digest)
-    registry.delete_adapter("acme", "twin")
+    registry.adapters.delete("acme", "twin", purge=True)
     registry.check()
     assert (pinned.digest, registry.num_pins) == (digest, 2)
     assert open_digest(registry, digest) == 4
@@ -383,7 +383,7 @@ def test_published_again_while_a_deleted_one_is_pinned(registry: Registry, tmp_p
     folder = small_adapter(tmp_path / "a", BASE)
     digest = push(registry, folder)
     registry.pin(digest)
-    registry.delete_adapter("acme", "upper")
+    registry.adapters.delete("acme", "upper", purge=True)
     assert push(registry, folder) == digest
     registry.unpin(digest)
     registry.check()
@@ -394,12 +394,12 @@ def test_expired_uploads_are_reaped(registry: Registry, tmp_path: Path, clock: C
     folder = small_adapter(tmp_path / "a", BASE)
     digest = push(registry, folder)
     upload = start(registry, folder)
-    writer = registry.open_writer("acme", upload.upload_id, CONFIG_FILE)
+    writer = registry.uploads.open_writer("acme", upload.upload_id, CONFIG_FILE)
     assert registry.reap() == 0
     clock.now = upload.expire_time
     assert registry.reap() == 2
     with pytest.raises(err.UploadNotFound):
-        registry.get_upload("acme", upload.upload_id)
+        registry.uploads.get("acme", upload.upload_id)
     with pytest.raises(err.UploadNotReceiving):
         writer.write(0, b"x")
     assert not list((tmp_path / "data" / "staging").iterdir())
@@ -409,15 +409,17 @@ def test_expired_uploads_are_reaped(registry: Registry, tmp_path: Path, clock: C
 def test_uploads_resume_after_a_restart(tmp_path: Path) -> None:
     folder = small_adapter(tmp_path / "a", BASE)
     registry = Registry(tmp_path / "data", BASE)
-    upload = registry.create_upload("acme", "upper", upload_files(folder))
-    registry.open_writer("acme", upload.upload_id, WEIGHTS_FILE).write(0, (folder / WEIGHTS_FILE).read_bytes()[:77])
+    upload = registry.uploads.create("acme", "upper", upload_files(folder))
+    registry.uploads.open_writer("acme", upload.upload_id, WEIGHTS_FILE).write(
+        0, (folder / WEIGHTS_FILE).read_bytes()[:77]
+    )
     registry.close()
     (tmp_path / "data" / "staging" / "abandoned").mkdir()
     registry = Registry(tmp_path / "data", BASE)
     registry.check()
-    assert registry.open_writer("acme", upload.upload_id, WEIGHTS_FILE).offset == 77
+    assert registry.uploads.open_writer("acme", upload.upload_id, WEIGHTS_FILE).offset == 77
     send(registry, upload, folder)
-    assert registry.finish_upload("acme", upload.upload_id).state is UploadState.PUBLISHED
+    assert registry.uploads.finish("acme", upload.upload_id).state is UploadState.PUBLISHED
     registry.close()
 
 
@@ -467,11 +469,11 @@ def test_a_full_disk_is_reported_and_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
         with pytest.raises(err.StorageFull) as refused:
-            registry.finish_upload("acme", upload.upload_id)
+            registry.uploads.finish("acme", upload.upload_id)
     assert str(tmp_path) not in str(refused.value)
     registry.check()
     send(registry, upload, tmp_path / "a")
-    assert registry.finish_upload("acme", upload.upload_id).state is UploadState.PUBLISHED
+    assert registry.uploads.finish("acme", upload.upload_id).state is UploadState.PUBLISHED
 
 
 def test_one_process_owns_a_data_directory(registry: Registry, tmp_path: Path) -> None:
@@ -479,18 +481,39 @@ def test_one_process_owns_a_data_directory(registry: Registry, tmp_path: Path) -
         Registry(tmp_path / "data", BASE)
 
 
-def test_a_catalogue_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+# What takes a catalogue back to an older schema.
+TO_SECOND = (
+    "DROP TABLE replays",
+    "DROP TABLE keys",
+    "ALTER TABLE uploads DROP COLUMN create_only",
+    "ALTER TABLE tags DROP COLUMN weight",
+    "ALTER TABLE versions DROP COLUMN quarantined",
+    *(
+        f"ALTER TABLE adapters DROP COLUMN {name}"
+        for name in ("labels", "annotations", "pinned", "delete_time", "expire_time")
+    ),
+)
+DOWNGRADES = {2: TO_SECOND, 1: (*TO_SECOND, "ALTER TABLE versions DROP COLUMN serving")}
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_catalogue_of_an_older_schema_is_brought_up_to_date(tmp_path: Path, schema: int) -> None:
     registry = Registry(tmp_path / "data", BASE)
-    digest = push(registry, small_adapter(tmp_path / "a", BASE))
+    folder = small_adapter(tmp_path / "a", BASE)
+    digest = push(registry, folder)
+    upload = registry.uploads.create("acme", "other", upload_files(folder))
     registry.close()
     db = sqlite3.connect(tmp_path / "data" / "catalogue.sqlite3", isolation_level=None)
-    db.execute("ALTER TABLE versions DROP COLUMN serving")
-    db.execute("PRAGMA user_version=1")
+    for statement in DOWNGRADES[schema]:
+        db.execute(statement)
+    db.execute(f"PRAGMA user_version={schema}")
     db.close()
     for _ in range(2):
         registry = Registry(tmp_path / "data", BASE)
-        (version,) = registry.get_adapter("acme", "upper").versions
-        assert (version.digest, version.serving) == (digest, None)
+        (version,) = registry.adapters.get("acme", "upper").versions
+        assert (version.digest, version.serving, version.state) == (digest, None, VersionState.READY)
+        assert registry.adapters.tags("acme", "upper").tags == (Tag(tag="latest", digest=digest),)
+        assert registry.uploads.get("acme", upload.upload_id).state is UploadState.RECEIVING
         assert open_digest(registry, digest) == 4
         registry.check()
         registry.close()
@@ -518,9 +541,9 @@ def test_many_threads_publish_delete_and_pin(registry: Registry, tmp_path: Path)
     def work(name: str) -> None:
         try:
             for round_ in range(6):
-                registry.finish_upload("acme", start(registry, folders[round_ % 2], name).upload_id)
+                registry.uploads.finish("acme", start(registry, folders[round_ % 2], name).upload_id)
                 resolved = registry.acquire("acme", name)
-                registry.delete_adapter("acme", name)
+                registry.adapters.delete("acme", name, purge=True)
                 assert open_digest(registry, resolved.digest) == 4
                 registry.unpin(resolved.digest)
         except Exception as error:
@@ -570,10 +593,11 @@ sqlite3.connect = lambda *args, **kwargs: connect(*args, **kwargs, factory=Conne
 for name in ("replace", "fsync", "mkdir", "unlink", "rmdir"):
     setattr(os, name, counted(getattr(os, name)))
 registry = Registry(data, llama_shapes())
-upload = registry.create_upload("acme", "upper", upload_files(folder))
+upload = registry.uploads.create("acme", "upper", upload_files(folder))
 for file in upload.files:
-    registry.open_writer("acme", upload.upload_id, file.name).write(0, (folder / file.name).read_bytes())
-registry.finish_upload("acme", upload.upload_id)
+    writer = registry.uploads.open_writer("acme", upload.upload_id, file.name)
+    writer.write(writer.offset, (folder / file.name).read_bytes()[writer.offset:])
+registry.uploads.finish("acme", upload.upload_id)
 print("acknowledged", steps, flush=True)
 """
 

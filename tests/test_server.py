@@ -54,7 +54,8 @@ def adapters(running: Running) -> Any:
 
 async def push(adapters: Any, folder: Path, adapter_id: str) -> adapter_pb2.Upload:
     upload = await create(adapters, folder, adapter_id)
-    await adapters.WriteUpload(write_requests(folder, upload))
+    if requests := list(write_requests(folder, upload)):
+        await adapters.WriteUpload(iter(requests))
     return await adapters.FinishUpload(adapter_pb2.FinishUploadRequest(name=upload.name))
 
 

@@ -75,6 +75,18 @@ class InvalidReference(AdapterError):
     reason = "INVALID_REFERENCE"
 
 
+class InvalidField(AdapterError):
+    """A request's field that can never be accepted: a label, a weight, a request id."""
+
+    reason = "INVALID_FIELD"
+
+
+class RequestIdReused(AdapterError):
+    """The request id was used for another request."""
+
+    reason = "REQUEST_ID_REUSED"
+
+
 class InvalidPage(AdapterError):
     """A page size or page token that this registry did not give out."""
 
@@ -85,6 +97,48 @@ class AdapterNotFound(AdapterError):
     """No such adapter, tag or version in this tenant."""
 
     reason = "ADAPTER_NOT_FOUND"
+
+
+class AdapterExists(AdapterError):
+    """The name is taken, and the call asked for a new one; or an adapter to be undeleted was not deleted."""
+
+    reason = "ADAPTER_EXISTS"
+
+
+class StaleEtag(AdapterError):
+    """The adapter has changed since the caller read it."""
+
+    reason = "STALE_ETAG"
+
+
+class VersionTagged(AdapterError):
+    """A version that a tag points at is not deleted."""
+
+    reason = "VERSION_TAGGED"
+
+
+class AdapterPinned(AdapterError):
+    """An adapter that is pinned is not deleted."""
+
+    reason = "ADAPTER_PINNED"
+
+
+class VersionQuarantined(AdapterError):
+    """The version's stored bytes are damaged; publishing the same content again repairs them."""
+
+    reason = "VERSION_QUARANTINED"
+
+
+class QuotaExceeded(AdapterError):
+    """More than the tenant may have."""
+
+    reason = "QUOTA_EXCEEDED"
+
+
+class ImportRefused(AdapterError):
+    """A source outside what may be imported."""
+
+    reason = "IMPORT_REFUSED"
 
 
 class UploadNotFound(AdapterError):

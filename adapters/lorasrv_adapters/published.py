@@ -98,6 +98,12 @@ def read_manifest(blobs: BlobStore, digest: str) -> Manifest:
         raise CorruptBlob(f"version {digest}: {error}") from None
 
 
+def verify_version(blobs: BlobStore, digest: str) -> None:
+    """Read all that a version consists of; raises CorruptBlob unless every byte is right."""
+    for file in read_manifest(blobs, digest).files:
+        blobs.verify(file.sha256, file.size_bytes)
+
+
 def _manifest(files: Mapping[str, BinaryIO]) -> Manifest:
     return make_manifest(
         [ManifestFile(name=name, sha256=file_sha256(file), size_bytes=file.tell()) for name, file in files.items()]

@@ -103,6 +103,10 @@ def version_name(tenant: str, adapter_id: str, digest: str) -> str:
     return f"tenants/{tenant}/adapters/{adapter_id}/versions/{digest}"
 
 
+def tag_name(tenant: str, adapter_id: str, tag: str) -> str:
+    return f"tenants/{tenant}/adapters/{adapter_id}/tags/{tag}"
+
+
 def upload_name(tenant: str, upload_id: str) -> str:
     return f"tenants/{tenant}/uploads/{upload_id}"
 
@@ -117,6 +121,19 @@ def parse_adapter_name(name: str) -> tuple[str, str]:
     """(tenant, adapter id) of `tenants/{tenant}/adapters/{adapter}`."""
     tenant, adapter_id = _split_name(name, "tenants", "adapters")
     return tenant, check_adapter_id(adapter_id)
+
+
+def parse_version_name(name: str) -> tuple[str, str, str]:
+    """(tenant, adapter id, digest) of `tenants/{tenant}/adapters/{adapter}/versions/{digest}`."""
+    adapter, mark, digest = name.rpartition("/versions/")
+    tenant, adapter_id = parse_adapter_name(adapter if mark else name)
+    return tenant, adapter_id, check_digest(digest)
+
+
+def parse_tag_name(name: str) -> tuple[str, str, str]:
+    """(tenant, adapter id, tag) of `tenants/{tenant}/adapters/{adapter}/tags/{tag}`."""
+    tenant, adapter_id, tag = _split_name(name, "tenants", "adapters", "tags")
+    return tenant, check_adapter_id(adapter_id), tag
 
 
 def parse_upload_name(name: str) -> tuple[str, str]:

@@ -6,49 +6,49 @@ killed between any two of these leaves the old state and an upload that can be r
 files that nothing names are swept at the next start.
 """
 
-import base64
-import binascii
 import fcntl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
+from lorasrv_adapters.adapters import Adapters
 from lorasrv_adapters.base import BaseShapes
 from lorasrv_adapters.blobs import BlobStore, make_folder, storage_errors
 from lorasrv_adapters.catalogue import Catalogue
+from lorasrv_adapters.database import Database
+from lorasrv_adapters.downloads import Download
 from lorasrv_adapters.errors import (
     AdapterNotFound,
     BaseMismatch,
-    InvalidPage,
+    CorruptBlob,
     InvalidReference,
     RegistryUnavailable,
-    quote,
+    VersionQuarantined,
 )
+from lorasrv_adapters.limits import RegistryLimits
+from lorasrv_adapters.page_tokens import PageTokens
 from lorasrv_adapters.peft_format import DEFAULT_MAX_RANK, SpecCheck, accept_all
 from lorasrv_adapters.pins import PinnedBlobs
+from lorasrv_adapters.published import verify_version
 from lorasrv_adapters.publishing import Publisher
-from lorasrv_adapters.records import Adapter, AdapterPage, ResolvedVersion, Upload, UploadFile, UploadState, Version
-from lorasrv_adapters.reference import (
-    BASE_ID,
-    AdapterReference,
-    BaseReference,
-    TagReference,
-    check_adapter_id,
-    parse_reference,
-)
+from lorasrv_adapters.records import Adapter, ResolvedVersion, Version, VersionState, VersionUse
+from lorasrv_adapters.reference import BASE_ID, AdapterReference, BaseReference, TagReference, parse_reference
+from lorasrv_adapters.replays import Replays
 from lorasrv_adapters.staging import Staging
-from lorasrv_adapters.uploads import UploadWriter
+from lorasrv_adapters.tenant_bytes import TenantBytes
+from lorasrv_adapters.upload_catalogue import UploadCatalogue
 
-DEFAULT_PAGE_SIZE = 100
-MAX_PAGE_SIZE = 1000
+_NO_LIMITS = RegistryLimits()
 
 
 class Registry:
-    """The face of all that is stored. Thread-safe: `_lock` guards catalogue, pins and blob names, for milliseconds;
-    hashing and validation run outside it, under the upload's own lock, which is always taken first.
+    """The face of all that is stored: `uploads` in, `adapters` to look at and change, and here what serving needs.
+
+    Thread-safe: `_lock` guards catalogue, pins and blob names, for milliseconds; hashing and validation run outside
+    it, under the upload's own lock, which is always taken first.
 
     Another tenant's adapters and uploads look exactly like missing ones. Raises RegistryUnavailable when another
     process holds `data_dir` or the catalogue cannot be used, StorageFull when the disk is full. `check` is what the
@@ -61,97 +61,72 @@ class Registry:
         base: BaseShapes,
         max_rank: int = DEFAULT_MAX_RANK,
         *,
+        limits: RegistryLimits = _NO_LIMITS,
         check: SpecCheck = accept_all,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._base = base
+        self._clock = clock
         self._lock = threading.RLock()
+        self._uses: dict[tuple[str, str, str], VersionUse] = {}
         with ExitStack() as undo, storage_errors():
             make_folder(data_dir)
             undo.callback(_own_folder(data_dir).close)
             self.blob_root = data_dir / "blobs"
             self.blobs = BlobStore(self.blob_root)
             self._staging = Staging(data_dir / "staging")
-            self._catalogue = Catalogue(data_dir / "catalogue.sqlite3")
-            undo.callback(self._catalogue.close)
+            database = Database(data_dir / "catalogue.sqlite3")
+            undo.callback(database.close)
+            self._catalogue = Catalogue(database, base.fingerprint)
+            self._uploads = UploadCatalogue(database, self._catalogue)
+            self._replays = Replays(database, clock)
             self._pins = PinnedBlobs(self.blobs, self._catalogue)
-            self._publisher = Publisher(
-                base=base,
-                max_rank=max_rank,
-                check=check,
+            self._tenant_bytes = TenantBytes(self._catalogue, self._lock, limits.tenant_bytes)
+            self.adapters = Adapters(
+                limits=limits,
                 clock=clock,
                 lock=self._lock,
                 catalogue=self._catalogue,
+                pins=self._pins,
+                replays=self._replays,
+                tokens=PageTokens(database),
+            )
+            self.uploads = Publisher(
+                base=base,
+                max_rank=max_rank,
+                check=check,
+                limits=limits,
+                clock=clock,
+                lock=self._lock,
+                catalogue=self._catalogue,
+                uploads=self._uploads,
+                replays=self._replays,
                 blobs=self.blobs,
                 pins=self._pins,
                 staging=self._staging,
+                tenant_bytes=self._tenant_bytes,
             )
-            self._sweep()
+            self._recover()
             self._open = undo.pop_all()
 
     def close(self) -> None:
         """Ends use of the data directory; no call may be in progress."""
         self._open.close()
 
-    def create_upload(self, tenant: str, adapter_id: str, files: Sequence[UploadFile]) -> Upload:
-        """Announce a new version's files by name, size and sha256: see `Publisher.create`."""
-        return self._publisher.create(tenant, adapter_id, files)
-
-    def get_upload(self, tenant: str, upload_id: str) -> Upload:
-        """The upload with its committed offsets: see `Publisher.get`."""
-        return self._publisher.get(tenant, upload_id)
-
-    def open_writer(self, tenant: str, upload_id: str, file: str) -> UploadWriter:
-        """Take over writing a file from whoever writes it: see `Publisher.open_writer`."""
-        return self._publisher.open_writer(tenant, upload_id, file)
-
-    def finish_upload(self, tenant: str, upload_id: str) -> Upload:
-        """Validate and publish, tagged `latest`; idempotent: see `Publisher.finish`."""
-        return self._publisher.finish(tenant, upload_id)
-
-    def get_adapter(self, tenant: str, adapter_id: str) -> Adapter:
-        """Raises AdapterNotFound."""
-        with self._lock:
-            adapter = self._catalogue.adapter(tenant, adapter_id)
-        if adapter is None:
-            raise AdapterNotFound(f"adapter {quote(adapter_id)} not found")
-        return adapter
-
-    def list_adapters(self, tenant: str, page_size: int = 0, page_token: str | None = None) -> AdapterPage:
-        """Adapters by id; `page_size` 0 means 100, more than 1000 gives 1000. Raises InvalidPage."""
-        if page_size < 0:
-            raise InvalidPage(f"page_size {page_size} is negative")
-        limit = min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
-        after = _parse_page_token(tenant, page_token) if page_token else ""
-        with self._lock:
-            ids = self._catalogue.adapter_ids(tenant, after, limit + 1)
-            adapters = tuple(self.get_adapter(tenant, adapter_id) for adapter_id in ids[:limit])
-        return AdapterPage(
-            adapters=adapters, next_page_token=_page_token(tenant, ids[limit - 1]) if len(ids) > limit else None
-        )
-
-    def delete_adapter(self, tenant: str, adapter_id: str) -> None:
-        """Forget an adapter with all its versions; blobs that are pinned or shared stay. Raises AdapterNotFound."""
-        with self._lock, storage_errors():
-            blobs = self._catalogue.blobs_of(tenant, adapter_id)
-            if not blobs:
-                raise AdapterNotFound(f"adapter {quote(adapter_id)} not found")
-            self._catalogue.delete_adapter(tenant, adapter_id)
-            for digest, names in blobs.items():
-                self._pins.release(digest, names)
-
     def resolve(self, tenant: str, reference: str | AdapterReference) -> ResolvedVersion:
         """The version that a reference means now; asks the catalogue only, never the disk.
 
         Raises InvalidReference (also for `base` and for a digest prefix of several versions), AdapterNotFound,
-        BaseMismatch when the version was validated against another base model.
+        BaseMismatch when the version was validated against another base model, VersionQuarantined.
         """
         parsed = parse_reference(reference) if isinstance(reference, str) else reference
         if isinstance(parsed, BaseReference):
             raise InvalidReference(f"{BASE_ID!r} is the base model, which is no adapter")
-        adapter = self.get_adapter(tenant, parsed.adapter_id)
+        adapter = self.adapters.get(tenant, parsed.adapter_id)
         version = _find_version(adapter, parsed)
-        if version.fingerprint != self._base.fingerprint:
+        if version.state is VersionState.QUARANTINED:
+            raise VersionQuarantined(f"adapter {parsed}: stored bytes are damaged; publish the same content again")
+        if version.state is VersionState.INCOMPATIBLE:
             raise BaseMismatch(
                 f"adapter {parsed} was validated against base model {version.fingerprint}, not {self._base.fingerprint}"
             )
@@ -168,7 +143,31 @@ class Registry:
         with self._lock:
             resolved = self.resolve(tenant, reference)
             self._pins.pin(resolved.digest)
+            key = (tenant, resolved.adapter_id, resolved.digest)
+            hits = self._uses[key].hits if key in self._uses else 0
+            self._uses[key] = VersionUse(hits=hits + 1, last_use_time=self._clock())
         return resolved
+
+    def use(self, tenant: str, adapter_id: str, digest: str) -> VersionUse | None:
+        """How often a version was acquired by this name since the registry was opened."""
+        with self._lock:
+            return self._uses.get((tenant, adapter_id, digest))
+
+    def quarantine(self, digest: str) -> None:
+        """A version is said to be damaged: if its blobs are, refuse it until its content is published again."""
+        try:
+            with storage_errors():
+                verify_version(self.blobs, digest)
+        except CorruptBlob:
+            with self._lock:
+                self._catalogue.quarantine(digest)
+
+    def download(self, tenant: str, adapter_id: str, digest: str) -> Download:
+        """Pin a version to read its files; whoever asks closes it. Raises AdapterNotFound."""
+        with self._lock:
+            version = self.adapters.version(tenant, adapter_id, digest)
+            self._pins.pin(digest)
+        return Download(version, self.blobs, quarantine=self.quarantine, unpin=self.unpin)
 
     def pin(self, digest: str) -> None:
         """Keep a version's blobs until `unpin`, even if it is deleted; counted. Raises AdapterNotFound."""
@@ -186,31 +185,47 @@ class Registry:
             return self._pins.num_pins
 
     def reap(self) -> int:
-        """Drop expired uploads with their staged bytes; returns how many. Call it now and then."""
-        return self._publisher.reap()
+        """Drop what has expired: uploads with their staged bytes, deleted adapters; returns how many."""
+        with self._lock:
+            self._replays.reap()
+        num_reaped = self.uploads.reap() + self.adapters.reap()
+        with self._lock:
+            for key in [key for key in self._uses if self._catalogue.version(*key) is None]:
+                del self._uses[key]
+        return num_reaped
 
     def check(self) -> None:
         """Raises AssertionError on a broken invariant."""
         with self._lock:
             self._catalogue.check()
-            wanted = self._catalogue.all_blobs() | self._pins.kept_blobs()
-            present = set(self.blobs.digests())
-            assert present == wanted, (present, wanted)
-            receiving = {u.upload_id for u in self._catalogue.uploads() if u.state is UploadState.RECEIVING}
+            present, kept = set(self.blobs.digests()), self._pins.kept_blobs()
+            missing = self._catalogue.all_blobs(quarantined=False) - present
+            extra = present - self._catalogue.all_blobs() - kept
+            assert not missing and not extra, (missing, extra)
+            receiving = {upload.upload_id for upload in self._uploads.receiving()}
             assert set(self._staging.upload_ids()) <= receiving
+            for (upload_id, name), num_bytes in self._tenant_bytes.staged().items():
+                assert num_bytes == self._staging.own_bytes(upload_id, name), (upload_id, name)
             self._pins.check()
 
-    def _sweep(self) -> None:
-        """At start-up: remove what a killed process left that nothing names."""
-        receiving = {u.upload_id for u in self._catalogue.uploads() if u.state is UploadState.RECEIVING}
+    def _recover(self) -> None:
+        """At start-up: remove what a killed process left that nothing names, and see what has gone missing."""
+        receiving = {upload.upload_id: upload for upload in self._uploads.receiving()}
         for upload_id in self._staging.upload_ids():
             if upload_id not in receiving:
                 self._staging.remove(upload_id)
+        for upload in receiving.values():
+            for file in upload.files:
+                staged = self._staging.own_bytes(upload.upload_id, file.name)
+                self._tenant_bytes.add(upload.tenant, upload.upload_id, file.name, staged, force=True)
         self.blobs.remove_partial()
         wanted = self._catalogue.all_blobs()
-        for digest in self.blobs.digests():
-            if digest not in wanted:
-                self.blobs.delete(digest)
+        present = set(self.blobs.digests())
+        for digest in present - wanted:
+            self.blobs.delete(digest)
+        for blob in wanted - present:
+            for digest in self._catalogue.versions_with(blob):
+                self._catalogue.quarantine(digest)
         self.reap()
 
 
@@ -225,23 +240,6 @@ def _find_version(adapter: Adapter, reference: AdapterReference) -> Version:
     if len(found) > 1:
         raise InvalidReference(f"{reference} is a prefix of {len(found)} versions; write more digits")
     return found[0]
-
-
-def _page_token(tenant: str, last_id: str) -> str:
-    return base64.urlsafe_b64encode(f"{tenant}/{last_id}".encode()).decode()
-
-
-def _parse_page_token(tenant: str, token: str) -> str:
-    """The id after which the page begins. A token only names a position, so a made-up one reveals nothing."""
-    refusal = InvalidPage(f"page_token {quote(token)} was not given out for this list")
-    try:
-        owner, _, last_id = base64.b64decode(token, altchars=b"-_", validate=True).decode("ascii").partition("/")
-        check_adapter_id(last_id)
-    except (binascii.Error, ValueError, InvalidReference):
-        raise refusal from None
-    if owner != tenant:
-        raise refusal
-    return last_id
 
 
 def _own_folder(data_dir: Path) -> IO[bytes]:

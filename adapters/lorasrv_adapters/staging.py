@@ -1,5 +1,6 @@
 """Where uploads arrive: one folder per upload, one growing file per name. A file's size is its committed offset."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,15 +18,24 @@ class Staging:
     def folder(self, upload_id: str) -> Path:
         return self._root / upload_id
 
+    def path(self, upload_id: str, name: str) -> Path:
+        return self._root / upload_id / name
+
     def size(self, upload_id: str, name: str) -> int:
         """Bytes that have arrived."""
-        path = self.folder(upload_id) / name
+        path = self.path(upload_id, name)
         return path.stat().st_size if path.is_file() else 0
 
+    def own_bytes(self, upload_id: str, name: str) -> int:
+        """Those of them that no blob shares."""
+        path = self.path(upload_id, name)
+        return path.stat().st_size if path.is_file() and path.stat().st_nlink == 1 else 0
+
     def append(self, upload_id: str, name: str, data: bytes) -> None:
-        folder = self.folder(upload_id)
-        folder.mkdir(exist_ok=True)
-        path = folder / name
+        if not data:
+            return
+        self.folder(upload_id).mkdir(exist_ok=True)
+        path = self.path(upload_id, name)
         offset = self.size(upload_id, name)
         try:
             with path.open("ab", buffering=0) as file:
@@ -38,16 +48,21 @@ class Staging:
                 file.truncate(offset)
             raise
 
+    def share(self, upload_id: str, name: str, blob: Path) -> None:
+        """All of the file at once: another name for a blob's bytes, which are never written to."""
+        self.folder(upload_id).mkdir(exist_ok=True)
+        os.link(blob, self.path(upload_id, name))
+
     def touch(self, upload_id: str, name: str) -> Path:
         """The file's path; an empty file that no byte was sent for is made."""
         self.folder(upload_id).mkdir(exist_ok=True)
-        path = self.folder(upload_id) / name
+        path = self.path(upload_id, name)
         path.touch()
         return path
 
     def reset(self, upload_id: str, name: str) -> None:
         """Back to offset 0."""
-        (self.folder(upload_id) / name).unlink(missing_ok=True)
+        self.path(upload_id, name).unlink(missing_ok=True)
 
     def remove(self, upload_id: str) -> None:
         if self.folder(upload_id).exists():

@@ -4,9 +4,10 @@ import threading
 from dataclasses import dataclass, field
 
 from lorasrv_adapters.blobs import storage_errors
-from lorasrv_adapters.errors import InvalidUpload, OffsetMismatch, UploadNotReceiving, UploadSuperseded
+from lorasrv_adapters.errors import InvalidUpload, OffsetMismatch, StorageFull, UploadNotReceiving, UploadSuperseded
 from lorasrv_adapters.records import UploadFile
 from lorasrv_adapters.staging import Staging
+from lorasrv_adapters.tenant_bytes import TenantBytes
 
 
 @dataclass
@@ -27,15 +28,19 @@ class UploadWriter:
 
     def __init__(
         self,
+        tenant: str,
         upload_id: str,
         file: UploadFile,
         work: UploadWork,
         staging: Staging,
+        tenant_bytes: TenantBytes,
     ) -> None:
+        self._tenant = tenant
         self._upload_id = upload_id
         self._file = file
         self._work = work
         self._staging = staging
+        self._tenant_bytes = tenant_bytes
         work.writers[file.name] = self
 
     @property
@@ -47,7 +52,8 @@ class UploadWriter:
         """Append `data`, which must begin at the committed offset; returns the new offset.
 
         Raises OffsetMismatch with the current offset, InvalidUpload past the announced size, UploadSuperseded,
-        UploadNotReceiving, StorageFull.
+        UploadNotReceiving, QuotaExceeded, StorageFull; what was staged of the upload is then given back to the disk,
+        and it begins again.
         """
         if self._work.validating:
             raise UploadNotReceiving(f"upload {self._upload_id} is validating")
@@ -65,5 +71,19 @@ class UploadWriter:
                 raise InvalidUpload(
                     f"{self._file.name}: byte {current + len(data)} is past the size of {self._file.size_bytes}"
                 )
-            self._staging.append(self._upload_id, self._file.name, data)
+            self._append(data)
             return current + len(data)
+
+    def _append(self, data: bytes) -> None:
+        upload_id, name = self._upload_id, self._file.name
+        self._tenant_bytes.add(self._tenant, upload_id, name, len(data))
+        try:
+            with storage_errors():
+                self._staging.append(upload_id, name, data)
+        except StorageFull:
+            self._staging.remove(upload_id)
+            self._tenant_bytes.drop_upload(upload_id)
+            raise
+        except BaseException:
+            self._tenant_bytes.take_back(upload_id, name, len(data))
+            raise

@@ -1,14 +1,15 @@
 """The client: one object with a method per verb. Loads grpc and protobuf, nothing else."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
+from google.protobuf.field_mask_pb2 import FieldMask
 
-from lorasrv.client.errors import Unavailable, error_from_call
+from lorasrv.client.errors import NotFound, error_from_call
 from lorasrv.client.messages import (
     CHANNEL_OPTIONS,
     DEFAULT_URL,
@@ -16,15 +17,13 @@ from lorasrv.client.messages import (
     Event,
     Generation,
     Prompt,
-    committed_bytes,
     credentials,
     event_of,
     generate_request,
     target_of,
     tokenize_request,
-    upload_files,
-    write_requests,
 )
+from lorasrv.client.transfer import Progress, push_folder, receive_folder
 from lorasrv.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
@@ -34,8 +33,7 @@ from lorasrv.v1 import (
     server_pb2_grpc,
 )
 
-Progress = Callable[[int, int], None]
-PUSH_ATTEMPTS = 3
+RESUME_S = 60.0
 
 
 class Client:
@@ -122,42 +120,137 @@ class Client:
         return self._call(self._generation.Detokenize, request).text
 
     def push(
-        self, folder: str | Path, adapter_id: str | None = None, progress: Progress | None = None
+        self,
+        folder: str | Path,
+        adapter_id: str | None = None,
+        progress: Progress | None = None,
+        *,
+        create_only: bool = False,
+        resume_s: float = RESUME_S,
     ) -> adapter_pb2.Version:
         """Upload a PEFT folder and publish it as the adapter's newest version; the id is the folder's name by default.
 
         Its serving.json, if it has one, says what holds for generations that do not say otherwise.
-        A connection that breaks is taken up again at what the server has committed. `progress` is called with the
-        bytes sent and the bytes in all. Raises FileNotFoundError too.
+        A connection that breaks is taken up again at what the server has committed, until nothing has arrived for
+        `resume_s`; so is, within a day, a push that was killed, when the same folder is pushed again. Files that the
+        server has of this tenant are not sent. `create_only` refuses a name that is taken. `progress` is called with
+        the bytes sent and the bytes in all. Raises FileNotFoundError too.
         """
         folder = Path(folder)
         request = adapter_pb2.CreateUploadRequest(
             parent=self._tenant,
             adapter_id=folder.resolve().name if adapter_id is None else adapter_id,
-            files=upload_files(folder),
+            create_only=create_only,
         )
-        upload: adapter_pb2.Upload = self._call(self._adapters.CreateUpload, request)
-        self._write(folder, upload, progress)
-        finished = self._call(self._adapters.FinishUpload, adapter_pb2.FinishUploadRequest(name=upload.name))
-        return finished.version
+        return push_folder(self._adapters, self._call, folder, request, progress, resume_s)
 
-    def adapters(self) -> list[adapter_pb2.Adapter]:
-        """All adapters, by id."""
-        found: list[adapter_pb2.Adapter] = []
-        request = adapter_pb2.ListAdaptersRequest(parent=self._tenant, page_size=1000)
-        while True:
-            page = self._call(self._adapters.ListAdapters, request)
-            found += page.adapters
-            if not page.next_page_token:
-                return found
-            request.page_token = page.next_page_token
+    def pull(self, reference: str, folder: str | Path, progress: Progress | None = None) -> adapter_pb2.Version:
+        """Write a version's files into a folder that has none of them; every byte is checked.
 
-    def adapter(self, adapter_id: str) -> adapter_pb2.Adapter:
-        return self._call(self._adapters.GetAdapter, adapter_pb2.GetAdapterRequest(name=self._name(adapter_id)))
+        Raises FileExistsError too.
+        """
+        request = adapter_pb2.DownloadVersionRequest(name=self.version(reference).name)
+        with _translated():
+            call = self._adapters.DownloadVersion(request, timeout=self._timeout_s, metadata=self._credentials)
+            try:
+                return receive_folder(call, Path(folder), progress)
+            finally:
+                call.cancel()
 
-    def delete_adapter(self, adapter_id: str) -> None:
-        """Running generations keep the version they started with."""
-        self._call(self._adapters.DeleteAdapter, adapter_pb2.DeleteAdapterRequest(name=self._name(adapter_id)))
+    def import_adapter(self, source: str, adapter_id: str, *, create_only: bool = False) -> adapter_pb2.Version:
+        """Publish a folder on the server's own disk, named relative to this tenant's import folder there."""
+        request = adapter_pb2.ImportAdapterRequest(
+            parent=self._tenant, adapter_id=adapter_id, source=source, create_only=create_only
+        )
+        return self._call(self._adapters.ImportAdapter, request).version
+
+    def adapters(
+        self, *, name_prefix: str = "", labels: Mapping[str, str] | None = None, show_deleted: bool = False
+    ) -> list[adapter_pb2.Adapter]:
+        """All adapters, or those whose names begin so and that have all of `labels`, by id."""
+        request = adapter_pb2.ListAdaptersRequest(
+            parent=self._tenant, page_size=1000, name_prefix=name_prefix, labels=labels, show_deleted=show_deleted
+        )
+        return [each for page in self._pages(self._adapters.ListAdapters, request) for each in page.adapters]
+
+    def adapter(self, adapter_id: str, *, show_deleted: bool = False) -> adapter_pb2.Adapter:
+        request = adapter_pb2.GetAdapterRequest(name=self._name(adapter_id), show_deleted=show_deleted)
+        return self._call(self._adapters.GetAdapter, request)
+
+    def update_adapter(
+        self,
+        adapter_id: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        annotations: Mapping[str, str] | None = None,
+        etag: str = "",
+    ) -> adapter_pb2.Adapter:
+        """Replace labels, annotations or both; with an `etag` only if the adapter still has that one."""
+        given = {"labels": labels, "annotations": annotations}
+        request = adapter_pb2.UpdateAdapterRequest(
+            adapter=adapter_pb2.Adapter(name=self._name(adapter_id), labels=labels, annotations=annotations, etag=etag),
+            update_mask=FieldMask(paths=[name for name, value in given.items() if value is not None]),
+        )
+        return self._call(self._adapters.UpdateAdapter, request)
+
+    def delete_adapter(self, adapter_id: str, *, purge: bool = False, etag: str = "") -> adapter_pb2.Adapter:
+        """Hide an adapter until it is undeleted or expires; `purge` forgets it now.
+
+        Running generations keep the version they started with.
+        """
+        request = adapter_pb2.DeleteAdapterRequest(name=self._name(adapter_id), purge=purge, etag=etag)
+        return self._call(self._adapters.DeleteAdapter, request)
+
+    def undelete_adapter(self, adapter_id: str) -> adapter_pb2.Adapter:
+        return self._call(
+            self._adapters.UndeleteAdapter, adapter_pb2.UndeleteAdapterRequest(name=self._name(adapter_id))
+        )
+
+    def pin_adapter(self, adapter_id: str) -> adapter_pb2.Adapter:
+        """Keep an adapter from deletion."""
+        return self._call(self._adapters.PinAdapter, adapter_pb2.PinAdapterRequest(name=self._name(adapter_id)))
+
+    def unpin_adapter(self, adapter_id: str) -> adapter_pb2.Adapter:
+        return self._call(self._adapters.UnpinAdapter, adapter_pb2.UnpinAdapterRequest(name=self._name(adapter_id)))
+
+    def version(self, reference: str) -> adapter_pb2.Version:
+        """The version that NAME, NAME@TAG or NAME@sha256:HEX means now. Raises ValueError for anything else."""
+        name, _, wanted = reference.partition("@")
+        adapter = self.adapter(name)
+        digest = (
+            wanted.removeprefix("sha256:") if wanted.startswith("sha256:") else adapter.tags.get(wanted or "latest")
+        )
+        found = [version for version in adapter.versions if digest and version.digest.startswith(digest)]
+        if not found:
+            raise NotFound(f"adapter version {reference!r} not found", reason="ADAPTER_NOT_FOUND")
+        if len(found) > 1:
+            raise ValueError(f"{reference!r} is a prefix of {len(found)} versions; write more digits")
+        return found[0]
+
+    def versions(self, adapter_id: str) -> list[adapter_pb2.Version]:
+        """Newest first."""
+        request = adapter_pb2.ListVersionsRequest(parent=self._name(adapter_id), page_size=1000)
+        return [each for page in self._pages(self._adapters.ListVersions, request) for each in page.versions]
+
+    def delete_version(self, reference: str) -> None:
+        """Forget an untagged version for good."""
+        request = adapter_pb2.DeleteVersionRequest(name=self.version(reference).name)
+        self._call(self._adapters.DeleteVersion, request)
+
+    def set_tag(self, reference: str, tag: str) -> adapter_pb2.Tag:
+        """Point a tag at the version that `reference` means now."""
+        version = self.version(reference)
+        name = f"{self._name(reference.partition('@')[0])}/tags/{tag}"
+        wanted = adapter_pb2.Tag(name=name, versions=[adapter_pb2.WeightedVersion(digest=version.digest)])
+        return self._call(self._adapters.SetTag, adapter_pb2.SetTagRequest(tag=wanted))
+
+    def delete_tag(self, adapter_id: str, tag: str) -> None:
+        request = adapter_pb2.DeleteTagRequest(name=f"{self._name(adapter_id)}/tags/{tag}")
+        self._call(self._adapters.DeleteTag, request)
+
+    def tags(self, adapter_id: str) -> list[adapter_pb2.Tag]:
+        request = adapter_pb2.ListTagsRequest(parent=self._name(adapter_id), page_size=1000)
+        return [each for page in self._pages(self._adapters.ListTags, request) for each in page.tags]
 
     def status(self) -> server_pb2.ServerStatus:
         return self._call(self._server.GetStatus, server_pb2.GetStatusRequest())
@@ -167,7 +260,7 @@ class Client:
         request = server_pb2.WatchStatusRequest()
         request.interval.FromMilliseconds(round(interval_s * 1000))
         with _translated():
-            call = self._server.WatchStatus(request)
+            call = self._server.WatchStatus(request, metadata=self._credentials)
             try:
                 yield from call
             finally:
@@ -180,19 +273,13 @@ class Client:
     def info(self) -> server_pb2.ServerInfo:
         return self._call(self._server.GetServerInfo, server_pb2.GetServerInfoRequest())
 
-    def _write(self, folder: Path, upload: adapter_pb2.Upload, progress: Progress | None) -> None:
-        total = sum(file.size_bytes for file in upload.files)
-        for attempt in range(PUSH_ATTEMPTS):
-            sent = committed_bytes(upload)
-            if sent == total:
+    def _pages(self, method: Any, request: Any) -> Iterator[Any]:
+        while True:
+            page = self._call(method, request)
+            yield page
+            if not page.next_page_token:
                 return
-            requests = _reported(write_requests(folder, upload), sent, total, progress)
-            try:
-                upload = self._call(self._adapters.WriteUpload, requests)
-            except Unavailable:
-                if attempt == PUSH_ATTEMPTS - 1:
-                    raise
-                upload = self._call(self._adapters.GetUpload, adapter_pb2.GetUploadRequest(name=upload.name))
+            request.page_token = page.next_page_token
 
     def _name(self, adapter_id: str) -> str:
         return f"{self._tenant}/adapters/{adapter_id}"
@@ -200,16 +287,6 @@ class Client:
     def _call(self, method: Any, request: Any) -> Any:
         with _translated():
             return method(request, timeout=self._timeout_s, metadata=self._credentials)
-
-
-def _reported(
-    requests: Iterator[adapter_pb2.WriteUploadRequest], sent: int, total: int, progress: Progress | None
-) -> Iterator[adapter_pb2.WriteUploadRequest]:
-    for request in requests:
-        yield request
-        sent += len(request.data)
-        if progress is not None:
-            progress(sent, total)
 
 
 @contextmanager

@@ -31,6 +31,10 @@ CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", 64 << 20),
     # Channels of one process would otherwise share one connection, and its flow control.
     ("grpc.use_local_subchannel_pool", 1),
+    # A server that comes back is found soon.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2000),
 )
 
 

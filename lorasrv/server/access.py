@@ -16,12 +16,22 @@ METHOD_ROLES: Mapping[str, Role] = {
     f"{PACKAGE_PREFIX}{service}/{method}": role
     for service, role, methods in (
         ("GenerationService", Role.GENERATE, ("Generate", "GenerateStream", "Tokenize", "Detokenize")),
-        ("AdapterService", Role.READ, ("GetAdapter", "ListAdapters")),
+        (
+            "AdapterService",
+            Role.READ,
+            ("GetAdapter", "ListAdapters", "GetVersion", "ListVersions", "ListTags", "DownloadVersion"),
+        ),
         (
             "AdapterService",
             Role.PUBLISH,
-            ("CreateUpload", "WriteUpload", "GetUpload", "FinishUpload", "DeleteAdapter"),
+            ("CreateUpload", "WriteUpload", "GetUpload", "FinishUpload", "CancelUpload", "ImportAdapter"),
         ),
+        (
+            "AdapterService",
+            Role.PUBLISH,
+            ("UpdateAdapter", "DeleteAdapter", "UndeleteAdapter", "PinAdapter", "UnpinAdapter"),
+        ),
+        ("AdapterService", Role.PUBLISH, ("DeleteVersion", "SetTag", "DeleteTag")),
         ("ServerService", Role.READ, ("GetServerInfo", "GetStatus", "WatchStatus")),
         ("ServerService", Role.ADMIN, ("Drain",)),
     )

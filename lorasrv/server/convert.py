@@ -8,7 +8,6 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from lorasrv.engine.client import EngineState
-from lorasrv.engine.defaults import read_defaults
 from lorasrv.errors import InvalidRequest
 from lorasrv.requests import (
     AdapterRef,
@@ -24,8 +23,6 @@ from lorasrv.requests import (
 )
 from lorasrv.types import EngineStatus, FinishReason, PositionLogprobs, Priority, SamplingParams, Tier
 from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
-from lorasrv_adapters import records
-from lorasrv_adapters.reference import adapter_name, upload_name, version_name
 
 FINISH_REASONS = {
     FinishReason.EOS: generation_pb2.FINISH_REASON_EOS,
@@ -51,13 +48,6 @@ ENGINE_STATES = {
     "starting": server_pb2.ENGINE_STATE_STARTING,
     "ready": server_pb2.ENGINE_STATE_READY,
     "unavailable": server_pb2.ENGINE_STATE_UNAVAILABLE,
-}
-
-UPLOAD_STATES = {
-    records.UploadState.RECEIVING: adapter_pb2.UPLOAD_STATE_RECEIVING,
-    records.UploadState.VALIDATING: adapter_pb2.UPLOAD_STATE_VALIDATING,
-    records.UploadState.PUBLISHED: adapter_pb2.UPLOAD_STATE_PUBLISHED,
-    records.UploadState.FAILED: adapter_pb2.UPLOAD_STATE_FAILED,
 }
 
 
@@ -177,62 +167,6 @@ def finished(event: Finished) -> generation_pb2.Finished:
         timings=generation_pb2.Timings(
             time_to_first_token=None if first is None else duration(first), total=duration(event.total_s)
         ),
-    )
-
-
-def upload_files(files: Iterable[adapter_pb2.UploadFile]) -> tuple[records.UploadFile, ...]:
-    return tuple(records.UploadFile(name=file.name, size_bytes=file.size_bytes, sha256=file.sha256) for file in files)
-
-
-def upload(found: records.Upload) -> adapter_pb2.Upload:
-    return adapter_pb2.Upload(
-        name=upload_name(found.tenant, found.upload_id),
-        adapter=adapter_name(found.tenant, found.adapter_id),
-        state=UPLOAD_STATES[found.state],
-        files=[
-            adapter_pb2.UploadFile(
-                name=file.name, size_bytes=file.size_bytes, sha256=file.sha256, committed_bytes=file.committed_bytes
-            )
-            for file in found.files
-        ],
-        errors=[adapter_pb2.UploadError(reason=error.reason, message=str(error)) for error in found.errors],
-        version=None if found.version is None else version(found.tenant, found.adapter_id, found.version, {}),
-        create_time=timestamp(found.create_time),
-        expire_time=timestamp(found.expire_time),
-    )
-
-
-def adapter(found: records.Adapter, tiers: Mapping[str, Tier]) -> adapter_pb2.Adapter:
-    """`tiers` by digest; a version that is not there is on disk only."""
-    return adapter_pb2.Adapter(
-        name=adapter_name(found.tenant, found.adapter_id),
-        adapter_id=found.adapter_id,
-        tags=found.tags,
-        versions=[version(found.tenant, found.adapter_id, each, tiers) for each in found.versions],
-        create_time=timestamp(found.create_time),
-        update_time=timestamp(found.update_time),
-    )
-
-
-def version(tenant: str, adapter_id: str, found: records.Version, tiers: Mapping[str, Tier]) -> adapter_pb2.Version:
-    return adapter_pb2.Version(
-        name=version_name(tenant, adapter_id, found.digest),
-        digest=found.digest,
-        min_rank=found.rank_min,
-        max_rank=found.rank_max,
-        target_modules=found.target_modules,
-        size_bytes=found.size_bytes,
-        base_fingerprint=found.fingerprint,
-        create_time=timestamp(found.create_time),
-        tier=TIERS[tiers.get(found.digest, Tier.DISK)],
-        defaults=None if found.serving is None else version_defaults(found.serving),
-    )
-
-
-def version_defaults(serving: str) -> adapter_pb2.VersionDefaults:
-    defaults = read_defaults(serving)
-    return adapter_pb2.VersionDefaults(
-        sampling=sampling_message(defaults.sampling), system_prompt=defaults.system_prompt
     )
 
 

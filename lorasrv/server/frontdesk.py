@@ -18,7 +18,7 @@ from lorasrv.engine.defaults import VersionDefaults, read_defaults
 from lorasrv.engine.output import OutputStream
 from lorasrv.engine.prompts import read_prompt
 from lorasrv.engine.vocabulary import Vocabulary
-from lorasrv.errors import Draining, EngineUnavailable, GenerationExists
+from lorasrv.errors import AdapterCorrupt, Draining, EngineUnavailable, GenerationExists
 from lorasrv.requests import AdapterRef, Chat, Delta, Event, Finished, GenerationRequest, Prompt, Queued, Started
 from lorasrv.server.seen import SeenVersions
 from lorasrv.types import BASE_ID, AdapterUse, EngineRequest
@@ -31,6 +31,8 @@ class Versions(Protocol):
     def acquire(self, tenant: str, reference: str) -> ResolvedVersion: ...
 
     def unpin(self, digest: str) -> None: ...
+
+    def quarantine(self, digest: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +83,7 @@ class FrontDesk:
         self._seen = seen
         self._clock = clock
         self._running: set[tuple[str, str]] = set()
+        self._suspected: set[str] = set()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -175,9 +178,22 @@ class FrontDesk:
                 use=AdapterUse(digest=version.digest, scale=1.0 if adapter.scale is None else adapter.scale),
                 defaults=read_defaults(version.serving),
             )
+        except AdapterCorrupt:
+            await self._quarantine(pinning.result().digest)
+            raise
         finally:
             # Shielded, and waiting for `pinning` in the worker: a cancelled call gives its pin back too.
             await asyncio.shield(asyncio.wrap_future(self._pinning.submit(self._unpin, pinning)))
+
+    async def _quarantine(self, digest: str) -> None:
+        """Have a version's blobs looked at, by one worker at a time; later requests for it are refused at once."""
+        if digest in self._suspected:
+            return
+        self._suspected.add(digest)
+        try:
+            await asyncio.shield(asyncio.wrap_future(self._workers.submit(self._versions.quarantine, digest)))
+        finally:
+            self._suspected.remove(digest)
 
     def _unpin(self, pinning: Future[ResolvedVersion]) -> None:
         if pinning.exception() is None:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
@@ -36,6 +36,7 @@ from lorasrv.server.transport import is_loopback, tls_credentials
 from lorasrv.types import EngineInfo
 from lorasrv.v1 import adapter_pb2_grpc, generation_pb2_grpc, server_pb2, server_pb2_grpc
 from lorasrv_adapters.errors import AdapterError
+from lorasrv_adapters.limits import RegistryLimits
 from lorasrv_adapters.registry import Registry
 
 MAX_MESSAGE_BYTES = 4 << 20
@@ -77,6 +78,7 @@ class ServerConfig:
     stall_timeout_s: float = 30.0
     metrics_host: str = "127.0.0.1"
     metrics_port: int | None = None
+    registry: RegistryLimits = field(default_factory=RegistryLimits)
 
     def __post_init__(self) -> None:
         host, colon, port = self.listen.rpartition(":")
@@ -116,7 +118,11 @@ class Server:
         self._chat_template = load_chat_template(Path(model.path))
         self._base = base_shapes(model.path, model.dtype)
         self._registry = Registry(
-            Path(config.data_dir), self._base, config.engine.max_rank, check=adapter_check(config.engine)
+            Path(config.data_dir),
+            self._base,
+            config.engine.max_rank,
+            limits=config.registry,
+            check=adapter_check(config.engine),
         )
         self._engine = make_engine(replace(config.engine, blob_root=str(self._registry.blob_root)))
         self._health = Health(self._engine)

@@ -23,11 +23,12 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
+from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from lorasrv.v1 import generation_pb2 as lorasrv_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lorasrv/v1/adapter.proto\x12\nlorasrv.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1blorasrv/v1/generation.proto\"W\n\nUploadFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x17\n\x0f\x63ommitted_bytes\x18\x04 \x01(\x04\"\xa7\x02\n\x06Upload\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.lorasrv.v1.UploadState\x12%\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x16.lorasrv.v1.UploadFile\x12\'\n\x06\x65rrors\x18\x05 \x03(\x0b\x32\x17.lorasrv.v1.UploadError\x12$\n\x07version\x18\x06 \x01(\x0b\x32\x13.lorasrv.v1.Version\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\".\n\x0bUploadError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x8e\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12+\n\x04tags\x18\x03 \x03(\x0b\x32\x1d.lorasrv.v1.Adapter.TagsEntry\x12%\n\x08versions\x18\x04 \x03(\x0b\x32\x13.lorasrv.v1.Version\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x91\x02\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x10\n\x08min_rank\x18\x03 \x01(\r\x12\x10\n\x08max_rank\x18\x04 \x01(\r\x12\x16\n\x0etarget_modules\x18\x05 \x03(\t\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x18\n\x10\x62\x61se_fingerprint\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x04tier\x18\t \x01(\x0e\x32\x10.lorasrv.v1.Tier\x12-\n\x08\x64\x65\x66\x61ults\x18\n \x01(\x0b\x32\x1b.lorasrv.v1.VersionDefaults\"m\n\x0fVersionDefaults\x12,\n\x08sampling\x18\x01 \x01(\x0b\x32\x1a.lorasrv.v1.SamplingParams\x12\x1a\n\rsystem_prompt\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x10\n\x0e_system_prompt\"`\n\x13\x43reateUploadRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12%\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x16.lorasrv.v1.UploadFile\"V\n\x12WriteUploadRequest\x12\x0e\n\x06upload\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\" \n\x10GetUploadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"#\n\x13\x46inishUploadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"!\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x13ListAdaptersRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"V\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.lorasrv.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"$\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t*\x99\x01\n\x0bUploadState\x12\x1c\n\x18UPLOAD_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16UPLOAD_STATE_RECEIVING\x10\x01\x12\x1b\n\x17UPLOAD_STATE_VALIDATING\x10\x02\x12\x1a\n\x16UPLOAD_STATE_PUBLISHED\x10\x03\x12\x17\n\x13UPLOAD_STATE_FAILED\x10\x04*n\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\r\n\tTIER_DISK\x10\x01\x12\x10\n\x0cTIER_READING\x10\x02\x12\r\n\tTIER_HOST\x10\x03\x12\x0f\n\x0bTIER_DEVICE\x10\x04\x12\x0f\n\x0bTIER_FAILED\x10\x05\x32\xfe\x03\n\x0e\x41\x64\x61pterService\x12\x43\n\x0c\x43reateUpload\x12\x1f.lorasrv.v1.CreateUploadRequest\x1a\x12.lorasrv.v1.Upload\x12\x43\n\x0bWriteUpload\x12\x1e.lorasrv.v1.WriteUploadRequest\x1a\x12.lorasrv.v1.Upload(\x01\x12=\n\tGetUpload\x12\x1c.lorasrv.v1.GetUploadRequest\x1a\x12.lorasrv.v1.Upload\x12\x43\n\x0c\x46inishUpload\x12\x1f.lorasrv.v1.FinishUploadRequest\x1a\x12.lorasrv.v1.Upload\x12@\n\nGetAdapter\x12\x1d.lorasrv.v1.GetAdapterRequest\x1a\x13.lorasrv.v1.Adapter\x12Q\n\x0cListAdapters\x12\x1f.lorasrv.v1.ListAdaptersRequest\x1a .lorasrv.v1.ListAdaptersResponse\x12I\n\rDeleteAdapter\x12 .lorasrv.v1.DeleteAdapterRequest\x1a\x16.google.protobuf.Emptyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lorasrv/v1/adapter.proto\x12\nlorasrv.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1blorasrv/v1/generation.proto\"W\n\nUploadFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\x12\x17\n\x0f\x63ommitted_bytes\x18\x04 \x01(\x04\"\xa7\x02\n\x06Upload\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x61pter\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.lorasrv.v1.UploadState\x12%\n\x05\x66iles\x18\x04 \x03(\x0b\x32\x16.lorasrv.v1.UploadFile\x12\'\n\x06\x65rrors\x18\x05 \x03(\x0b\x32\x17.lorasrv.v1.UploadError\x12$\n\x07version\x18\x06 \x01(\x0b\x32\x13.lorasrv.v1.Version\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\".\n\x0bUploadError\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xdd\x04\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12+\n\x04tags\x18\x03 \x03(\x0b\x32\x1d.lorasrv.v1.Adapter.TagsEntry\x12%\n\x08versions\x18\x04 \x03(\x0b\x32\x13.lorasrv.v1.Version\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x06labels\x18\x07 \x03(\x0b\x32\x1f.lorasrv.v1.Adapter.LabelsEntry\x12\x39\n\x0b\x61nnotations\x18\x08 \x03(\x0b\x32$.lorasrv.v1.Adapter.AnnotationsEntry\x12\x0c\n\x04\x65tag\x18\t \x01(\t\x12\x0e\n\x06pinned\x18\n \x01(\x08\x12/\n\x0b\x64\x65lete_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x1a+\n\tTagsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x32\n\x10\x41nnotationsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xfb\x02\n\x07Version\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x10\n\x08min_rank\x18\x03 \x01(\r\x12\x10\n\x08max_rank\x18\x04 \x01(\r\x12\x16\n\x0etarget_modules\x18\x05 \x03(\t\x12\x12\n\nsize_bytes\x18\x06 \x01(\x04\x12\x18\n\x10\x62\x61se_fingerprint\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x04tier\x18\t \x01(\x0e\x32\x10.lorasrv.v1.Tier\x12-\n\x08\x64\x65\x66\x61ults\x18\n \x01(\x0b\x32\x1b.lorasrv.v1.VersionDefaults\x12\'\n\x05state\x18\x0b \x01(\x0e\x32\x18.lorasrv.v1.VersionState\x12\x0c\n\x04hits\x18\x0c \x01(\x04\x12\x31\n\rlast_use_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"O\n\x03Tag\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03tag\x18\x02 \x01(\t\x12-\n\x08versions\x18\x03 \x03(\x0b\x32\x1b.lorasrv.v1.WeightedVersion\"1\n\x0fWeightedVersion\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\r\"m\n\x0fVersionDefaults\x12,\n\x08sampling\x18\x01 \x01(\x0b\x32\x1a.lorasrv.v1.SamplingParams\x12\x1a\n\rsystem_prompt\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x10\n\x0e_system_prompt\"\x89\x01\n\x13\x43reateUploadRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12%\n\x05\x66iles\x18\x03 \x03(\x0b\x32\x16.lorasrv.v1.UploadFile\x12\x13\n\x0b\x63reate_only\x18\x04 \x01(\x08\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"V\n\x12WriteUploadRequest\x12\x0e\n\x06upload\x18\x01 \x01(\t\x12\x0c\n\x04\x66ile\x18\x02 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\" \n\x10GetUploadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"#\n\x13\x46inishUploadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"#\n\x13\x43\x61ncelUploadRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"s\n\x14ImportAdapterRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x12\n\nadapter_id\x18\x02 \x01(\t\x12\x0e\n\x06source\x18\x03 \x01(\t\x12\x13\n\x0b\x63reate_only\x18\x04 \x01(\x08\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"7\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cshow_deleted\x18\x02 \x01(\x08\"\xe3\x01\n\x13ListAdaptersRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x13\n\x0bname_prefix\x18\x04 \x01(\t\x12;\n\x06labels\x18\x05 \x03(\x0b\x32+.lorasrv.v1.ListAdaptersRequest.LabelsEntry\x12\x14\n\x0cshow_deleted\x18\x06 \x01(\x08\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"V\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.lorasrv.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x81\x01\n\x14UpdateAdapterRequest\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.lorasrv.v1.Adapter\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"U\n\x14\x44\x65leteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\r\n\x05purge\x18\x03 \x01(\x08\x12\x12\n\nrequest_id\x18\x04 \x01(\t\":\n\x16UndeleteAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"5\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"7\n\x13UnpinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"!\n\x11GetVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x13ListVersionsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"V\n\x14ListVersionsResponse\x12%\n\x08versions\x18\x01 \x03(\x0b\x32\x13.lorasrv.v1.Version\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"8\n\x14\x44\x65leteVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"&\n\x16\x44ownloadVersionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"}\n\x17\x44ownloadVersionResponse\x12/\n\x08manifest\x18\x01 \x01(\x0b\x32\x1b.lorasrv.v1.VersionManifestH\x00\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x15.lorasrv.v1.FileChunkH\x00\x42\t\n\x07\x63ontent\"_\n\x0fVersionManifest\x12$\n\x07version\x18\x01 \x01(\x0b\x32\x13.lorasrv.v1.Version\x12&\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x17.lorasrv.v1.VersionFile\"?\n\x0bVersionFile\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nsize_bytes\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"=\n\tFileChunk\x12\x0c\n\x04\x66ile\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"O\n\rSetTagRequest\x12\x1c\n\x03tag\x18\x01 \x01(\x0b\x32\x0f.lorasrv.v1.Tag\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"4\n\x10\x44\x65leteTagRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"H\n\x0fListTagsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"J\n\x10ListTagsResponse\x12\x1d\n\x04tags\x18\x01 \x03(\x0b\x32\x0f.lorasrv.v1.Tag\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\xb5\x01\n\x0bUploadState\x12\x1c\n\x18UPLOAD_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16UPLOAD_STATE_RECEIVING\x10\x01\x12\x1b\n\x17UPLOAD_STATE_VALIDATING\x10\x02\x12\x1a\n\x16UPLOAD_STATE_PUBLISHED\x10\x03\x12\x17\n\x13UPLOAD_STATE_FAILED\x10\x04\x12\x1a\n\x16UPLOAD_STATE_CANCELLED\x10\x05*\x85\x01\n\x0cVersionState\x12\x1d\n\x19VERSION_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13VERSION_STATE_READY\x10\x01\x12\x1e\n\x1aVERSION_STATE_INCOMPATIBLE\x10\x02\x12\x1d\n\x19VERSION_STATE_QUARANTINED\x10\x03*n\n\x04Tier\x12\x14\n\x10TIER_UNSPECIFIED\x10\x00\x12\r\n\tTIER_DISK\x10\x01\x12\x10\n\x0cTIER_READING\x10\x02\x12\r\n\tTIER_HOST\x10\x03\x12\x0f\n\x0bTIER_DEVICE\x10\x04\x12\x0f\n\x0bTIER_FAILED\x10\x05\x32\xa1\x0b\n\x0e\x41\x64\x61pterService\x12\x43\n\x0c\x43reateUpload\x12\x1f.lorasrv.v1.CreateUploadRequest\x1a\x12.lorasrv.v1.Upload\x12\x43\n\x0bWriteUpload\x12\x1e.lorasrv.v1.WriteUploadRequest\x1a\x12.lorasrv.v1.Upload(\x01\x12=\n\tGetUpload\x12\x1c.lorasrv.v1.GetUploadRequest\x1a\x12.lorasrv.v1.Upload\x12\x43\n\x0c\x46inishUpload\x12\x1f.lorasrv.v1.FinishUploadRequest\x1a\x12.lorasrv.v1.Upload\x12\x43\n\x0c\x43\x61ncelUpload\x12\x1f.lorasrv.v1.CancelUploadRequest\x1a\x12.lorasrv.v1.Upload\x12\x45\n\rImportAdapter\x12 .lorasrv.v1.ImportAdapterRequest\x1a\x12.lorasrv.v1.Upload\x12@\n\nGetAdapter\x12\x1d.lorasrv.v1.GetAdapterRequest\x1a\x13.lorasrv.v1.Adapter\x12Q\n\x0cListAdapters\x12\x1f.lorasrv.v1.ListAdaptersRequest\x1a .lorasrv.v1.ListAdaptersResponse\x12\x46\n\rUpdateAdapter\x12 .lorasrv.v1.UpdateAdapterRequest\x1a\x13.lorasrv.v1.Adapter\x12\x46\n\rDeleteAdapter\x12 .lorasrv.v1.DeleteAdapterRequest\x1a\x13.lorasrv.v1.Adapter\x12J\n\x0fUndeleteAdapter\x12\".lorasrv.v1.UndeleteAdapterRequest\x1a\x13.lorasrv.v1.Adapter\x12@\n\nPinAdapter\x12\x1d.lorasrv.v1.PinAdapterRequest\x1a\x13.lorasrv.v1.Adapter\x12\x44\n\x0cUnpinAdapter\x12\x1f.lorasrv.v1.UnpinAdapterRequest\x1a\x13.lorasrv.v1.Adapter\x12@\n\nGetVersion\x12\x1d.lorasrv.v1.GetVersionRequest\x1a\x13.lorasrv.v1.Version\x12Q\n\x0cListVersions\x12\x1f.lorasrv.v1.ListVersionsRequest\x1a .lorasrv.v1.ListVersionsResponse\x12I\n\rDeleteVersion\x12 .lorasrv.v1.DeleteVersionRequest\x1a\x16.google.protobuf.Empty\x12\\\n\x0f\x44ownloadVersion\x12\".lorasrv.v1.DownloadVersionRequest\x1a#.lorasrv.v1.DownloadVersionResponse0\x01\x12\x34\n\x06SetTag\x12\x19.lorasrv.v1.SetTagRequest\x1a\x0f.lorasrv.v1.Tag\x12\x41\n\tDeleteTag\x12\x1c.lorasrv.v1.DeleteTagRequest\x1a\x16.google.protobuf.Empty\x12\x45\n\x08ListTags\x12\x1b.lorasrv.v1.ListTagsRequest\x1a\x1c.lorasrv.v1.ListTagsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,40 +37,96 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ADAPTER_TAGSENTRY']._loaded_options = None
   _globals['_ADAPTER_TAGSENTRY']._serialized_options = b'8\001'
-  _globals['_UPLOADSTATE']._serialized_start=1723
-  _globals['_UPLOADSTATE']._serialized_end=1876
-  _globals['_TIER']._serialized_start=1878
-  _globals['_TIER']._serialized_end=1988
-  _globals['_UPLOADFILE']._serialized_start=131
-  _globals['_UPLOADFILE']._serialized_end=218
-  _globals['_UPLOAD']._serialized_start=221
-  _globals['_UPLOAD']._serialized_end=516
-  _globals['_UPLOADERROR']._serialized_start=518
-  _globals['_UPLOADERROR']._serialized_end=564
-  _globals['_ADAPTER']._serialized_start=567
-  _globals['_ADAPTER']._serialized_end=837
-  _globals['_ADAPTER_TAGSENTRY']._serialized_start=794
-  _globals['_ADAPTER_TAGSENTRY']._serialized_end=837
-  _globals['_VERSION']._serialized_start=840
-  _globals['_VERSION']._serialized_end=1113
-  _globals['_VERSIONDEFAULTS']._serialized_start=1115
-  _globals['_VERSIONDEFAULTS']._serialized_end=1224
-  _globals['_CREATEUPLOADREQUEST']._serialized_start=1226
-  _globals['_CREATEUPLOADREQUEST']._serialized_end=1322
-  _globals['_WRITEUPLOADREQUEST']._serialized_start=1324
-  _globals['_WRITEUPLOADREQUEST']._serialized_end=1410
-  _globals['_GETUPLOADREQUEST']._serialized_start=1412
-  _globals['_GETUPLOADREQUEST']._serialized_end=1444
-  _globals['_FINISHUPLOADREQUEST']._serialized_start=1446
-  _globals['_FINISHUPLOADREQUEST']._serialized_end=1481
-  _globals['_GETADAPTERREQUEST']._serialized_start=1483
-  _globals['_GETADAPTERREQUEST']._serialized_end=1516
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=1518
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=1594
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=1596
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=1682
-  _globals['_DELETEADAPTERREQUEST']._serialized_start=1684
-  _globals['_DELETEADAPTERREQUEST']._serialized_end=1720
-  _globals['_ADAPTERSERVICE']._serialized_start=1991
-  _globals['_ADAPTERSERVICE']._serialized_end=2501
+  _globals['_ADAPTER_LABELSENTRY']._loaded_options = None
+  _globals['_ADAPTER_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_ADAPTER_ANNOTATIONSENTRY']._loaded_options = None
+  _globals['_ADAPTER_ANNOTATIONSENTRY']._serialized_options = b'8\001'
+  _globals['_LISTADAPTERSREQUEST_LABELSENTRY']._loaded_options = None
+  _globals['_LISTADAPTERSREQUEST_LABELSENTRY']._serialized_options = b'8\001'
+  _globals['_UPLOADSTATE']._serialized_start=3989
+  _globals['_UPLOADSTATE']._serialized_end=4170
+  _globals['_VERSIONSTATE']._serialized_start=4173
+  _globals['_VERSIONSTATE']._serialized_end=4306
+  _globals['_TIER']._serialized_start=4308
+  _globals['_TIER']._serialized_end=4418
+  _globals['_UPLOADFILE']._serialized_start=165
+  _globals['_UPLOADFILE']._serialized_end=252
+  _globals['_UPLOAD']._serialized_start=255
+  _globals['_UPLOAD']._serialized_end=550
+  _globals['_UPLOADERROR']._serialized_start=552
+  _globals['_UPLOADERROR']._serialized_end=598
+  _globals['_ADAPTER']._serialized_start=601
+  _globals['_ADAPTER']._serialized_end=1206
+  _globals['_ADAPTER_TAGSENTRY']._serialized_start=1064
+  _globals['_ADAPTER_TAGSENTRY']._serialized_end=1107
+  _globals['_ADAPTER_LABELSENTRY']._serialized_start=1109
+  _globals['_ADAPTER_LABELSENTRY']._serialized_end=1154
+  _globals['_ADAPTER_ANNOTATIONSENTRY']._serialized_start=1156
+  _globals['_ADAPTER_ANNOTATIONSENTRY']._serialized_end=1206
+  _globals['_VERSION']._serialized_start=1209
+  _globals['_VERSION']._serialized_end=1588
+  _globals['_TAG']._serialized_start=1590
+  _globals['_TAG']._serialized_end=1669
+  _globals['_WEIGHTEDVERSION']._serialized_start=1671
+  _globals['_WEIGHTEDVERSION']._serialized_end=1720
+  _globals['_VERSIONDEFAULTS']._serialized_start=1722
+  _globals['_VERSIONDEFAULTS']._serialized_end=1831
+  _globals['_CREATEUPLOADREQUEST']._serialized_start=1834
+  _globals['_CREATEUPLOADREQUEST']._serialized_end=1971
+  _globals['_WRITEUPLOADREQUEST']._serialized_start=1973
+  _globals['_WRITEUPLOADREQUEST']._serialized_end=2059
+  _globals['_GETUPLOADREQUEST']._serialized_start=2061
+  _globals['_GETUPLOADREQUEST']._serialized_end=2093
+  _globals['_FINISHUPLOADREQUEST']._serialized_start=2095
+  _globals['_FINISHUPLOADREQUEST']._serialized_end=2130
+  _globals['_CANCELUPLOADREQUEST']._serialized_start=2132
+  _globals['_CANCELUPLOADREQUEST']._serialized_end=2167
+  _globals['_IMPORTADAPTERREQUEST']._serialized_start=2169
+  _globals['_IMPORTADAPTERREQUEST']._serialized_end=2284
+  _globals['_GETADAPTERREQUEST']._serialized_start=2286
+  _globals['_GETADAPTERREQUEST']._serialized_end=2341
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=2344
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=2571
+  _globals['_LISTADAPTERSREQUEST_LABELSENTRY']._serialized_start=1109
+  _globals['_LISTADAPTERSREQUEST_LABELSENTRY']._serialized_end=1154
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=2573
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=2659
+  _globals['_UPDATEADAPTERREQUEST']._serialized_start=2662
+  _globals['_UPDATEADAPTERREQUEST']._serialized_end=2791
+  _globals['_DELETEADAPTERREQUEST']._serialized_start=2793
+  _globals['_DELETEADAPTERREQUEST']._serialized_end=2878
+  _globals['_UNDELETEADAPTERREQUEST']._serialized_start=2880
+  _globals['_UNDELETEADAPTERREQUEST']._serialized_end=2938
+  _globals['_PINADAPTERREQUEST']._serialized_start=2940
+  _globals['_PINADAPTERREQUEST']._serialized_end=2993
+  _globals['_UNPINADAPTERREQUEST']._serialized_start=2995
+  _globals['_UNPINADAPTERREQUEST']._serialized_end=3050
+  _globals['_GETVERSIONREQUEST']._serialized_start=3052
+  _globals['_GETVERSIONREQUEST']._serialized_end=3085
+  _globals['_LISTVERSIONSREQUEST']._serialized_start=3087
+  _globals['_LISTVERSIONSREQUEST']._serialized_end=3163
+  _globals['_LISTVERSIONSRESPONSE']._serialized_start=3165
+  _globals['_LISTVERSIONSRESPONSE']._serialized_end=3251
+  _globals['_DELETEVERSIONREQUEST']._serialized_start=3253
+  _globals['_DELETEVERSIONREQUEST']._serialized_end=3309
+  _globals['_DOWNLOADVERSIONREQUEST']._serialized_start=3311
+  _globals['_DOWNLOADVERSIONREQUEST']._serialized_end=3349
+  _globals['_DOWNLOADVERSIONRESPONSE']._serialized_start=3351
+  _globals['_DOWNLOADVERSIONRESPONSE']._serialized_end=3476
+  _globals['_VERSIONMANIFEST']._serialized_start=3478
+  _globals['_VERSIONMANIFEST']._serialized_end=3573
+  _globals['_VERSIONFILE']._serialized_start=3575
+  _globals['_VERSIONFILE']._serialized_end=3638
+  _globals['_FILECHUNK']._serialized_start=3640
+  _globals['_FILECHUNK']._serialized_end=3701
+  _globals['_SETTAGREQUEST']._serialized_start=3703
+  _globals['_SETTAGREQUEST']._serialized_end=3782
+  _globals['_DELETETAGREQUEST']._serialized_start=3784
+  _globals['_DELETETAGREQUEST']._serialized_end=3836
+  _globals['_LISTTAGSREQUEST']._serialized_start=3838
+  _globals['_LISTTAGSREQUEST']._serialized_end=3910
+  _globals['_LISTTAGSRESPONSE']._serialized_start=3912
+  _globals['_LISTTAGSRESPONSE']._serialized_end=3986
+  _globals['_ADAPTERSERVICE']._serialized_start=4421
+  _globals['_ADAPTERSERVICE']._serialized_end=5862
 # @@protoc_insertion_point(module_scope)

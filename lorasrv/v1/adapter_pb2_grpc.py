@@ -28,7 +28,10 @@ if _version_not_supported:
 
 class AdapterServiceStub(object):
     """Uploads adapters and keeps the registry. Resource names are `tenants/{tenant}/adapters/{adapter}`; ids match
-    [a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])? and `base` is reserved.
+    [a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])? and `base` is reserved. What another tenant has is not found.
+
+    A request with a `request_id` (1 to 128 of [A-Za-z0-9._:-]) that is sent again within 24 hours is not carried out
+    again: it gets its first result. A request with an `etag` is carried out only if the adapter still has that one.
     """
 
     def __init__(self, channel):
@@ -57,6 +60,16 @@ class AdapterServiceStub(object):
                 request_serializer=lorasrv_dot_v1_dot_adapter__pb2.FinishUploadRequest.SerializeToString,
                 response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.Upload.FromString,
                 _registered_method=True)
+        self.CancelUpload = channel.unary_unary(
+                '/lorasrv.v1.AdapterService/CancelUpload',
+                request_serializer=lorasrv_dot_v1_dot_adapter__pb2.CancelUploadRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.Upload.FromString,
+                _registered_method=True)
+        self.ImportAdapter = channel.unary_unary(
+                '/lorasrv.v1.AdapterService/ImportAdapter',
+                request_serializer=lorasrv_dot_v1_dot_adapter__pb2.ImportAdapterRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.Upload.FromString,
+                _registered_method=True)
         self.GetAdapter = channel.unary_unary(
                 '/lorasrv.v1.AdapterService/GetAdapter',
                 request_serializer=lorasrv_dot_v1_dot_adapter__pb2.GetAdapterRequest.SerializeToString,
@@ -67,26 +80,86 @@ class AdapterServiceStub(object):
                 request_serializer=lorasrv_dot_v1_dot_adapter__pb2.ListAdaptersRequest.SerializeToString,
                 response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.ListAdaptersResponse.FromString,
                 _registered_method=True)
+        self.UpdateAdapter = channel.unary_unary(
+                '/lorasrv.v1.AdapterService/UpdateAdapter',
+                request_serializer=lorasrv_dot_v1_dot_adapter__pb2.UpdateAdapterRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.Adapter.FromString,
+                _registered_method=True)
         self.DeleteAdapter = channel.unary_unary(
                 '/lorasrv.v1.AdapterService/DeleteAdapter',
                 request_serializer=lorasrv_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.UndeleteAdapter = channel.unary_unary(
+                '/lorasrv.v1.AdapterService/UndeleteAdapter',
+                request_serializer=lorasrv_dot_v1_dot_adapter__pb2.UndeleteAdapterRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.PinAdapter = channel.unary_unary(
+                '/lorasrv.v1.AdapterService/PinAdapter',
+                request_serializer=lorasrv_dot_v1_dot_adapter__pb2.PinAdapterRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.UnpinAdapter = channel.unary_unary(
+                '/lorasrv.v1.AdapterService/UnpinAdapter',
+                request_serializer=lorasrv_dot_v1_dot_adapter__pb2.UnpinAdapterRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.Adapter.FromString,
+                _registered_method=True)
+        self.GetVersion = channel.unary_unary(
+                '/lorasrv.v1.AdapterService/GetVersion',
+                request_serializer=lorasrv_dot_v1_dot_adapter__pb2.GetVersionRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.Version.FromString,
+                _registered_method=True)
+        self.ListVersions = channel.unary_unary(
+                '/lorasrv.v1.AdapterService/ListVersions',
+                request_serializer=lorasrv_dot_v1_dot_adapter__pb2.ListVersionsRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.ListVersionsResponse.FromString,
+                _registered_method=True)
+        self.DeleteVersion = channel.unary_unary(
+                '/lorasrv.v1.AdapterService/DeleteVersion',
+                request_serializer=lorasrv_dot_v1_dot_adapter__pb2.DeleteVersionRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+        self.DownloadVersion = channel.unary_stream(
+                '/lorasrv.v1.AdapterService/DownloadVersion',
+                request_serializer=lorasrv_dot_v1_dot_adapter__pb2.DownloadVersionRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.DownloadVersionResponse.FromString,
+                _registered_method=True)
+        self.SetTag = channel.unary_unary(
+                '/lorasrv.v1.AdapterService/SetTag',
+                request_serializer=lorasrv_dot_v1_dot_adapter__pb2.SetTagRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.Tag.FromString,
+                _registered_method=True)
+        self.DeleteTag = channel.unary_unary(
+                '/lorasrv.v1.AdapterService/DeleteTag',
+                request_serializer=lorasrv_dot_v1_dot_adapter__pb2.DeleteTagRequest.SerializeToString,
+                response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+                _registered_method=True)
+        self.ListTags = channel.unary_unary(
+                '/lorasrv.v1.AdapterService/ListTags',
+                request_serializer=lorasrv_dot_v1_dot_adapter__pb2.ListTagsRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.ListTagsResponse.FromString,
                 _registered_method=True)
 
 
 class AdapterServiceServicer(object):
     """Uploads adapters and keeps the registry. Resource names are `tenants/{tenant}/adapters/{adapter}`; ids match
-    [a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])? and `base` is reserved.
+    [a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])? and `base` is reserved. What another tenant has is not found.
+
+    A request with a `request_id` (1 to 128 of [A-Za-z0-9._:-]) that is sent again within 24 hours is not carried out
+    again: it gets its first result. A request with an `etag` is carried out only if the adapter still has that one.
     """
 
     def CreateUpload(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """The same request_id gives the same upload, as it is now. Bytes that this tenant stores already are committed.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WriteUpload(self, request_iterator, context):
-        """Bytes of one upload's files; each message continues the file at its committed offset.
+        """Bytes of one upload's files; each message continues the file at its committed offset. The newest stream that
+        writes a file has it, an older one ends with ABORTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,6 +178,20 @@ class AdapterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CancelUpload(self, request, context):
+        """Ends an upload and drops what has arrived. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportAdapter(self, request, context):
+        """Publishes an adapter folder that lies on the server, below the import folder of this tenant.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetAdapter(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -117,9 +204,81 @@ class AdapterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateAdapter(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DeleteAdapter(self, request, context):
-        """Running generations keep the version they started with.
+        """Hides the adapter; until its expire_time it can be undeleted, then it goes. Publishing a version undeletes it too.
+        Running generations keep the version they started with.
         """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UndeleteAdapter(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinAdapter(self, request, context):
+        """A pinned adapter is not deleted. Survives restarts; a tenant has a limited number of pins.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinAdapter(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetVersion(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListVersions(self, request, context):
+        """Newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteVersion(self, request, context):
+        """For good; refused while a tag points at the version. Running generations finish with it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DownloadVersion(self, request, context):
+        """One manifest, then all files' bytes in order.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetTag(self, request, context):
+        """Makes or moves a tag. Running generations keep the version they started with.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteTag(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListTags(self, request, context):
+        """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -147,6 +306,16 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.FinishUploadRequest.FromString,
                     response_serializer=lorasrv_dot_v1_dot_adapter__pb2.Upload.SerializeToString,
             ),
+            'CancelUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelUpload,
+                    request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.CancelUploadRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_adapter__pb2.Upload.SerializeToString,
+            ),
+            'ImportAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.ImportAdapter,
+                    request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.ImportAdapterRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_adapter__pb2.Upload.SerializeToString,
+            ),
             'GetAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.GetAdapter,
                     request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.GetAdapterRequest.FromString,
@@ -157,10 +326,65 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.ListAdaptersRequest.FromString,
                     response_serializer=lorasrv_dot_v1_dot_adapter__pb2.ListAdaptersResponse.SerializeToString,
             ),
+            'UpdateAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateAdapter,
+                    request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.UpdateAdapterRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_adapter__pb2.Adapter.SerializeToString,
+            ),
             'DeleteAdapter': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteAdapter,
                     request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_adapter__pb2.Adapter.SerializeToString,
+            ),
+            'UndeleteAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UndeleteAdapter,
+                    request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.UndeleteAdapterRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_adapter__pb2.Adapter.SerializeToString,
+            ),
+            'PinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinAdapter,
+                    request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.PinAdapterRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_adapter__pb2.Adapter.SerializeToString,
+            ),
+            'UnpinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinAdapter,
+                    request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.UnpinAdapterRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_adapter__pb2.Adapter.SerializeToString,
+            ),
+            'GetVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetVersion,
+                    request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.GetVersionRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_adapter__pb2.Version.SerializeToString,
+            ),
+            'ListVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListVersions,
+                    request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.ListVersionsRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_adapter__pb2.ListVersionsResponse.SerializeToString,
+            ),
+            'DeleteVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteVersion,
+                    request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.DeleteVersionRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'DownloadVersion': grpc.unary_stream_rpc_method_handler(
+                    servicer.DownloadVersion,
+                    request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.DownloadVersionRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_adapter__pb2.DownloadVersionResponse.SerializeToString,
+            ),
+            'SetTag': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetTag,
+                    request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.SetTagRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_adapter__pb2.Tag.SerializeToString,
+            ),
+            'DeleteTag': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteTag,
+                    request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.DeleteTagRequest.FromString,
+                    response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'ListTags': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTags,
+                    request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.ListTagsRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_adapter__pb2.ListTagsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -172,7 +396,10 @@ def add_AdapterServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class AdapterService(object):
     """Uploads adapters and keeps the registry. Resource names are `tenants/{tenant}/adapters/{adapter}`; ids match
-    [a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])? and `base` is reserved.
+    [a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])? and `base` is reserved. What another tenant has is not found.
+
+    A request with a `request_id` (1 to 128 of [A-Za-z0-9._:-]) that is sent again within 24 hours is not carried out
+    again: it gets its first result. A request with an `etag` is carried out only if the adapter still has that one.
     """
 
     @staticmethod
@@ -284,6 +511,60 @@ class AdapterService(object):
             _registered_method=True)
 
     @staticmethod
+    def CancelUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.AdapterService/CancelUpload',
+            lorasrv_dot_v1_dot_adapter__pb2.CancelUploadRequest.SerializeToString,
+            lorasrv_dot_v1_dot_adapter__pb2.Upload.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.AdapterService/ImportAdapter',
+            lorasrv_dot_v1_dot_adapter__pb2.ImportAdapterRequest.SerializeToString,
+            lorasrv_dot_v1_dot_adapter__pb2.Upload.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def GetAdapter(request,
             target,
             options=(),
@@ -338,6 +619,33 @@ class AdapterService(object):
             _registered_method=True)
 
     @staticmethod
+    def UpdateAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.AdapterService/UpdateAdapter',
+            lorasrv_dot_v1_dot_adapter__pb2.UpdateAdapterRequest.SerializeToString,
+            lorasrv_dot_v1_dot_adapter__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def DeleteAdapter(request,
             target,
             options=(),
@@ -353,7 +661,277 @@ class AdapterService(object):
             target,
             '/lorasrv.v1.AdapterService/DeleteAdapter',
             lorasrv_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.SerializeToString,
+            lorasrv_dot_v1_dot_adapter__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UndeleteAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.AdapterService/UndeleteAdapter',
+            lorasrv_dot_v1_dot_adapter__pb2.UndeleteAdapterRequest.SerializeToString,
+            lorasrv_dot_v1_dot_adapter__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.AdapterService/PinAdapter',
+            lorasrv_dot_v1_dot_adapter__pb2.PinAdapterRequest.SerializeToString,
+            lorasrv_dot_v1_dot_adapter__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.AdapterService/UnpinAdapter',
+            lorasrv_dot_v1_dot_adapter__pb2.UnpinAdapterRequest.SerializeToString,
+            lorasrv_dot_v1_dot_adapter__pb2.Adapter.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.AdapterService/GetVersion',
+            lorasrv_dot_v1_dot_adapter__pb2.GetVersionRequest.SerializeToString,
+            lorasrv_dot_v1_dot_adapter__pb2.Version.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.AdapterService/ListVersions',
+            lorasrv_dot_v1_dot_adapter__pb2.ListVersionsRequest.SerializeToString,
+            lorasrv_dot_v1_dot_adapter__pb2.ListVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.AdapterService/DeleteVersion',
+            lorasrv_dot_v1_dot_adapter__pb2.DeleteVersionRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DownloadVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/lorasrv.v1.AdapterService/DownloadVersion',
+            lorasrv_dot_v1_dot_adapter__pb2.DownloadVersionRequest.SerializeToString,
+            lorasrv_dot_v1_dot_adapter__pb2.DownloadVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetTag(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.AdapterService/SetTag',
+            lorasrv_dot_v1_dot_adapter__pb2.SetTagRequest.SerializeToString,
+            lorasrv_dot_v1_dot_adapter__pb2.Tag.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteTag(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.AdapterService/DeleteTag',
+            lorasrv_dot_v1_dot_adapter__pb2.DeleteTagRequest.SerializeToString,
+            google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTags(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.AdapterService/ListTags',
+            lorasrv_dot_v1_dot_adapter__pb2.ListTagsRequest.SerializeToString,
+            lorasrv_dot_v1_dot_adapter__pb2.ListTagsResponse.FromString,
             options,
             channel_credentials,
             insecure,
