@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from lorasrv.requests import Delta, Finished, GenerationRequest, Started
+from lorasrv.requests import Delta, Finished, Started
 from lorasrv.server import convert
 from lorasrv.server.access import current_caller
 from lorasrv.server.frontdesk import FrontDesk
@@ -22,12 +22,16 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def __init__(self, desk: FrontDesk) -> None:
         self._desk = desk
 
+    @property
+    def _tenant(self) -> str:
+        return current_caller().tenant
+
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> generation_pb2.GenerateResponse:
         response = generation_pb2.GenerateResponse()
         texts: defaultdict[int, list[str]] = defaultdict(list)
-        async with aclosing(self._desk.generate(_asked(request))) as events:
+        async with aclosing(self._desk.generate(convert.generation_request(request, self._tenant))) as events:
             async for event in events:
                 match event:
                     case Started():
@@ -47,13 +51,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def GenerateStream(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> AsyncGenerator[generation_pb2.GenerateStreamResponse, None]:
-        async with aclosing(self._desk.generate(_asked(request))) as events:
+        async with aclosing(self._desk.generate(convert.generation_request(request, self._tenant))) as events:
             async for event in events:
                 yield convert.stream_response(event)
-
-
-def _asked(request: generation_pb2.GenerateRequest) -> GenerationRequest:
-    return convert.generation_request(request, current_caller().tenant)
 
 
 def _sample(response: generation_pb2.GenerateResponse, index: int) -> generation_pb2.Sample:
