@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Keyed:
 
     channel: grpc.aio.Channel
     key: str
+    pushed: set[Path] = field(default_factory=set[Path])
 
     @property
     def generation(self) -> Any:

@@ -28,6 +28,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._tokens = tokens
         self._metrics = metrics
 
+    @property
+    def _tenant(self) -> str:
+        return current_caller().tenant
+
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> generation_pb2.GenerateResponse:
@@ -63,7 +67,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.TokenizeRequest, context: Context
     ) -> generation_pb2.TokenizeResponse:
         prompt = convert.text_or_chat(request)
-        tokenized = await self._tokens.tokenize(prompt, current_caller().tenant, request.adapter or BASE_ID)
+        tokenized = await self._tokens.tokenize(prompt, self._tenant, request.adapter or BASE_ID)
         return convert.tokenized(tokenized, with_offsets=request.with_offsets, with_text=request.with_text)
 
     async def Detokenize(
@@ -73,7 +77,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return generation_pb2.DetokenizeResponse(text=text)
 
     def _generate(self, request: generation_pb2.GenerateRequest, context: Context) -> AsyncGenerator[Event, None]:
-        asked = convert.generation_request(request, current_caller().tenant, _deadline_s(context))
+        asked = convert.generation_request(request, self._tenant, _deadline_s(context))
         return self._metrics.observed(self._desk.generate(asked))
 
 
