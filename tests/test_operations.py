@@ -6,6 +6,7 @@ import urllib.request
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fake_engine import FakeEngine, server_config
 from lorasrv.client import Client
 from lorasrv.errors import ConfigurationError, QueueFull
+from lorasrv.server.metrics import CallCounter, Metrics
 from lorasrv.server.server import Server
 from lorasrv.v1 import generation_pb2_grpc, server_pb2, server_pb2_grpc
 from running_server import Running, asked, refused, running_server, until
@@ -193,6 +195,22 @@ async def test_labels_are_few_whatever_is_called(running: Running, generation: A
     labels = {pair for _, pairs in found for pair in pairs}
     assert not [value for _, value in labels if value.startswith(("Nope", "a1"))]
     assert len([name for name, _ in found if name == "lorasrv_calls_total"]) == 1
+
+
+async def test_what_is_refused_under_any_name_is_counted_under_one(running: Running) -> None:
+    async def refuse(request: Any, context: Any) -> None:
+        raise AssertionError("refused")
+
+    async def continuation(details: Any) -> Any:
+        return grpc.unary_unary_rpc_method_handler(refuse)
+
+    metrics = Metrics(running.engine)
+    for number in range(3):
+        details = SimpleNamespace(method=f"/lorasrv.v1.Nope/Nope{number}")
+        handler = await CallCounter(metrics).intercept_service(continuation, details)  # pyright: ignore[reportArgumentType]
+        with pytest.raises(AssertionError, match="refused"):
+            await handler.unary_unary(None, SimpleNamespace(code=lambda: Code.UNAUTHENTICATED))
+    assert metrics.registry.get_sample_value("lorasrv_calls_total", {"method": "other", "code": "UNAUTHENTICATED"}) == 3
 
 
 async def test_metrics_are_on_loopback_and_off_unless_asked_for(running: Running, tmp_path: Path) -> None:
