@@ -6,9 +6,10 @@ from random import Random
 import pytest
 
 from core_rig import BLOCK_TOKENS, NUM_PAGES, make_core, make_request, run_all, tokens_of
-from fakes import EOS, VOCAB, expected_scores, expected_tokens
+from fakes import EOS, VOCAB, FakeRunner, expected_scores, expected_tokens
+from lorasrv.engine.core import EngineCore
 from lorasrv.errors import GenerationExists, InvalidRequest, QueueFull
-from lorasrv.types import EngineRequest, Failure, LogitRules
+from lorasrv.types import EngineRequest, Failure, LogitRules, TokenDelta
 
 
 def test_one_forward_serves_all_adapters() -> None:
@@ -243,6 +244,29 @@ def test_blocks_behind_logits_that_are_not_finite_are_not_found_again() -> None:
     core.add(make_request("again", prompt))
     assert tokens_of(run_all(core)["again"]) == expected_tokens(prompt, None, 5)
     assert core.status().counters.cached_prompt_tokens == 0
+
+
+def test_nor_are_those_of_a_sequence_that_was_preempted_meanwhile() -> None:
+    def make() -> tuple[EngineCore, FakeRunner]:
+        core, runner = make_core({}, num_pages=12, run_ahead=True)
+        for index in range(2):
+            core.add(replace(make_request(f"r{index}", (index + 1, 7, 9, 11), None, 30), ignore_eos=True))
+        return core, runner
+
+    core, _ = make()
+    num_steps = 0
+    while core.status().counters.preemptions == 0:
+        core.step()
+        num_steps += 1
+    core, runner = make()
+    deltas: tuple[TokenDelta, ...] = ()
+    for step in range(num_steps):
+        runner.not_finite = step == num_steps - 2
+        deltas = core.step()
+    assert core.status().counters.preemptions == 1 and len(deltas) == 2
+    assert all(delta.failure is not None for delta in deltas)
+    assert core.status().pool.free == 12
+    core.check()
 
 
 def test_what_is_submitted_ahead_of_an_end_is_dropped() -> None:

@@ -18,6 +18,7 @@ from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder, ForwardBatch
 from lorasrv.model.families import read_architecture
 from lorasrv.model.loader import load_weights
+from lorasrv.model.sampler import Fence
 from lorasrv_kernels import fixed, reference
 from lorasrv_kernels.forward import ForwardKernels
 from peft_models import random_llama
@@ -118,6 +119,17 @@ def test_only_drawing_chunks_have_tokens(tmp_path: Path) -> None:
     assert run_greedy(rig.runner, [chunk(tokens, 0, 6, table)], []).tokens == ()
     assert len(run_greedy(rig.runner, [chunk(tokens, 6, 12, table)]).tokens) == 1
     assert rig.runner.num_forwards == 2
+
+
+def test_a_step_that_draws_nothing_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_llama(tmp_path)
+    rig, waited = Rig(tmp_path), list[Fence]()
+    monkeypatch.setattr(Fence, "wait", lambda fence: waited.append(fence))
+    step = rig.runner.forward((chunk(prompt(1, 12), 0, 6, rig.table(12)),))
+    step.draw(())
+    assert not waited
+    step.output()
+    assert waited
 
 
 def test_a_token_that_is_still_being_drawn_goes_into_the_next_step(tmp_path: Path) -> None:

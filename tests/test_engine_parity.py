@@ -116,7 +116,7 @@ def serve(engine: Assembly, requests: Iterable[EngineRequest], joining: int, sam
 @pytest.mark.parametrize("run_ahead", [False, True])
 @pytest.mark.parametrize("max_step_tokens", [16, 512])
 def test_mixed_batches_equal_peft(case: Case, joining: int, run_ahead: bool, max_step_tokens: int) -> None:
-    engine = make_engine(case, num_pages=400, max_step_tokens=max_step_tokens, run_ahead=run_ahead)
+    engine = make_engine(case, num_pages=500, max_step_tokens=max_step_tokens, run_ahead=run_ahead)
     assert case.wrong(serve(engine, case.requests(), joining)) == set()
     assert engine.core.status().counters.adapter_evictions == 0
     engine.core.close()

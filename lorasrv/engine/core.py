@@ -372,6 +372,8 @@ class EngineCore:
             self._running.remove(sequence)
         elif sequence in self._waiting:
             self._waiting.remove(sequence)
+            if forget:
+                self._ledger.forget(sequence)
         else:
             self._forget_follower(sequence)
         self._queue_followers(sequence, None)

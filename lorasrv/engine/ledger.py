@@ -154,13 +154,16 @@ class Ledger:
         self._prefix.unpin(cached, self.step)
         self._pool.retire(own, _owner(sequence), self.step)
         if forget or not self._keep_prefixes:
-            for page in cached:
-                if not self._prefix.pins(page):
-                    self.evict(IdleBlock(page))
+            self._evict_unpinned(cached)
         sequence.block_table = []
         sequence.num_computed = sequence.num_keyed_blocks = 0
         if sequence.digest is not None:
             self._residency.unpin(sequence.digest, self.step)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Take a queued sequence's full blocks, which it had before it was preempted, out of the prefix cache."""
+        keys = sequence.keys.first(len(sequence.token_ids) // self._block_tokens, sequence.token_ids)
+        self._evict_unpinned(self._prefix.match(keys))
 
     def discard(self, digest: str) -> None:
         self._discarded.add(digest)
@@ -235,6 +238,11 @@ class Ledger:
         used = Counter(sequence.digest for sequence in running)
         for adapter in self._residency:
             assert self._residency.pins(adapter.digest) == used[adapter.digest], "pins do not match requests"
+
+    def _evict_unpinned(self, blocks: Iterable[int]) -> None:
+        for page in blocks:
+            if not self._prefix.pins(page):
+                self.evict(IdleBlock(page))
 
     def _shares(self, sequence: Sequence) -> bool:
         return self._keep_prefixes or sequence.request.n > 1

@@ -15,7 +15,7 @@ from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder, ForwardBatch
 from lorasrv.model.families import Architecture, read_architecture
 from lorasrv.model.loader import dummy_weights, load_weights
-from lorasrv.model.sampler import Drawn, Scores, draw, position_logprobs
+from lorasrv.model.sampler import Drawn, Fence, Scores, draw, position_logprobs
 from lorasrv.types import EngineInfo
 from lorasrv_kernels import fixed, reference
 from lorasrv_kernels.tiles import Segments
@@ -147,6 +147,7 @@ class ModelStep:
         self._hidden = hidden
         self._drawn: Drawn | None = None
         self._scores: dict[int, tuple[Scores, ...]] = {}
+        self._submitted: Fence | None = None
 
     def draw(self, draws: tuple[Draw, ...]) -> None:
         if draws:
@@ -157,8 +158,12 @@ class ModelStep:
                 first = self._ends[number] - chunk.num_tokens + chunk.score.start - 1 - chunk.start
                 rows = self._hidden[first : first + len(chunk.score.token_ids)]
                 self._scores[number] = self._runner.score(rows, chunk.score)
+        self._submitted = Fence(self._hidden.device)
 
     def output(self) -> StepOutput:
+        assert self._submitted is not None, "output before draw"
+        # A step that draws nothing has pages too, which nobody else may write before it has completed.
+        self._submitted.wait()
         tokens, logprobs = ((), {}) if self._drawn is None else self._drawn.read()
         return StepOutput(
             tokens=tokens,

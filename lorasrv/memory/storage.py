@@ -42,7 +42,11 @@ class PageStorage:
         self.num_pages = num_pages
         self.bytes: Tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=device)  # [num_pages * page_bytes]
         self.pages: Tensor = self.bytes.view(num_pages, layout.page_bytes)
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._copies = torch.cuda.Stream(device)
+            # No copy is to be overwritten by the zeros.
+            self._copies.wait_stream(torch.cuda.current_stream(device))
         self.kv: Tensor = self.bytes.view(dtype).view(  # [num_pages, layers, 2, block_tokens, kv_heads, head_dim]
             num_pages, layout.num_layers, 2, layout.block_tokens, layout.num_kv_heads, layout.head_dim
         )

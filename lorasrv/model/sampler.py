@@ -48,17 +48,28 @@ class SampleParams(Protocol):
     def logprobs(self) -> int | None: ...
 
 
+class Fence:
+    """What is submitted to a device so far, to be waited for without waiting for more."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+
 class HostCopy:
-    """Small tensors copied to the host behind what is submitted so far, and waited for without waiting for more."""
+    """Small tensors copied to the host behind what is submitted so far."""
 
     def __init__(self, *tensors: Tensor) -> None:
-        on_gpu = tensors[0].device.type == "cuda"
-        self._values = tuple(_to_pinned(tensor) if on_gpu else tensor for tensor in tensors)
-        self._arrived = torch.cuda.current_stream(tensors[0].device).record_event() if on_gpu else None
+        device = tensors[0].device
+        self._values = tuple(_to_pinned(tensor) if device.type == "cuda" else tensor for tensor in tensors)
+        self._arrived = Fence(device)
 
     def read(self) -> tuple[Tensor, ...]:
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        """Waits for them."""
+        self._arrived.wait()
         return self._values
 
 
