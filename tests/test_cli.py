@@ -15,11 +15,13 @@ from typer.testing import CliRunner, Result
 
 from adapter_folders import write_adapter
 from fake_engine import BASE_MODEL
+from keyed import KeyRing, keyed_server
 from lorasrv.cli import connection
-from lorasrv.cli.connection import resolve_url
+from lorasrv.cli.connection import resolve_api_key, resolve_url
 from lorasrv.cli.generate import read_jobs
 from lorasrv.cli.main import app
 from lorasrv.errors import ConfigurationError
+from lorasrv.keys import Role
 from lorasrv.types import FinishReason, LogitRules, PositionLogprobs, TokenDelta
 from running_server import Running, running_server, subprocess_env
 from test_client import free_address
@@ -32,6 +34,7 @@ def no_user_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "config.toml"
     monkeypatch.setattr(connection, "config_path", lambda: path)
     monkeypatch.delenv("LORASRV_URL", raising=False)
+    monkeypatch.delenv("LORASRV_API_KEY", raising=False)
     return path
 
 
@@ -323,3 +326,46 @@ def test_serve_until_sigterm(tmp_path: Path) -> None:
     output, errors = process.communicate(timeout=30)
     assert (process.returncode, output) == (0, ""), errors
     assert "Traceback" not in errors
+
+
+def write_context(path: Path, **fields: str) -> None:
+    lines = (f"{name} = {json.dumps(value)}" for name, value in fields.items())
+    path.write_text("\n".join(["current-context = 'prod'", "[contexts.prod]", *lines]))
+
+
+def test_a_contexts_key_is_for_its_own_server(
+    no_user_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "key").write_text("of-the-context\n")
+    assert resolve_api_key(None) is None
+    write_context(no_user_config, url="a:1", api_key_file=str(tmp_path / "key"))
+    assert resolve_api_key(None) == "of-the-context"
+    assert resolve_api_key("b:1") is None
+    monkeypatch.setenv("LORASRV_URL", "b:1")
+    assert resolve_api_key(None) is None
+    monkeypatch.setenv("LORASRV_API_KEY", "of-the-environment")
+    assert resolve_api_key(None) == resolve_api_key("b:1") == "of-the-environment"
+
+
+def test_a_bad_key_is_said_but_not_shown(no_user_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "key").write_text("not a-secret")
+    write_context(no_user_config, url="127.0.0.1:1", api_key_file=str(tmp_path / "key"))
+    result = run("status")
+    assert_fails(result, 2, "visible ASCII")
+    assert "a-secret" not in result.stderr
+    write_context(no_user_config, url="127.0.0.1:1", api_key_file=str(tmp_path / "nope"))
+    assert_fails(run("status"), 2, "No such file")
+    monkeypatch.setenv("LORASRV_API_KEY", "not a-secret")
+    assert_fails(run("status"), 2, "LORASRV_API_KEY: the API key has characters")
+
+
+async def test_keys_and_roles_at_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = KeyRing(tmp_path / "keys.toml")
+    key = ring.add("acme", [Role.GENERATE])
+    async with keyed_server(tmp_path, ring) as running:
+        monkeypatch.setenv("LORASRV_URL", running.address)
+        assert_fails(await in_thread("generate", "hi"), 4, "UNAUTHENTICATED: no valid API key")
+        monkeypatch.setenv("LORASRV_API_KEY", key)
+        assert (await in_thread("generate", "hi")).stdout == "hi\n"
+        assert (await in_thread("generate", "-f", "-", stdin="a\nb")).stdout == "a\nb\n"
+        assert_fails(await in_thread("adapters", "ls"), 4, "PERMISSION_DENIED")
