@@ -149,7 +149,8 @@ def batch(case: Case) -> Run:
 
 
 def test_the_batch_is_a_batch(case: Case, batch: Run) -> None:
-    assert batch.counters.steps <= 3 + NUM_TOKENS
+    # One at a time they would take NUM_TOKENS each; how many join late depends on how long their adapters take to read.
+    assert batch.counters.steps < 3 * NUM_TOKENS
     for request in case.requests:
         answer = batch.answers[request.request_id]
         assert len(answer.token_ids) == len(answer.logprobs) == NUM_TOKENS
