@@ -13,7 +13,6 @@ from lorasrv.engine.client import Engine
 from lorasrv.errors import EngineUnavailable, InvalidRequest
 from lorasrv.server import resources
 from lorasrv.server.access import current_caller
-from lorasrv.server.seen import SeenVersions
 from lorasrv.types import Tier
 from lorasrv.v1 import adapter_pb2, adapter_pb2_grpc
 from lorasrv_adapters.downloads import Download
@@ -40,10 +39,9 @@ CHANGEABLE = ("labels", "annotations")
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     """Every call is of its caller's tenant, which names may write as `-`; what other tenants have is not found."""
 
-    def __init__(self, registry: Registry, engine: Engine, seen: SeenVersions, workers: Executor) -> None:
+    def __init__(self, registry: Registry, engine: Engine, workers: Executor) -> None:
         self._registry = registry
         self._engine = engine
-        self._seen = seen
         self._workers = workers
 
     @property
