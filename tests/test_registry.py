@@ -3,10 +3,7 @@
 import errno
 import json
 import os
-import shutil
 import sqlite3
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from hashlib import sha256
@@ -557,77 +554,3 @@ def test_many_threads_publish_delete_and_pin(registry: Registry, tmp_path: Path)
     assert not failures
     assert registry.num_pins == 0
     assert not list(registry.blobs.digests())
-
-
-# Runs one publish and kills itself, with SIGKILL, before or after its n-th call that changes the disk.
-DRIVER = """
-import os, signal, sqlite3, sys
-from pathlib import Path
-from lorasrv_adapters.registry import Registry
-from adapter_files import llama_shapes, upload_files
-
-data, folder, fatal = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-steps = 0
-
-def step():
-    global steps
-    steps += 1
-    if steps == fatal:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-def counted(function):
-    def call(*args, **kwargs):
-        step()
-        result = function(*args, **kwargs)
-        step()
-        return result
-    return call
-
-class Connection(sqlite3.Connection):
-    execute = counted(sqlite3.Connection.execute)
-
-connect = sqlite3.connect
-registry = Registry(data, llama_shapes())
-registry.close()
-sqlite3.connect = lambda *args, **kwargs: connect(*args, **kwargs, factory=Connection)
-for name in ("replace", "fsync", "mkdir", "unlink", "rmdir"):
-    setattr(os, name, counted(getattr(os, name)))
-registry = Registry(data, llama_shapes())
-upload = registry.uploads.create("acme", "upper", upload_files(folder))
-for file in upload.files:
-    writer = registry.uploads.open_writer("acme", upload.upload_id, file.name)
-    writer.write(writer.offset, (folder / file.name).read_bytes()[writer.offset:])
-registry.uploads.finish("acme", upload.upload_id)
-print("acknowledged", steps, flush=True)
-"""
-
-
-def run_driver(data: Path, folder: Path, fatal: int) -> str:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", DRIVER, str(data), str(folder), str(fatal)]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
-    assert result.returncode in (0, -9), result.stderr
-    return result.stdout
-
-
-def test_killed_at_every_step_leaves_a_whole_version_or_a_resumable_upload(tmp_path: Path) -> None:
-    old, new = (small_adapter(tmp_path / str(seed), BASE, seed=seed) for seed in (0, 1))
-    registry = Registry(tmp_path / "prepared", BASE)
-    before = push(registry, old)
-    registry.close()
-    shutil.copytree(tmp_path / "prepared", tmp_path / "dry")
-    num_steps = int(run_driver(tmp_path / "dry", new, 0).split()[1])
-    assert num_steps > 60
-    outcomes = {"old": 0, "new": 0}
-    for fatal in sorted({*range(1, num_steps, 4), *range(num_steps - 8, num_steps + 1)}):
-        data = shutil.copytree(tmp_path / "prepared", tmp_path / f"data{fatal}")
-        assert run_driver(data, new, fatal) == ""
-        registry = Registry(data, BASE)
-        registry.check()
-        digest = registry.resolve("acme", "upper").digest
-        assert open_digest(registry, digest) == open_digest(registry, before) == 4
-        outcomes["old" if digest == before else "new"] += 1
-        assert push(registry, new) != before
-        registry.close()
-    assert outcomes["old"] > 0
-    assert outcomes["new"] > 0

@@ -214,8 +214,9 @@ class Catalogue:
         return bool(rows)
 
     def stored_bytes(self, tenant: str) -> int:
-        """Of all the tenant's versions, those of deleted adapters included."""
-        return self._database.rows("SELECT coalesce(sum(size_bytes), 0) FROM versions WHERE tenant=?", tenant)[0][0]
+        """Of all the tenant's versions, each once, those of deleted adapters included."""
+        query = "SELECT sum(size_bytes) FROM (SELECT DISTINCT digest, size_bytes FROM versions WHERE tenant=?)"
+        return self._database.rows(query, tenant)[0][0] or 0
 
     def has_version(self, digest: str) -> bool:
         return bool(self._database.rows("SELECT 1 FROM versions WHERE digest=? LIMIT 1", digest))
