@@ -8,7 +8,7 @@ READY := .venv/.ready
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all lint format proto proto-check clean
+.PHONY: demo test test-all lint format proto proto-check docs clean
 
 demo: $(READY)
 	$(BIN)/lorasrv demo
@@ -44,6 +44,9 @@ proto-check: $(READY)
 	rm -rf build/proto && mkdir -p build/proto
 	$(call GENERATE,build/proto)
 	diff -r -x __init__.py -x __pycache__ build/proto/lorasrv/v1 lorasrv/v1 || { echo "Generated code is stale: run make proto"; exit 1; }
+
+docs: $(READY)
+	$(BIN)/python docs/generate_api.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

@@ -6,7 +6,8 @@ from core_rig import make_core, make_request, run_all, tokens_of
 from fakes import expected_tokens
 from lorasrv.engine.core import EngineCore
 from lorasrv.engine.positions import INTERVAL_S
-from lorasrv.types import EngineRequest, Priority
+from lorasrv.engine.routing import Mailbox
+from lorasrv.types import EngineRequest, Priority, TokenDelta
 
 
 def batch(request_id: str, max_tokens: int = 5) -> EngineRequest:
@@ -98,6 +99,19 @@ def test_what_has_begun_is_told_nothing() -> None:
             begun |= {delta.request_id} if delta.token_ids else set()
     assert core.status().counters.preemptions > 0
     assert not core.has_work()
+
+
+async def test_a_lagging_reader_gets_the_last_position_and_none_once_there_are_tokens() -> None:
+    mailbox = Mailbox(1)
+    told = TokenDelta(request_id="r", queue_position=7)
+    mailbox.put(told)
+    assert await mailbox.take() == told
+    for position in (6, 5):
+        mailbox.put(replace(told, queue_position=position))
+    assert await mailbox.take() == replace(told, queue_position=5)
+    mailbox.put(told)
+    mailbox.put(TokenDelta(request_id="r", token_ids=(1,)))
+    assert await mailbox.take() == TokenDelta(request_id="r", token_ids=(1,))
 
 
 def test_positions_leave_the_tokens_alone() -> None:

@@ -68,7 +68,7 @@ def make_core(
     )
     config = SchedulerConfig(max_step_tokens=32, max_running=max_running)
     runner = FakeRunner(device, cast(FakeTiers, storage))
-    return EngineCore(config=config, limits=limits, runner=runner, tiers=tiers), tiers
+    return EngineCore(config=config, limits=limits, runner=runner, tiers=tiers, clock=lambda: 0.0), tiers
 
 
 def make_requests(num_requests: int, digests: Sequence[str], seed: int) -> dict[str, EngineRequest]:
