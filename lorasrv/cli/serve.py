@@ -33,6 +33,10 @@ def serve(
         float, typer.Option(min=1, help="An engine whose step takes longer is taken for hung and restarted.")
     ] = 30.0,
     stall_timeout_s: Annotated[float, typer.Option(min=1, help="A stream not read for so long is ended.")] = 30.0,
+    tenant_quota_gib: Annotated[float | None, typer.Option(min=0, help="What a tenant may store; unlimited.")] = None,
+    import_root: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="A tenant may import from ROOT/TENANT.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Serve a base model and the adapters pushed to it; prints one READY line and stays until SIGTERM or SIGINT."""
@@ -43,6 +47,7 @@ def serve(
         # Needs the server's packages, which the client alone does not install.
         from lorasrv.server.serve import serve as run
         from lorasrv.server.server import ServerConfig
+        from lorasrv_adapters.limits import RegistryLimits
 
         config = ServerConfig(
             engine=EngineConfig(
@@ -62,6 +67,10 @@ def serve(
             grace_s=grace_s,
             heartbeat_timeout_s=heartbeat_timeout_s,
             stall_timeout_s=stall_timeout_s,
+            registry=RegistryLimits(
+                tenant_bytes=None if tenant_quota_gib is None else int(tenant_quota_gib * 2**30),
+                import_root=import_root,
+            ),
         )
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         run(config, lambda line: print(line, flush=True), as_json=as_json)
