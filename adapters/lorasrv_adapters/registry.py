@@ -40,6 +40,7 @@ from lorasrv_adapters.replays import Replays
 from lorasrv_adapters.staging import Staging
 from lorasrv_adapters.tenant_bytes import TenantBytes
 from lorasrv_adapters.upload_catalogue import UploadCatalogue
+from lorasrv_adapters.uploads import Uploads
 
 _NO_LIMITS = RegistryLimits()
 
@@ -91,10 +92,18 @@ class Registry:
                 replays=self._replays,
                 tokens=PageTokens(database),
             )
-            self.uploads = Publisher(
+            publisher = Publisher(
                 base=base,
                 max_rank=max_rank,
                 check=check,
+                clock=clock,
+                catalogue=self._catalogue,
+                blobs=self.blobs,
+                pins=self._pins,
+                staging=self._staging,
+                tenant_bytes=self._tenant_bytes,
+            )
+            self.uploads = Uploads(
                 limits=limits,
                 clock=clock,
                 lock=self._lock,
@@ -102,9 +111,9 @@ class Registry:
                 uploads=self._uploads,
                 replays=self._replays,
                 blobs=self.blobs,
-                pins=self._pins,
                 staging=self._staging,
                 tenant_bytes=self._tenant_bytes,
+                publisher=publisher,
             )
             self._recover()
             self._open = undo.pop_all()

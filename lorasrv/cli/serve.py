@@ -45,6 +45,10 @@ def serve(
         int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics here; 0 picks a free port.")
     ] = None,
     metrics_host: Annotated[str, typer.Option(help="Where metrics are served; loopback by default.")] = "127.0.0.1",
+    tenant_quota_gib: Annotated[float | None, typer.Option(min=0, help="What a tenant may store; unlimited.")] = None,
+    import_root: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="A tenant may import from ROOT/TENANT.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Serve a base model and the adapters pushed to it; prints one READY line and stays until SIGTERM or SIGINT."""
@@ -55,6 +59,7 @@ def serve(
         # Needs the server's packages, which the client alone does not install.
         from lorasrv.server.serve import serve as run
         from lorasrv.server.server import ServerConfig
+        from lorasrv_adapters.limits import RegistryLimits
 
         config = ServerConfig(
             engine=EngineConfig(
@@ -79,6 +84,10 @@ def serve(
             stall_timeout_s=stall_timeout_s,
             metrics_host=metrics_host,
             metrics_port=metrics_port,
+            registry=RegistryLimits(
+                tenant_bytes=None if tenant_quota_gib is None else int(tenant_quota_gib * 2**30),
+                import_root=import_root,
+            ),
         )
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         run(config, lambda line: print(line, flush=True), as_json=as_json)

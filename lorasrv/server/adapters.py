@@ -27,7 +27,7 @@ from lorasrv_adapters.reference import (
     tenant_name,
 )
 from lorasrv_adapters.registry import Registry
-from lorasrv_adapters.uploads import UploadWriter
+from lorasrv_adapters.upload_writer import UploadWriter
 
 Context = grpc.aio.ServicerContext[Any, Any]
 P = ParamSpec("P")
