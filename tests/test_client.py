@@ -15,7 +15,15 @@ from adapter_folders import write_adapter
 from lorasrv.client import AsyncClient, Client, ClientError
 from lorasrv.client import errors as client_errors
 from lorasrv.client.batch import Job, Outcome, generate_all
-from lorasrv.client.errors import InvalidArgument, NotFound, Unavailable
+from lorasrv.client.errors import (
+    Aborted,
+    AlreadyExists,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    Unavailable,
+)
 from lorasrv.client.messages import generate_request, target_of
 from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
 from running_server import Running, running_server, subprocess_env
@@ -56,6 +64,49 @@ async def test_a_session(running: Running, tmp_path: Path) -> None:
     total = sum(path.stat().st_size for path in folder.iterdir())
     assert progress[-1] == (total, total)
     assert progress == sorted(progress)
+
+
+async def test_every_verb_of_the_registry(running: Running, tmp_path: Path) -> None:
+    folders = [write_adapter(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+
+    def session() -> None:
+        with Client(running.address) as client:
+            old, new = (client.push(folder, "upper") for folder in folders)
+            tag = client.set_tag(f"upper@sha256:{old.digest[:8]}", "prod")
+            assert (tag.tag, tag.versions[0].digest) == ("prod", old.digest)
+            started = client.generate("hello", adapter="upper@prod").started
+            assert started.version_digest == client.version("upper@prod").digest == old.digest
+            assert client.version("upper").digest == client.version("upper@latest").digest == new.digest
+            assert [each.tag for each in client.tags("upper")] == ["latest", "prod"]
+            assert [each.digest for each in client.versions("upper")] == [new.digest, old.digest]
+            assert client.pull("upper@prod", tmp_path / "pulled").digest == old.digest
+            for path in folders[0].iterdir():
+                assert (tmp_path / "pulled" / path.name).read_bytes() == path.read_bytes()
+            with pytest.raises(FileExistsError):
+                client.pull("upper", tmp_path / "pulled")
+            client.delete_tag("upper", "prod")
+            client.delete_version(f"upper@sha256:{old.digest}")
+            for gone in ("upper@prod", f"upper@sha256:{old.digest}"):
+                with pytest.raises(NotFound, match="not found"):
+                    client.version(gone)
+            etag = client.update_adapter("upper", labels={"a": "b"}, annotations={"note": "x"}).etag
+            assert [each.adapter_id for each in client.adapters(name_prefix="u", labels={"a": "b"})] == ["upper"]
+            with pytest.raises(Aborted, match="etag"):
+                client.update_adapter("upper", labels={}, etag="old")
+            assert dict(client.update_adapter("upper", labels={}, etag=etag).annotations) == {"note": "x"}
+            assert client.pin_adapter("upper").pinned
+            with pytest.raises(FailedPrecondition, match="pinned"):
+                client.delete_adapter("upper")
+            assert not client.unpin_adapter("upper").pinned
+            assert client.delete_adapter("upper").HasField("delete_time")
+            assert (client.adapters(), len(client.adapters(show_deleted=True))) == ([], 1)
+            with pytest.raises(AlreadyExists, match="deleted"):
+                client.push(folders[0], "upper", create_only=True)
+            assert client.undelete_adapter("upper") == client.adapter("upper")
+            with pytest.raises(PermissionDenied, match="import root"):
+                client.import_adapter("runs/upper", "upper")
+
+    await asyncio.to_thread(session)
 
 
 async def test_a_stream_in_both_clients(running: Running) -> None:
