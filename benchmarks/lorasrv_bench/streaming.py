@@ -242,10 +242,10 @@ class NoVersions:
     """A registry without adapters."""
 
     def acquire(self, tenant: str, reference: str) -> Any:
-        raise NotImplementedError
+        raise AssertionError(f"{reference}: only the base is asked for")
 
     def unpin(self, digest: str) -> None:
-        raise NotImplementedError
+        raise AssertionError(f"{digest} was never pinned")
 
 
 # The server, in a process of its own.
