@@ -1,5 +1,7 @@
-"""`lorasrv adapters`: push, list, show, remove, and check a folder without a server."""
+"""`lorasrv adapters`: what the registry holds, and the ways in and out of it; `check` needs no server."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,36 +18,62 @@ app = typer.Typer(help="Push adapters to a server and look at those it has.", no
 
 FolderArgument = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A PEFT adapter folder.")]
 NameArgument = Annotated[str, typer.Argument(help="The adapter's name.")]
+ReferenceArgument = Annotated[str, typer.Argument(help="NAME, NAME@TAG or NAME@sha256:HEX.")]
+TagArgument = Annotated[str, typer.Argument(help="The tag, prod for example.")]
 
 
 @app.command()
 def push(
     folder: FolderArgument,
     name: Annotated[str | None, typer.Option(help="The adapter's name; else the folder's.")] = None,
+    create_only: Annotated[bool, typer.Option("--create-only", help="Refuse a name that is taken.")] = False,
     url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Upload a PEFT folder and publish it as the adapter's newest version."""
     adapter_id = folder.resolve().name if name is None else name
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with (
-        reported_errors(),
-        connect(url) as client,
-        progress(*columns) as bar,
-    ):
-        task = bar.add_task(adapter_id, total=None)
-        version = client.push(folder, adapter_id, lambda sent, total: bar.update(task, completed=sent, total=total))
-    if as_json:
-        print_json({"adapter_id": adapter_id, "version": message_dict(version)})
-    else:
-        print(f"{adapter_id}@sha256:{version.digest}")
+    with reported_errors(), connect(url) as client, _transfer(adapter_id) as report:
+        version = client.push(folder, adapter_id, report, create_only=create_only)
+    _print_version(adapter_id, version, as_json)
 
 
 @app.command()
-def ls(url: UrlOption = None, as_json: JsonOption = False) -> None:
+def pull(
+    reference: ReferenceArgument,
+    folder: Annotated[Path, typer.Argument(file_okay=False, help="Where its files go; made if it is not there.")],
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Download a version's files, checked to the last byte."""
+    with reported_errors(), connect(url) as client, _transfer(reference) as report:
+        version = client.pull(reference, folder, report)
+    _print_version(reference.partition("@")[0], version, as_json)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[str, typer.Argument(help="A folder below this tenant's import folder on the server.")],
+    name: NameArgument,
+    create_only: Annotated[bool, typer.Option("--create-only", help="Refuse a name that is taken.")] = False,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Publish a PEFT folder that is on the server's own disk."""
+    with reported_errors(), connect(url) as client:
+        version = client.import_adapter(source, name, create_only=create_only)
+    _print_version(name, version, as_json)
+
+
+@app.command()
+def ls(
+    prefix: Annotated[str, typer.Option(help="Those whose names begin so.")] = "",
+    deleted: Annotated[bool, typer.Option("--deleted", help="Also those that `restore` can bring back.")] = False,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """List the adapters that the server has."""
     with reported_errors(), connect(url) as client:
-        found = client.adapters()
+        found = client.adapters(name_prefix=prefix, show_deleted=deleted)
     if as_json:
         print_json({"adapters": [message_dict(adapter) for adapter in found]})
         return
@@ -75,11 +103,60 @@ def show(name: NameArgument, url: UrlOption = None, as_json: JsonOption = False)
 
 
 @app.command()
-def rm(name: NameArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
-    """Delete an adapter with all its versions; running generations finish with theirs."""
+def rm(
+    reference: Annotated[str, typer.Argument(help="NAME, or one untagged version: NAME@sha256:HEX.")],
+    purge: Annotated[bool, typer.Option("--purge", help="For good: `restore` cannot bring it back.")] = False,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Delete an adapter with all its versions, or one version for good; running generations finish with theirs."""
     with reported_errors(), connect(url) as client:
-        client.delete_adapter(name)
-    print_json({"deleted": name}) if as_json else print(f"deleted {name}")
+        if "@" in reference:
+            client.delete_version(reference)
+        else:
+            client.delete_adapter(reference, purge=purge)
+    print_json({"deleted": reference}) if as_json else print(f"deleted {reference}")
+
+
+@app.command()
+def restore(name: NameArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
+    """Bring a deleted adapter back."""
+    with reported_errors(), connect(url) as client:
+        adapter = client.undelete_adapter(name)
+    print_json(message_dict(adapter)) if as_json else print(f"restored {name}")
+
+
+@app.command()
+def tag(reference: ReferenceArgument, tag: TagArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
+    """Point a tag at a version; streams that run stay on the version they began with."""
+    with reported_errors(), connect(url) as client:
+        made = client.set_tag(reference, tag)
+    name = reference.partition("@")[0]
+    print_json(message_dict(made)) if as_json else print(f"{name}@{tag}: sha256:{made.versions[0].digest}")
+
+
+@app.command()
+def untag(name: NameArgument, tag: TagArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
+    """Take a tag away; its version stays."""
+    with reported_errors(), connect(url) as client:
+        client.delete_tag(name, tag)
+    print_json({"untagged": f"{name}@{tag}"}) if as_json else print(f"untagged {name}@{tag}")
+
+
+@app.command()
+def pin(name: NameArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
+    """Keep an adapter from deletion."""
+    with reported_errors(), connect(url) as client:
+        adapter = client.pin_adapter(name)
+    print_json(message_dict(adapter)) if as_json else print(f"pinned {name}")
+
+
+@app.command()
+def unpin(name: NameArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
+    """Let an adapter be deleted again."""
+    with reported_errors(), connect(url) as client:
+        adapter = client.unpin_adapter(name)
+    print_json(message_dict(adapter)) if as_json else print(f"unpinned {name}")
 
 
 @app.command()
@@ -104,6 +181,21 @@ def check(
         print_json({"ok": True, **ranks, "target_modules": list(spec.target_modules)})
     else:
         print(f"ok: rank {_ranks(spec.rank_min, spec.rank_max)}, {', '.join(spec.target_modules)}")
+
+
+@contextmanager
+def _transfer(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar of the bytes that have passed."""
+    with progress(TextColumn("{task.description}"), BarColumn(), DownloadColumn()) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda sent, total: bar.update(task, completed=sent, total=total)
+
+
+def _print_version(adapter_id: str, version: adapter_pb2.Version, as_json: bool) -> None:
+    if as_json:
+        print_json({"adapter_id": adapter_id, "version": message_dict(version)})
+    else:
+        print(f"{adapter_id}@sha256:{version.digest}")
 
 
 def _row(version: adapter_pb2.Version) -> tuple[str, str, str, str]:
