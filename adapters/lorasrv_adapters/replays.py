@@ -64,6 +64,11 @@ class Replays:
             raise RequestIdReused(f"request_id {quote(request_id)} was used for another request")
         return result
 
+    def forget(self, result: str) -> None:
+        """What this result named is gone: its request may be made anew."""
+        with self._database.transaction() as db:
+            db.execute("DELETE FROM replays WHERE result=?", (result,))
+
     def reap(self) -> None:
         with self._database.transaction() as db:
             db.execute("DELETE FROM replays WHERE expire_time<=?", (self._clock(),))

@@ -276,6 +276,7 @@ class Uploads:
             return False
         try:
             with self._lock, storage_errors():
+                self._replays.forget(upload_id)
                 self._uploads.delete(upload_id)
                 self._end_work(upload_id)
             return True
