@@ -1,16 +1,19 @@
 """Turns a step's chunks into tensors, runs the one forward pass, and draws the tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lorasrv.config import EngineConfig
 from lorasrv.engine.batch import AdapterInput, ChunkInput, Draw, PageCopy, SampleInput, ScoreInput, StepOutput
 from lorasrv.engine.fitting import page_layout
+from lorasrv.engine.step_arrays import Room, drawn_rows, step_arrays
 from lorasrv.errors import ConfigurationError
 from lorasrv.memory.packing import module_geometry
+from lorasrv.memory.staging import Staging
 from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder, ForwardBatch
 from lorasrv.model.families import Architecture, read_architecture
@@ -30,6 +33,7 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, storage: PageStorage) -> None:
         self._decoder = decoder
         self._storage = storage
+        self._staging = Staging(storage.bytes.device)
         self._drawn: Drawn | None = None
         self.num_forwards = 0
 
@@ -63,7 +67,7 @@ class ModelRunner:
         score: ScoreInput,
     ) -> tuple[Scores, ...]:
         """Logits exist for few rows at a time."""
-        token_ids = self._tensor(score.token_ids, torch.int64)
+        token_ids = self._tensor(score.token_ids)
         parts = [slice(first, first + _SCORED_ROWS) for first in range(0, len(token_ids), _SCORED_ROWS)]
         return tuple(
             position_logprobs(self._decoder.logits(hidden[part]), token_ids[part], score.num_top) for part in parts
@@ -71,63 +75,43 @@ class ModelRunner:
 
     def build_batch(self, chunks: Sequence[ChunkInput]) -> ForwardBatch:
         """The tensors of a step whose chunks stand in segment order."""
-        block_tokens = self._storage.layout.block_tokens
-        ends = list(accumulate(chunk.num_tokens for chunk in chunks))
-        positions = [p for c in chunks for p in range(c.start, c.start + c.num_tokens)]
-        slots = [
-            chunk.block_table[position // block_tokens] * block_tokens + position % block_tokens
-            for chunk in chunks
-            for position in range(chunk.start, chunk.start + chunk.num_tokens)
-        ]
-        max_blocks = max(len(chunk.block_table) for chunk in chunks)
-        tables = [chunk.block_table + (0,) * (max_blocks - len(chunk.block_table)) for chunk in chunks]
-        return ForwardBatch(
-            token_ids=self._token_ids(chunks, ends),
-            positions=self._tensor(positions, torch.int64),
-            slots=self._tensor(slots, torch.int64),
-            block_tables=self._tensor(tables, torch.int32),
-            query_starts=self._tensor([0, *ends], torch.int32),
-            context_lengths=self._tensor([chunk.start + chunk.num_tokens for chunk in chunks], torch.int32),
-            segments=self._segments(chunks, ends),
-        )
+        arrays = step_arrays(chunks, Room.of(chunks), self._storage.layout.block_tokens, self._storage.scratch_page)
+        tensors = self._staging.upload(arrays | drawn_rows(chunks))
+        self._take_drawn(tensors)
+        max_rank = max((chunk.adapter.max_rank for chunk in chunks if chunk.adapter is not None), default=0)
+        return self._batch(tensors, max_rank)
 
-    def _token_ids(self, chunks: Sequence[ChunkInput], ends: Sequence[int]) -> Tensor:  # int64 [num_tokens]
-        """Those that the host does not know yet come from the draws of the step before, which the device has."""
-        token_ids = self._tensor([token for chunk in chunks for token in chunk.token_ids or (0,)], torch.int64)
-        taken = [(end - 1, chunk.drawn) for chunk, end in zip(chunks, ends, strict=True) if chunk.drawn is not None]
-        if taken:
+    def _take_drawn(self, tensors: Mapping[str, Tensor]) -> None:
+        """The tokens that the host does not know yet come from the draws of the step before, which the device has."""
+        rows, places = tensors["rows"], tensors["places"]
+        if rows.numel():
             assert self._drawn is not None, "no step has drawn"
-            rows, places = self._tensor(taken, torch.int64).unbind(1)
-            token_ids[rows] = self._drawn.tokens[places]
-        return token_ids
+            tensors["token_ids"].index_copy_(0, rows, self._drawn.tokens.index_select(0, places))
 
-    def _segments(self, chunks: Sequence[ChunkInput], ends: Sequence[int]) -> Segments | None:
-        """One segment per (adapter, scale): chunks that share it are adjacent."""
-        starts: list[int] = []
-        segment_ends: list[int] = []
-        adapters: list[AdapterInput] = []
-        for chunk, end in zip(chunks, ends, strict=True):
-            if chunk.adapter is None:
-                continue
-            if adapters and adapters[-1] == chunk.adapter:
-                segment_ends[-1] = end
-            else:
-                adapters.append(chunk.adapter)
-                starts.append(end - chunk.num_tokens)
-                segment_ends.append(end)
-        if not adapters:
-            return None
-        return Segments(
-            starts=self._tensor(starts, torch.int32),
-            ends=self._tensor(segment_ends, torch.int32),
-            directories=self._tensor([adapter.directory for adapter in adapters], torch.int32),
-            scales=self._tensor([adapter.scale for adapter in adapters], torch.float32),
-            num_modules=len(self._decoder.architecture.module_shapes()),
-            max_rank=max(adapter.max_rank for adapter in adapters),
+    def _batch(self, tensors: Mapping[str, Tensor], max_rank: int) -> ForwardBatch:
+        """What `step_arrays` made, uploaded, for a step whose adapters are of at most this rank."""
+        segments = None
+        if "starts" in tensors:
+            segments = Segments(
+                starts=tensors["starts"],
+                ends=tensors["ends"],
+                directories=tensors["directories"],
+                scales=tensors["scales"],
+                num_modules=len(self._decoder.architecture.module_shapes()),
+                max_rank=max_rank,
+            )
+        return ForwardBatch(
+            token_ids=tensors["token_ids"],
+            positions=tensors["positions"],
+            slots=tensors["slots"],
+            block_tables=tensors["block_tables"],
+            query_starts=tensors["query_starts"],
+            context_lengths=tensors["context_lengths"],
+            segments=segments,
         )
 
-    def _tensor(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._storage.bytes.device)
+    def _tensor(self, values: Sequence[int]) -> Tensor:  # int64
+        return self._staging.upload({"values": np.array(values, dtype=np.int64)})["values"]
 
 
 class ModelStep:
