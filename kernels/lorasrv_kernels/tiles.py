@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lorasrv_kernels.work import Work
+
 ADDRESS_BYTES = 128
 TILE_ROWS = 16
 HEADER_FIELDS = 4
@@ -48,3 +50,4 @@ class Segments:
     scales: Tensor  # float32 [num_segments], the request's own scale
     num_modules: int
     max_rank: int
+    work: Work  # the same ranges, for the kernels

@@ -19,6 +19,7 @@ from lorasrv.model.sampler import Drawn, Fence, Scores, draw, position_logprobs
 from lorasrv.types import EngineInfo
 from lorasrv_kernels import fixed, reference
 from lorasrv_kernels.tiles import Segments
+from lorasrv_kernels.work import plan_work
 
 # At a vocabulary of 128k tokens, 32 MiB of logits.
 _SCORED_ROWS = 64
@@ -117,13 +118,15 @@ class ModelRunner:
                 segment_ends.append(end)
         if not adapters:
             return None
+        ranks = [adapter.max_rank for adapter in adapters]
         return Segments(
             starts=self._tensor(starts, torch.int32),
             ends=self._tensor(segment_ends, torch.int32),
             directories=self._tensor([adapter.directory for adapter in adapters], torch.int32),
             scales=self._tensor([adapter.scale for adapter in adapters], torch.float32),
             num_modules=len(self._decoder.architecture.module_shapes()),
-            max_rank=max(adapter.max_rank for adapter in adapters),
+            max_rank=max(ranks),
+            work=plan_work(starts, segment_ends, ranks, ends[-1]).upload(self._storage.bytes.device),
         )
 
     def _tensor(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:

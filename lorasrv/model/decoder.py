@@ -37,7 +37,7 @@ class _Lora:
 
     pool: Tensor  # uint8 [num_bytes]
     segments: Segments
-    shrunk: Tensor  # float32 [most modules that share an input, num_tokens, max_rank]
+    shrunk: Tensor  # float32 [1, most modules that share an input, num_tokens, max_rank]
 
 
 class Decoder:
@@ -130,7 +130,7 @@ class Decoder:
     ) -> Tensor:  # [num_tokens, sum of out_features]
         out = self._kernels.linear(x, weight, bias)
         if lora is not None:
-            shrunk = lora.shrunk[: len(modules)]
+            shrunk = lora.shrunk[:, : len(modules)]
             self._kernels.sgmv_shrink(x, lora.pool, lora.segments, layer, modules, shrunk)
             self._kernels.sgmv_expand(shrunk, lora.pool, lora.segments, layer, modules, out)
         return out
@@ -139,7 +139,7 @@ class Decoder:
 def _step_lora(batch: ForwardBatch, pool: Tensor) -> _Lora | None:
     if batch.segments is None:
         return None
-    shape = (3, batch.token_ids.shape[0], batch.segments.max_rank)
+    shape = (1, 3, batch.token_ids.shape[0], batch.segments.max_rank)
     shrunk = torch.empty(shape, dtype=torch.float32, device=batch.token_ids.device)
     return _Lora(pool=pool, segments=batch.segments, shrunk=shrunk)
 
