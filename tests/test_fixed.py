@@ -17,6 +17,7 @@ from lorasrv.model.rope import Rotation
 from lorasrv.model.rope_config import DefaultRope
 from lorasrv_kernels import fixed, reference
 from lorasrv_kernels.tiles import Segments
+from lorasrv_kernels.work import plan_work
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float32)
@@ -139,8 +140,9 @@ def test_lora(widths: tuple[int, int], rank: int, dtype: torch.dtype, threads: i
             scales=torch.ones(1),
             num_modules=1,
             max_rank=rank + before,
+            work=plan_work([before], [len(rows)], [rank], len(rows)).upload(CPU),
         )
-        shrunk = torch.empty(1, len(rows), segments.max_rank)
+        shrunk = torch.empty(1, 1, len(rows), segments.max_rank)
         out = base.repeat(len(rows), 1)
         fixed.sgmv_shrink(rows, storage.bytes, segments, 0, geometry, shrunk)
         fixed.sgmv_expand(shrunk, storage.bytes, segments, 0, geometry, out)

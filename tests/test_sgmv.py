@@ -14,6 +14,7 @@ from lorasrv_kernels import fixed, reference
 from lorasrv_kernels.forward import ForwardKernels
 from lorasrv_kernels.reference import sgmv_expand, sgmv_shrink
 from lorasrv_kernels.tiles import Segments
+from lorasrv_kernels.work import plan_work
 
 SHAPES = (("q", 72, 136), ("k", 72, 40), ("v", 72, 300))
 LAYER = 1
@@ -64,24 +65,26 @@ def build_pool(dtype: torch.dtype) -> Pool:
 FP32, BF16 = build_pool(torch.float32), build_pool(torch.bfloat16)
 
 
-def segments_of(pool: Pool, ranges: list[tuple[int, int, int, float]]) -> Segments:
+def segments_of(pool: Pool, num_tokens: int, ranges: list[tuple[int, int, int, float]]) -> Segments:
     """From (start, end, rank of the adapter, scale)."""
+    starts, ends, ranks = ([r[i] for r in ranges] for i in range(3))
     return Segments(
-        starts=torch.tensor([r[0] for r in ranges], dtype=torch.int32),
-        ends=torch.tensor([r[1] for r in ranges], dtype=torch.int32),
+        starts=torch.tensor(starts, dtype=torch.int32),
+        ends=torch.tensor(ends, dtype=torch.int32),
         directories=torch.tensor([pool.adapters[r[2]].directory for r in ranges], dtype=torch.int32),
         scales=torch.tensor([r[3] for r in ranges], dtype=torch.float32),
         num_modules=len(SHAPES),
-        max_rank=max((r[2] for r in ranges), default=1),
+        max_rank=max(ranks, default=1),
+        work=plan_work(starts, ends, ranks, num_tokens).upload(torch.device("cpu")),
     )
 
 
 def compare(
     pool: Pool, num_tokens: int, ranges: list[tuple[int, int, int, float]], dtype: torch.dtype, kernels: ForwardKernels
 ) -> None:
-    geometry, segments = module_geometry(pool.layout, SHAPES), segments_of(pool, ranges)
+    geometry, segments = module_geometry(pool.layout, SHAPES), segments_of(pool, num_tokens, ranges)
     x = torch.randn(num_tokens, 72).to(dtype)
-    shrunk = torch.full((3, num_tokens, segments.max_rank + 2), float("nan"))
+    shrunk = torch.full((1, 3, num_tokens, segments.max_rank + 2), float("nan"))
     before = torch.randn(num_tokens, sum(s[2] for s in SHAPES)).to(dtype)
     out = before.clone()
     kernels.sgmv_shrink(x, pool.storage.bytes, segments, LAYER, geometry, shrunk)
@@ -92,7 +95,7 @@ def compare(
         for index, m in pool.adapters[rank].modules.items():
             first = sum(s[2] for s in SHAPES[:index])
             h = scale * m.scale * (x[start:end].float() @ m.a.float().T)
-            want_shrunk[index, start:end, :rank] = h
+            want_shrunk[0, index, start:end, :rank] = h
             want[start:end, first : first + SHAPES[index][2]] += h @ m.b.float().T
     atol, rtol = (2e-3, 1e-4) if dtype == torch.float32 else (0.1, 2**-7)
     torch.testing.assert_close(shrunk, want_shrunk, atol=1e-3, rtol=1e-4, equal_nan=True)
@@ -142,12 +145,12 @@ def test_equals_dense_on_random_segments(seed: int, kernels: str) -> None:
 
 def test_a_module_alone_is_the_same_as_in_company() -> None:
     """o and down go alone; their `Module.index`, not their place in the call, finds the header."""
-    geometry, segments = module_geometry(FP32.layout, SHAPES), segments_of(FP32, [(0, 4, 40, 1.0)])
+    geometry, segments = module_geometry(FP32.layout, SHAPES), segments_of(FP32, 4, [(0, 4, 40, 1.0)])
     x = torch.randn(4, 72)
-    together, alone = torch.empty(3, 4, 40), torch.empty(1, 4, 40)
+    together, alone = torch.empty(1, 3, 4, 40), torch.empty(1, 1, 4, 40)
     sgmv_shrink(x, FP32.storage.bytes, segments, LAYER, geometry, together)
     sgmv_shrink(x, FP32.storage.bytes, segments, LAYER, geometry[2:3], alone)
-    assert torch.equal(together[2], alone[0])
+    assert torch.equal(together[0, 2], alone[0, 0])
 
 
 def test_results_do_not_depend_on_where_an_adapter_lies() -> None:
@@ -165,8 +168,9 @@ def test_results_do_not_depend_on_where_an_adapter_lies() -> None:
             scales=torch.tensor([1.0]),
             num_modules=3,
             max_rank=40,
+            work=plan_work([0], [6], [40], 6).upload(torch.device("cpu")),
         )
-        shrunk, out = torch.empty(3, 6, 40), torch.zeros(6, 476)
+        shrunk, out = torch.empty(1, 3, 6, 40), torch.zeros(6, 476)
         sgmv_shrink(x, storage.bytes, segments, LAYER, geometry, shrunk)
         sgmv_expand(shrunk, storage.bytes, segments, LAYER, geometry, out)
         results.append(out)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lorasrv_kernels.tiles import ADDRESS_BYTES, HEADER_FIELDS, TILE_ROWS, Delta, Matrix, Module, Segments
+from lorasrv_kernels.work import split_cols
 
 
 def sgmv_shrink(
@@ -29,29 +30,34 @@ def sgmv_shrink(
     segments: Segments,
     layer: int,
     modules: tuple[Module, ...],  # that share this input
-    out: Tensor,  # float32 [len(modules), num_tokens, >= max_rank]
+    out: Tensor,  # float32 [num_splits, len(modules), num_tokens, >= max_rank]
     *,
     matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> None:
-    """out[m, t, :rank] = scale * module scale * A[m] @ x[t] for every token t of a segment, accumulated in fp32.
+    """out[:, m, t, :rank] = scale * module scale * A[m] @ x[t] for every token t of a segment, accumulated in fp32.
 
-    Tokens of no segment, modules that the segment's adapter leaves alone and columns from its rank on are not written.
+    out[s] sums over the columns [s * w, (s + 1) * w) of A alone, w = `split_cols(in_features, num_splits)`; readers add
+    them in this order. Tokens of no segment, modules that the segment's adapter leaves alone and columns from its
+    rank on are not written.
     """
+    width = split_cols(x.shape[1], out.shape[0])
     for start, end, directory, scale in _each(segments):
         for index, module in enumerate(modules):
             header = _header(pool, directory, layer, module, segments.num_modules)
             if header is None:
                 continue
             rank, first_a, _, module_scale = header
-            y = torch.zeros(end - start, rank, dtype=torch.float32, device=x.device)
+            y = torch.zeros(out.shape[0], end - start, rank, dtype=torch.float32, device=x.device)
             for row, col, tile in _tiles(pool, x.dtype, directory, first_a, rank, module.a):
-                part = matmul(x[start:end, col : col + tile.shape[1]].float(), tile.float().T)
-                y[:, row : row + tile.shape[0]] += part
-            out[index, start:end, :rank] = y * (scale * module_scale)
+                for split in range(col // width, -(-(col + tile.shape[1]) // width)):
+                    low, high = max(col, split * width), min(col + tile.shape[1], (split + 1) * width)
+                    part = matmul(x[start:end, low:high].float(), tile[:, low - col : high - col].float().T)
+                    y[split, :, row : row + tile.shape[0]] += part
+            out[:, index, start:end, :rank] = y * (scale * module_scale)
 
 
 def sgmv_expand(
-    h: Tensor,  # float32 [len(modules), num_tokens, >= max_rank], as sgmv_shrink left it
+    h: Tensor,  # float32 [num_splits, len(modules), num_tokens, >= max_rank], as sgmv_shrink left it
     pool: Tensor,  # [num_bytes], uint8
     segments: Segments,
     layer: int,
@@ -60,7 +66,7 @@ def sgmv_expand(
     *,
     matmul: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
 ) -> None:
-    """out[t, columns of m] += B[m] @ h[m, t, :rank] for every token t of a segment, rounded once to out's dtype."""
+    """out[t, columns of m] += B[m] @ sum(h[:, m, t, :rank]) for every token t of a segment, rounded once."""
     for start, end, directory, _ in _each(segments):
         first_col = 0
         for index, module in enumerate(modules):
@@ -70,10 +76,20 @@ def sgmv_expand(
                 target = out[start:end, first_col : first_col + module.b.cols]
                 total = target.float()
                 for row, col, tile in _tiles(pool, out.dtype, directory, first_b, rank, module.b):
-                    part = matmul(h[index, start:end, row : row + tile.shape[0]], tile.float())
+                    rows = _sum_in_order(h[:, index, start:end, row : row + tile.shape[0]])
+                    part = matmul(rows, tile.float())
                     total[:, col : col + tile.shape[1]] += part
                 target.copy_(total)
             first_col += module.b.cols
+
+
+def _sum_in_order(
+    parts: Tensor,  # [num_parts, ...]
+) -> Tensor:  # [...]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def _each(segments: Segments) -> list[tuple[int, int, int, float]]:
@@ -148,7 +164,7 @@ def project(
     out = linear(x, weight, bias)
     if segments is None:
         return out, None
-    h = torch.empty(len(modules), x.shape[0], segments.max_rank, dtype=torch.float32, device=x.device)
+    h = torch.empty(1, len(modules), x.shape[0], segments.max_rank, dtype=torch.float32, device=x.device)
     shrink(x, pool, segments, layer, modules, h)
     return out, Delta(h=h, pool=pool, segments=segments, layer=layer, modules=modules)
 

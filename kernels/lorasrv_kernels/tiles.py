@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lorasrv_kernels.work import Work
+
 ADDRESS_BYTES = 128
 TILE_ROWS = 16
 HEADER_FIELDS = 4
@@ -48,6 +50,7 @@ class Segments:
     scales: Tensor  # float32 [num_segments], the request's own scale
     num_modules: int
     max_rank: int
+    work: Work  # the same ranges, for the kernels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +58,7 @@ class Delta:
     """LoRA's part of the stacked output of `modules`, shrunk: whoever reads that output next adds it, as
     `reference.sgmv_expand` says."""
 
-    h: Tensor  # float32 [len(modules), num_tokens, >= max_rank], as sgmv_shrink left it
+    h: Tensor  # float32 [num_splits, len(modules), num_tokens, >= max_rank], as sgmv_shrink left it
     pool: Tensor  # uint8 [num_bytes]
     segments: Segments
     layer: int

@@ -10,7 +10,7 @@ from torch import Tensor
 from lorasrv.config import EngineConfig
 from lorasrv.engine.batch import AdapterInput, ChunkInput, Draw, PageCopy, SampleInput, ScoreInput, StepOutput
 from lorasrv.engine.fitting import page_layout
-from lorasrv.engine.step_arrays import Room, drawn_rows, step_arrays
+from lorasrv.engine.step_arrays import StepPlan, drawn_rows, step_arrays
 from lorasrv.errors import ConfigurationError
 from lorasrv.memory.packing import module_geometry
 from lorasrv.memory.staging import Staging
@@ -22,6 +22,7 @@ from lorasrv.model.sampler import Drawn, Fence, Scores, draw, position_logprobs
 from lorasrv.types import EngineInfo
 from lorasrv_kernels import fixed, reference
 from lorasrv_kernels.tiles import Segments
+from lorasrv_kernels.work import Work
 
 # At a vocabulary of 128k tokens, 32 MiB of logits.
 _SCORED_ROWS = 64
@@ -75,11 +76,11 @@ class ModelRunner:
 
     def build_batch(self, chunks: Sequence[ChunkInput]) -> ForwardBatch:
         """The tensors of a step whose chunks stand in segment order."""
-        arrays = step_arrays(chunks, Room.of(chunks), self._storage.layout.block_tokens, self._storage.scratch_page)
+        plan = StepPlan.of(chunks)
+        arrays = step_arrays(plan, plan.room(), self._storage.layout.block_tokens, self._storage.scratch_page)
         tensors = self._staging.upload(arrays | drawn_rows(chunks))
         self._take_drawn(tensors)
-        max_rank = max((chunk.adapter.max_rank for chunk in chunks if chunk.adapter is not None), default=0)
-        return self._batch(tensors, max_rank)
+        return self._batch(tensors, plan)
 
     def _take_drawn(self, tensors: Mapping[str, Tensor]) -> None:
         """The tokens that the host does not know yet come from the draws of the step before, which the device has."""
@@ -88,8 +89,8 @@ class ModelRunner:
             assert self._drawn is not None, "no step has drawn"
             tensors["token_ids"].index_copy_(0, rows, self._drawn.tokens.index_select(0, places))
 
-    def _batch(self, tensors: Mapping[str, Tensor], max_rank: int) -> ForwardBatch:
-        """What `step_arrays` made, uploaded, for a step whose adapters are of at most this rank."""
+    def _batch(self, tensors: Mapping[str, Tensor], plan: StepPlan) -> ForwardBatch:
+        """What `step_arrays` made, uploaded."""
         segments = None
         if "starts" in tensors:
             segments = Segments(
@@ -98,7 +99,14 @@ class ModelRunner:
                 directories=tensors["directories"],
                 scales=tensors["scales"],
                 num_modules=len(self._decoder.architecture.module_shapes()),
-                max_rank=max_rank,
+                max_rank=plan.max_rank,
+                work=Work(
+                    height=plan.work.height,
+                    rank_step=plan.work.rank_step,
+                    row_blocks=tensors["row_blocks"],
+                    rank_blocks=tensors["rank_blocks"],
+                    counts=tensors["work_counts"],
+                ),
             )
         return ForwardBatch(
             token_ids=tensors["token_ids"],
