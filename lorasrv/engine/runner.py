@@ -10,10 +10,11 @@ from torch import Tensor
 from lorasrv.config import EngineConfig
 from lorasrv.engine.batch import AdapterInput, ChunkInput, Draw, PageCopy, SampleInput, ScoreInput, StepOutput
 from lorasrv.engine.fitting import page_layout
-from lorasrv.engine.step_arrays import StepPlan, drawn_rows, step_arrays
+from lorasrv.engine.graphs import DecodeGraph, DecodeGraphs, Forwarded, StaticStep, graph_sizes
+from lorasrv.engine.step_arrays import Room, StepPlan, drawn_rows, step_arrays
 from lorasrv.errors import ConfigurationError
 from lorasrv.memory.packing import module_geometry
-from lorasrv.memory.staging import Staging
+from lorasrv.memory.staging import Array, Staging, num_bytes
 from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder, ForwardBatch
 from lorasrv.model.families import Architecture, read_architecture
@@ -22,7 +23,7 @@ from lorasrv.model.sampler import Drawn, Fence, Scores, draw, position_logprobs
 from lorasrv.types import EngineInfo
 from lorasrv_kernels import fixed, reference
 from lorasrv_kernels.tiles import Segments
-from lorasrv_kernels.work import Work
+from lorasrv_kernels.work import DECODE_HEIGHT, Work
 
 # At a vocabulary of 128k tokens, 32 MiB of logits.
 _SCORED_ROWS = 64
@@ -35,6 +36,7 @@ class ModelRunner:
         self._decoder = decoder
         self._storage = storage
         self._staging = Staging(storage.bytes.device)
+        self._graphs: DecodeGraphs | None = None
         self._drawn: Drawn | None = None
         self.num_forwards = 0
 
@@ -48,19 +50,67 @@ class ModelRunner:
         for copy in copies:
             self._storage.copy_page(copy.source, copy.target)
         order = tuple(sorted(range(len(chunks)), key=lambda index: _adapter_key(chunks[index].adapter)))
-        batch = self.build_batch([chunks[index] for index in order])
-        hidden = self._decoder.forward(batch, self._storage.bytes, self._storage.kv)
+        ordered = [chunks[index] for index in order]
+        graph = self._graph_for(ordered)
+        if graph is None:
+            forwarded = self._forward(self.build_batch(ordered))
+        else:
+            self.load(graph.step, StepPlan.of(ordered, DECODE_HEIGHT))
+            forwarded = graph.replay()
         self.num_forwards += 1
-        return ModelStep(self, chunks, order, hidden)
+        return ModelStep(self, chunks, order, forwarded)
 
-    def draw(
-        self,
-        hidden: Tensor,  # [num_draws, hidden]
-        rows: Sequence[SampleInput],
-    ) -> Drawn:
-        """The next step may take its input from these draws."""
-        self._drawn = draw(self._decoder.logits(hidden), rows)
+    def capture_graphs(self, max_rows: int, max_blocks: int, max_rank: int) -> None:
+        """On CUDA, before the first step: from now on decode steps of up to so many rows are replayed, for adapters of
+        up to `max_rank` and sequences of up to `max_blocks` blocks."""
+
+        def static_step(num_rows: int, lora: bool) -> StaticStep:
+            return self.static_step(Room.of_decodes(num_rows, max_blocks, max_rank if lora else 0))
+
+        def forward(batch: ForwardBatch) -> Forwarded:
+            hidden = self._forward(batch).hidden
+            return Forwarded(hidden=hidden, logits=self._decoder.logits(hidden))
+
+        self._graphs = DecodeGraphs(graph_sizes(max_rows), static_step, forward)
+
+    def static_step(self, room: Room) -> StaticStep:
+        """A step without rows of its own, in arrays of fixed places."""
+        plan = StepPlan.of((), DECODE_HEIGHT)
+        arrays = self._arrays(plan, room)
+        buffer = torch.zeros(num_bytes(arrays), dtype=torch.uint8, device=self._storage.bytes.device)
+        tensors = self._staging.upload(arrays, buffer)
+        return StaticStep(room=room, buffer=buffer, batch=self._batch(tensors, plan, room))
+
+    def load(self, step: StaticStep, plan: StepPlan) -> None:
+        """Put a step into these places."""
+        tensors = self._staging.upload(self._arrays(plan, step.room), step.buffer)
+        self._take_drawn(tensors["token_ids"], plan.chunks)
+
+    def _graph_for(self, chunks: Sequence[ChunkInput]) -> DecodeGraph | None:
+        if self._graphs is None or any(chunk.num_tokens > 1 for chunk in chunks):
+            return None
+        return self._graphs.find(len(chunks), any(chunk.adapter is not None for chunk in chunks))
+
+    def _forward(self, batch: ForwardBatch) -> Forwarded:
+        return Forwarded(hidden=self._decoder.forward(batch, self._storage.bytes, self._storage.kv), logits=None)
+
+    def draw(self, forwarded: Forwarded, rows: Sequence[int], how: Sequence[SampleInput]) -> Drawn:
+        """A token behind each of these rows. The next step may take its input from these draws."""
+        if forwarded.logits is None:
+            logits = self._decoder.logits(self._rows(forwarded.hidden, rows))
+        else:
+            logits = self._rows(forwarded.logits, rows)
+        self._drawn = draw(logits, how)
         return self._drawn
+
+    def _rows(
+        self,
+        values: Tensor,  # [num_tokens, ...]
+        rows: Sequence[int],
+    ) -> Tensor:  # [len(rows), ...]
+        if list(rows) == list(range(len(rows))):
+            return values[: len(rows)]
+        return values.index_select(0, self._tensor(rows))
 
     def score(
         self,
@@ -77,19 +127,27 @@ class ModelRunner:
     def build_batch(self, chunks: Sequence[ChunkInput]) -> ForwardBatch:
         """The tensors of a step whose chunks stand in segment order."""
         plan = StepPlan.of(chunks)
-        arrays = step_arrays(plan, plan.room(), self._storage.layout.block_tokens, self._storage.scratch_page)
-        tensors = self._staging.upload(arrays | drawn_rows(chunks))
-        self._take_drawn(tensors)
-        return self._batch(tensors, plan)
+        room = plan.room()
+        tensors = self._staging.upload(self._arrays(plan, room))
+        self._take_drawn(tensors["token_ids"], chunks)
+        return self._batch(tensors, plan, room)
 
-    def _take_drawn(self, tensors: Mapping[str, Tensor]) -> None:
+    def _arrays(self, plan: StepPlan, room: Room) -> dict[str, Array]:
+        return step_arrays(plan, room, self._storage.layout.block_tokens, self._storage.scratch_page)
+
+    def _take_drawn(
+        self,
+        token_ids: Tensor,  # int64 [num_tokens]
+        chunks: Sequence[ChunkInput],
+    ) -> None:
         """The tokens that the host does not know yet come from the draws of the step before, which the device has."""
-        rows, places = tensors["rows"], tensors["places"]
-        if rows.numel():
-            assert self._drawn is not None, "no step has drawn"
-            tensors["token_ids"].index_copy_(0, rows, self._drawn.tokens.index_select(0, places))
+        if all(chunk.drawn is None for chunk in chunks):
+            return
+        assert self._drawn is not None, "no step has drawn"
+        tensors = self._staging.upload(drawn_rows(chunks))
+        token_ids.index_copy_(0, tensors["rows"], self._drawn.tokens.index_select(0, tensors["places"]))
 
-    def _batch(self, tensors: Mapping[str, Tensor], plan: StepPlan) -> ForwardBatch:
+    def _batch(self, tensors: Mapping[str, Tensor], plan: StepPlan, room: Room) -> ForwardBatch:
         """What `step_arrays` made, uploaded."""
         segments = None
         if "starts" in tensors:
@@ -99,7 +157,7 @@ class ModelRunner:
                 directories=tensors["directories"],
                 scales=tensors["scales"],
                 num_modules=len(self._decoder.architecture.module_shapes()),
-                max_rank=plan.max_rank,
+                max_rank=room.max_rank,
                 work=Work(
                     height=plan.work.height,
                     rank_step=plan.work.rank_step,
@@ -130,13 +188,13 @@ class ModelStep:
         runner: ModelRunner,
         chunks: tuple[ChunkInput, ...],
         order: tuple[int, ...],  # chunk numbers as their rows stand in `hidden`
-        hidden: Tensor,  # [num_tokens, hidden]
+        forwarded: Forwarded,
     ) -> None:
         self._runner = runner
         self._chunks = chunks
         lengths = [chunks[number].num_tokens for number in order]
         self._ends = dict(zip(order, accumulate(lengths), strict=True))
-        self._hidden = hidden
+        self._forwarded = forwarded
         self._drawn: Drawn | None = None
         self._scores: dict[int, tuple[Scores, ...]] = {}
         self._submitted: Fence | None = None
@@ -144,13 +202,13 @@ class ModelStep:
     def draw(self, draws: tuple[Draw, ...]) -> None:
         if draws:
             rows = [self._ends[draw.chunk] - 1 for draw in draws]
-            self._drawn = self._runner.draw(self._hidden[rows], [draw.how for draw in draws])
+            self._drawn = self._runner.draw(self._forwarded, rows, [draw.how for draw in draws])
         for number, chunk in enumerate(self._chunks):
             if chunk.score is not None:
                 first = self._ends[number] - chunk.num_tokens + chunk.score.start - 1 - chunk.start
-                rows = self._hidden[first : first + len(chunk.score.token_ids)]
+                rows = self._forwarded.hidden[first : first + len(chunk.score.token_ids)]
                 self._scores[number] = self._runner.score(rows, chunk.score)
-        self._submitted = Fence(self._hidden.device)
+        self._submitted = Fence(self._forwarded.hidden.device)
 
     def output(self) -> StepOutput:
         assert self._submitted is not None, "output before draw"

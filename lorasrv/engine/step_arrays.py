@@ -13,6 +13,7 @@ from numpy.typing import DTypeLike
 
 from lorasrv.engine.batch import AdapterInput, ChunkInput
 from lorasrv.memory.staging import Array
+from lorasrv_kernels.tiles import TILE_ROWS
 from lorasrv_kernels.work import WorkPlan, plan_work
 
 
@@ -26,6 +27,21 @@ class Room:
     num_segments: int = 0
     num_row_blocks: int = 0
     num_rank_blocks: int = 0
+    max_rank: int = 0
+
+    @staticmethod
+    def of_decodes(num_rows: int, max_blocks: int, max_rank: int) -> "Room":
+        """For any step of so many rows, one of each sequence; `max_rank` 0 for one without adapters."""
+        num_segments = num_rows if max_rank else 0
+        return Room(
+            num_tokens=num_rows,
+            num_sequences=num_rows,
+            max_blocks=max_blocks,
+            num_segments=num_segments,
+            num_row_blocks=num_segments,
+            num_rank_blocks=num_segments * -(-max_rank // TILE_ROWS),
+            max_rank=max_rank,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +53,17 @@ class StepPlan:
     work: WorkPlan
 
     @staticmethod
-    def of(chunks: Sequence[ChunkInput]) -> "StepPlan":
+    def of(chunks: Sequence[ChunkInput], height: int | None = None) -> "StepPlan":
+        """`height` bounds the rows of a block of work; None takes what suits the chunks."""
         segments = _segments(chunks)
         work = plan_work(
             [start for start, _, _ in segments],
             [end for _, end, _ in segments],
             [adapter.max_rank for _, _, adapter in segments],
             sum(chunk.num_tokens for chunk in chunks),
+            height,
         )
         return StepPlan(chunks=tuple(chunks), segments=segments, work=work)
-
-    @property
-    def max_rank(self) -> int:
-        return max((adapter.max_rank for _, _, adapter in self.segments), default=0)
 
     def room(self) -> Room:
         """Just what the step needs."""
@@ -60,6 +74,7 @@ class StepPlan:
             num_segments=len(self.segments),
             num_row_blocks=len(self.work.row_blocks),
             num_rank_blocks=len(self.work.rank_blocks),
+            max_rank=max((adapter.max_rank for _, _, adapter in self.segments), default=0),
         )
 
 
