@@ -224,8 +224,10 @@ class _Draft:
         return True
 
     def look_ahead(self) -> None:
-        """Adapters that queued requests within the look-ahead need in host memory, oldest first; behind them one that is
-        to be warm, since the reads of those who come next queue behind it."""
+        """Adapters that queued requests within the look-ahead need in host memory, oldest first.
+
+        Behind them one that is to be warm: the reads of requests that come next queue behind its own.
+        """
         rejected = {rejection.sequence_id for rejection in self.rejected}
         for sequence in self.view.waiting[: self.config.lookahead]:
             if sequence.sequence_id in rejected or sequence.digest is None:
