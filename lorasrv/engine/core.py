@@ -163,6 +163,7 @@ class EngineCore:
         refused += self._reject(plan)
         submitted = self._submit(plan)
         self._warms.end_arrived()
+        self._drop_discarded()
         before, self._in_flight = self._in_flight, submitted
         deltas = self._apply(before)
         self._draw(submitted)

@@ -205,10 +205,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         tenant, adapter_id, digest = self._version(request.name)
         await self._verifying.acquire()
         # A call that is cancelled keeps its place for as long as it keeps its thread.
-        loop, running = (
-            asyncio.get_running_loop(),
-            self._workers.submit(self._registry.verify, tenant, adapter_id, digest),
-        )
+        loop = asyncio.get_running_loop()
+        running = self._workers.submit(self._registry.verify, tenant, adapter_id, digest)
         running.add_done_callback(lambda _: loop.call_soon_threadsafe(self._verifying.release))
         version, manifest = await asyncio.wrap_future(running)
         return resources.manifest(resources.version(tenant, adapter_id, version, await self._use()), manifest.files)
