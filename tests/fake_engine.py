@@ -61,6 +61,8 @@ class FakeEngine:
         self.ended_early: list[str] = []
         self.cancelled: list[tuple[str, int]] = []
         self.running: set[str] = set()
+        self.warming: list[tuple[str, Tier, float]] = []
+        self.warm_digests: set[str] = set()
         self.gate = asyncio.Event()
         self.gate.set()
         self._state: EngineState = "starting"
@@ -107,10 +109,23 @@ class FakeEngine:
     def cancel(self, request_id: str, index: int) -> None:
         self.cancelled.append((request_id, index))
 
+    async def warm(self, digest: str, tier: Tier, deadline_s: float) -> Tier:
+        """A closed gate holds it up."""
+        if self._state != "ready":
+            raise EngineUnavailable("the engine is not ready")
+        self.warming.append((digest, tier, deadline_s))
+        try:
+            await self._pass_gate()
+            self.warm_digests.add(digest)
+            return tier
+        finally:
+            self.warming.remove((digest, tier, deadline_s))
+
     async def status(self) -> EngineStatus:
         if self._state != "ready":
             raise EngineUnavailable("the engine is not ready")
         digests = {request.adapter.digest for request in self.requests if request.adapter is not None}
+        digests |= self.warm_digests
         return EngineStatus(
             pool=PoolStats(num_pages=10, free=10 - len(digests), sequences=0, prefix=0, adapters=len(digests)),
             running=len(self.running),

@@ -10,7 +10,7 @@ import fcntl
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +29,7 @@ from lorasrv_adapters.errors import (
     VersionQuarantined,
 )
 from lorasrv_adapters.limits import RegistryLimits
+from lorasrv_adapters.manifest import Manifest
 from lorasrv_adapters.page_tokens import PageTokens
 from lorasrv_adapters.peft_format import DEFAULT_MAX_RANK, SpecCheck, accept_all
 from lorasrv_adapters.pins import PinnedBlobs
@@ -164,12 +165,20 @@ class Registry:
 
     def quarantine(self, digest: str) -> None:
         """A version is said to be damaged: if its blobs are, refuse it until its content is published again."""
+        with suppress(CorruptBlob):
+            self._read_again(digest)
+
+    def verify(self, tenant: str, adapter_id: str, digest: str) -> tuple[Version, Manifest]:
+        """Read all bytes of a version again. Raises AdapterNotFound; CorruptBlob when they are not what its digest
+        says, and then it is quarantined."""
+        with self._lock:
+            self.adapters.version(tenant, adapter_id, digest)
+            self._pins.pin(digest)
         try:
-            with storage_errors():
-                verify_version(self.blobs, digest)
-        except CorruptBlob:
-            with self._lock:
-                self._catalogue.quarantine(digest)
+            manifest = self._read_again(digest)
+            return self.adapters.version(tenant, adapter_id, digest), manifest
+        finally:
+            self.unpin(digest)
 
     def download(self, tenant: str, adapter_id: str, digest: str) -> Download:
         """Pin a version to read its files; whoever asks closes it. Raises AdapterNotFound."""
@@ -216,6 +225,16 @@ class Registry:
             for (upload_id, name), num_bytes in self._tenant_bytes.staged().items():
                 assert num_bytes == self._staging.own_bytes(upload_id, name), (upload_id, name)
             self._pins.check()
+
+    def _read_again(self, digest: str) -> Manifest:
+        """Quarantines a version whose blobs are damaged, and raises CorruptBlob."""
+        try:
+            with storage_errors():
+                return verify_version(self.blobs, digest)
+        except CorruptBlob:
+            with self._lock:
+                self._catalogue.quarantine(digest)
+            raise
 
     def _recover(self) -> None:
         """At start-up: remove what a killed process left that nothing names, and see what has gone missing."""
