@@ -13,6 +13,7 @@ import pytest
 
 from fake_engine import BASE_MODEL
 from keyed import KeyRing, keyed_server
+from lorasrv import __version__
 from lorasrv.cli import diagnosis
 from lorasrv.cli.diagnosis import Finding, data_dir, devices, model, port
 from lorasrv_adapters.database import SCHEMA_VERSION, Database
@@ -64,7 +65,7 @@ async def test_a_port_with_a_server_tells_its_status(tmp_path: Path) -> None:
         done = await in_thread("doctor", "--port", number, "--data-dir", tmp_path / "data")
     assert done.exit_code == 5
     (taken,) = [line for line in done.stdout.splitlines() if "taken" in line]
-    assert taken.startswith("! port ") and "a lorasrv server 0.1.0 of base, ready: 0 running" in taken
+    assert taken.startswith("! port ") and f"a lorasrv server {__version__} of base, ready: 0 running" in taken
     assert "! registry     held by a running server" in done.stdout
     assert done.stdout.splitlines()[-1].startswith("a server cannot start")
 
