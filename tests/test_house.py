@@ -121,8 +121,10 @@ def test_decisions_and_accounting_import_no_tensors() -> None:
         assert not STORAGE & set(imports(module)), module
 
 
-def run_without(blocked: Iterable[str], modules: Iterable[str]) -> str:
-    """Import `modules` in a new process in which the packages `blocked` do not exist; the names it loaded."""
+def run_without(blocked: Iterable[str], modules: Iterable[str], folder: Path = ROOT) -> str:
+    """Import `modules`, also from `folder`, in a new process in which the packages `blocked` do not exist; what they
+    print, and the names it loaded.
+    """
     program = f"""
 import sys
 class Blocked:
@@ -130,7 +132,7 @@ class Blocked:
         if name.split(".")[0] in {set(blocked)!r}:
             raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
 sys.meta_path.insert(0, Blocked())
-sys.path[:0] = {[str(ROOT / folder) for folder in (".", "kernels", "adapters", "benchmarks")]!r}
+sys.path[:0] = {[str(ROOT / each) for each in (folder, ".", "kernels", "adapters", "benchmarks")]!r}
 import importlib
 for module in {list(modules)!r}:
     importlib.import_module(module)

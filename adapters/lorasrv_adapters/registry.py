@@ -6,18 +6,17 @@ killed between any two of these leaves the old state and an upload that can be r
 files that nothing names are swept at the next start.
 """
 
-import fcntl
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO
 
 from lorasrv_adapters.adapters import Adapters
 from lorasrv_adapters.base import BaseShapes
 from lorasrv_adapters.blobs import BlobStore, make_folder, storage_errors
 from lorasrv_adapters.catalogue import Catalogue
+from lorasrv_adapters.data_dir import CATALOGUE_FILE, own_folder
 from lorasrv_adapters.database import Database
 from lorasrv_adapters.downloads import Download
 from lorasrv_adapters.errors import (
@@ -25,7 +24,6 @@ from lorasrv_adapters.errors import (
     BaseMismatch,
     CorruptBlob,
     InvalidReference,
-    RegistryUnavailable,
     VersionQuarantined,
 )
 from lorasrv_adapters.limits import RegistryLimits
@@ -73,11 +71,11 @@ class Registry:
         self._uses: dict[tuple[str, str, str], VersionUse] = {}
         with ExitStack() as undo, storage_errors():
             make_folder(data_dir)
-            undo.callback(_own_folder(data_dir).close)
+            undo.callback(own_folder(data_dir).close)
             self.blob_root = data_dir / "blobs"
             self.blobs = BlobStore(self.blob_root)
             self._staging = Staging(data_dir / "staging")
-            database = Database(data_dir / "catalogue.sqlite3")
+            database = Database(data_dir / CATALOGUE_FILE)
             undo.callback(database.close)
             self._catalogue = Catalogue(database, base.fingerprint)
             self._uploads = UploadCatalogue(database, self._catalogue)
@@ -268,14 +266,3 @@ def _find_version(adapter: Adapter, reference: AdapterReference) -> Version:
     if len(found) > 1:
         raise InvalidReference(f"{reference} is a prefix of {len(found)} versions; write more digits")
     return found[0]
-
-
-def _own_folder(data_dir: Path) -> IO[bytes]:
-    """Lock the data directory for this process; the lock ends with the process."""
-    file = (data_dir / "owner.lock").open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise RegistryUnavailable("the registry's data directory is in use by another process") from None
-    return file

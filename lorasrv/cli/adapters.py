@@ -9,7 +9,7 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, TextColumn
 from rich.table import Table
 
-from lorasrv.cli.connection import UrlOption, connect
+from lorasrv.cli.connection import UrlOption, complete_adapter, connect
 from lorasrv.cli.output import (
     REFUSED,
     JsonOption,
@@ -28,8 +28,10 @@ from lorasrv.v1 import adapter_pb2
 app = typer.Typer(help="Push adapters to a server and look at those it has.", no_args_is_help=True)
 
 FolderArgument = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A PEFT adapter folder.")]
-NameArgument = Annotated[str, typer.Argument(help="The adapter's name.")]
-ReferenceArgument = Annotated[str, typer.Argument(help="NAME, NAME@TAG or NAME@sha256:HEX.")]
+NameArgument = Annotated[str, typer.Argument(help="The adapter's name.", autocompletion=complete_adapter)]
+ReferenceArgument = Annotated[
+    str, typer.Argument(help="NAME, NAME@TAG or NAME@sha256:HEX.", autocompletion=complete_adapter)
+]
 TagArgument = Annotated[str, typer.Argument(help="The tag, prod for example.")]
 
 

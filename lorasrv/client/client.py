@@ -1,6 +1,6 @@
 """The client: one object with a method per verb. Loads grpc and protobuf, nothing else."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -8,7 +8,7 @@ from typing import Any, Self
 import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from lorasrv.client.errors import NotFound, translated
+from lorasrv.client.errors import InvalidArgument, NotFound, translated
 from lorasrv.client.messages import (
     CHANNEL_OPTIONS,
     DEFAULT_URL,
@@ -90,7 +90,7 @@ class Client:
         request = generate_request(prompt, adapter=adapter, **sampling)
         return Generation(self._call(self._generation.Generate, request))
 
-    def stream(self, prompt: Prompt, *, adapter: str, **sampling: Any) -> Iterator[Event]:
+    def stream(self, prompt: Prompt, *, adapter: str, **sampling: Any) -> Generator[Event, None, None]:
         """One Started, then the Deltas of all samples, each sample's ended by its Finished; these tell their `index`.
 
         While it waits for long, Queued says how many stand before it.
@@ -215,7 +215,7 @@ class Client:
         return self._call(self._adapters.UnpinAdapter, adapter_pb2.UnpinAdapterRequest(name=self._name(adapter_id)))
 
     def version(self, reference: str) -> adapter_pb2.Version:
-        """The version that NAME, NAME@TAG or NAME@sha256:HEX means now. Raises ValueError for anything else."""
+        """The version that NAME, NAME@TAG or NAME@sha256:HEX means now."""
         name, _, wanted = reference.partition("@")
         adapter = self.adapter(name)
         digest = (
@@ -225,7 +225,9 @@ class Client:
         if not found:
             raise NotFound(f"adapter version {reference!r} not found", reason="ADAPTER_NOT_FOUND")
         if len(found) > 1:
-            raise ValueError(f"{reference!r} is a prefix of {len(found)} versions; write more digits")
+            raise InvalidArgument(
+                f"{reference!r} is a prefix of {len(found)} versions; write more digits", reason="INVALID_REFERENCE"
+            )
         return found[0]
 
     def versions(self, adapter_id: str) -> list[adapter_pb2.Version]:
