@@ -15,7 +15,15 @@ import pytest
 from fake_engine import FakeEngine, server_config
 from lorasrv.client.errors import error_from_call
 from lorasrv.server.server import Server, ServerConfig
-from lorasrv.v1 import generation_pb2
+from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
+
+# Every method of ours, by its path.
+METHODS = {
+    f"/{service.full_name}/{method.name}": method
+    for file in (generation_pb2, adapter_pb2, server_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,16 +22,9 @@ from lorasrv.errors import ConfigurationError
 from lorasrv.keys import Role, format_line, hash_key, new_key
 from lorasrv.server.access import METHOD_ROLES, UNAUTHENTICATED_MESSAGE, current_caller
 from lorasrv.server.server import Server
-from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
-from running_server import Running, reason_of, running_server, subprocess_env
+from running_server import METHODS, Running, reason_of, running_server, subprocess_env
 
 Code = grpc.StatusCode
-METHODS = {
-    f"/{service.full_name}/{method.name}": method
-    for file in (generation_pb2, adapter_pb2, server_pb2)
-    for service in file.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-}
 
 
 @dataclass(frozen=True, kw_only=True)
