@@ -1,4 +1,4 @@
-"""Pushes whose client and server are killed in turn, at random offsets: they resume, and the right bytes are published."""
+"""Pushes whose client and server are killed in turn, at random offsets: they resume and publish the right bytes."""
 
 import random
 import signal
