@@ -124,7 +124,8 @@ async def test_health_is_open_and_all_else_asks_for_a_key(guarded: Guarded) -> N
         call.cancel()
     for path in ("/lorasrv.v1.AdapterService/Nope", "/other.Service/Call"):
         assert (await outcome(channel, path, b"", ()))[0] is Code.UNAUTHENTICATED
-        assert (await outcome(channel, path, b"", bearer(guarded.keys[Role.READ])))[0] is Code.UNIMPLEMENTED
+        told = await outcome(channel, path, b"", bearer(guarded.keys[Role.READ]))
+        assert told == (Code.UNIMPLEMENTED, "UNKNOWN_METHOD", f"there is no method '{path}'")
 
 
 async def test_a_metadata_bomb_is_refused(guarded: Guarded) -> None:

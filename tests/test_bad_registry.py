@@ -31,12 +31,11 @@ from registry_calls import (
     name_of,
     nothing_left,
     push,
-    refused,
     send,
     stub,
     tokens,
 )
-from running_server import Running, running_server
+from running_server import Running, refused, running_server
 
 Code = grpc.StatusCode
 UPPER = name_of("upper")
