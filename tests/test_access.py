@@ -22,16 +22,9 @@ from lorasrv.errors import ConfigurationError
 from lorasrv.keys import Role, format_line, hash_key, new_key
 from lorasrv.server.access import METHOD_ROLES, UNAUTHENTICATED_MESSAGE, current_caller
 from lorasrv.server.server import Server
-from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
-from running_server import Running, reason_of, running_server, subprocess_env
+from running_server import METHODS, Running, reason_of, running_server, subprocess_env
 
 Code = grpc.StatusCode
-METHODS = {
-    f"/{service.full_name}/{method.name}": method
-    for file in (generation_pb2, adapter_pb2, server_pb2)
-    for service in file.DESCRIPTOR.services_by_name.values()
-    for method in service.methods
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +124,8 @@ async def test_health_is_open_and_all_else_asks_for_a_key(guarded: Guarded) -> N
         call.cancel()
     for path in ("/lorasrv.v1.AdapterService/Nope", "/other.Service/Call"):
         assert (await outcome(channel, path, b"", ()))[0] is Code.UNAUTHENTICATED
-        assert (await outcome(channel, path, b"", bearer(guarded.keys[Role.READ])))[0] is Code.UNIMPLEMENTED
+        told = await outcome(channel, path, b"", bearer(guarded.keys[Role.READ]))
+        assert told == (Code.UNIMPLEMENTED, "UNKNOWN_METHOD", f"there is no method '{path}'")
 
 
 async def test_a_metadata_bomb_is_refused(guarded: Guarded) -> None:

@@ -31,12 +31,11 @@ from registry_calls import (
     name_of,
     nothing_left,
     push,
-    refused,
     send,
     stub,
     tokens,
 )
-from running_server import Running, running_server
+from running_server import Running, refused, running_server
 
 Code = grpc.StatusCode
 UPPER = name_of("upper")
@@ -195,59 +194,6 @@ async def test_bad_fields(running: Running, adapters: Any, tmp_path: Path) -> No
             await refused(set_tag(adapters, tag, digest), Code.INVALID_ARGUMENT, "INVALID_REFERENCE")
         version = adapter_pb2.GetVersionRequest(name=f"{UPPER}/versions/{digest[:8]}")
         await refused(adapters.GetVersion(version), Code.INVALID_ARGUMENT, "INVALID_REFERENCE")
-
-
-async def test_a_stranger_cannot_tell_what_is_there_from_what_is_not(
-    running: Running, adapters: Any, tmp_path: Path
-) -> None:
-    """Every method, on what another tenant has and on what nobody has: the same answer."""
-    folder = write_adapter(tmp_path / "upper")
-    registry = running.server._registry
-    async with innocent_neighbour(running, tmp_path):
-        digest = await push(adapters, folder, "upper")
-        upload = await create(adapters, folder, "upper")
-
-    async def texts(adapter: str, tag: str, digest: str, upload_id: str) -> list[str]:
-        name, upload_name = name_of(adapter, "tenants/rival"), f"tenants/rival/uploads/{upload_id}"
-        tag_message = adapter_pb2.Tag(name=f"{name}/tags/{tag}", versions=[adapter_pb2.WeightedVersion(digest=digest)])
-        write = adapter_pb2.WriteUploadRequest(upload=upload_name, file=WEIGHTS, data=b"x")
-        calls = [
-            get(adapters, name),
-            delete(adapters, name),
-            adapters.UndeleteAdapter(adapter_pb2.UndeleteAdapterRequest(name=name)),
-            adapters.PinAdapter(adapter_pb2.PinAdapterRequest(name=name)),
-            adapters.UnpinAdapter(adapter_pb2.UnpinAdapterRequest(name=name)),
-            adapters.UpdateAdapter(adapter_pb2.UpdateAdapterRequest(adapter=adapter_pb2.Adapter(name=name))),
-            adapters.GetVersion(adapter_pb2.GetVersionRequest(name=f"{name}/versions/{digest}")),
-            adapters.ListVersions(adapter_pb2.ListVersionsRequest(parent=name)),
-            adapters.DeleteVersion(adapter_pb2.DeleteVersionRequest(name=f"{name}/versions/{digest}")),
-            anext(
-                aiter(adapters.DownloadVersion(adapter_pb2.DownloadVersionRequest(name=f"{name}/versions/{digest}")))
-            ),
-            adapters.SetTag(adapter_pb2.SetTagRequest(tag=tag_message)),
-            adapters.DeleteTag(adapter_pb2.DeleteTagRequest(name=f"{name}/tags/{tag}")),
-            adapters.ListTags(adapter_pb2.ListTagsRequest(parent=name)),
-            adapters.GetUpload(adapter_pb2.GetUploadRequest(name=upload_name)),
-            adapters.WriteUpload(iter([write])),
-            adapters.FinishUpload(adapter_pb2.FinishUploadRequest(name=upload_name)),
-            adapters.CancelUpload(adapter_pb2.CancelUploadRequest(name=upload_name)),
-        ]
-        found: list[str] = []
-        for call in calls:
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call
-            assert caught.value.code() is Code.NOT_FOUND
-            text = f"{caught.value.details()} {caught.value.trailing_metadata()}"
-            found.append(text.replace(adapter, "ID").replace(upload_id, "UPLOAD").replace(digest, "DIGEST"))
-        return found
-
-    upload_id = upload.name.rpartition("/")[2]
-    there = await texts("upper", "latest", digest, upload_id)
-    assert there == await texts("nevel", "latest", "e" * 64, "f" * 32)
-    # The registry itself, as another tenant: nothing is skipped for bytes that only the other one has.
-    rival = registry.uploads.create("rival", "upper", registry.uploads.get("default", upload_id).files)
-    assert [file.committed_bytes for file in rival.files] == [0, 0]
-    assert registry.adapters.list("rival").adapters == ()
 
 
 async def test_weights_that_others_use_look_unused(

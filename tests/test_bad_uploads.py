@@ -35,12 +35,11 @@ from registry_calls import (
     nothing_left,
     part,
     push,
-    refused,
     send,
     stub,
     write_raw,
 )
-from running_server import Running, running_server
+from running_server import Running, refused, running_server
 
 Code = grpc.StatusCode
 BASE = base_shapes(BASE_MODEL, "float32")
