@@ -53,7 +53,10 @@ def _answer(request: EngineRequest, index: int) -> Iterator[TokenDelta]:
 
 
 class FakeEngine:
-    """An `Engine`. While `gate` is clear, streams wait behind their first delta."""
+    """An `Engine`. While `gate` is clear, streams wait behind their first delta; while `warm_gate` is, warms do.
+
+    Warms raise `warm_error` if there is one, and have brought `warm_digests` to the device.
+    """
 
     def __init__(self, script: Callable[[EngineRequest], Iterable[TokenDelta | Exception]] = echo) -> None:
         self.script = script
@@ -65,6 +68,9 @@ class FakeEngine:
         self.warm_digests: set[str] = set()
         self.gate = asyncio.Event()
         self.gate.set()
+        self.warm_gate = asyncio.Event()
+        self.warm_gate.set()
+        self.warm_error: Exception | None = None
         self._state: EngineState = "starting"
         self._listeners: list[Callable[[EngineState], None]] = []
         self._closed = asyncio.Event()
@@ -92,7 +98,7 @@ class FakeEngine:
         try:
             for turn, delta in enumerate(self.script(request)):
                 if turn:
-                    await self._pass_gate()
+                    await self._pass(self.gate)
                 await asyncio.sleep(0)
                 if isinstance(delta, Exception):
                     raise delta
@@ -110,12 +116,13 @@ class FakeEngine:
         self.cancelled.append((request_id, index))
 
     async def warm(self, digest: str, tier: Tier, deadline_s: float) -> Tier:
-        """A closed gate holds it up."""
         if self._state != "ready":
             raise EngineUnavailable("the engine is not ready")
         self.warming.append((digest, tier, deadline_s))
         try:
-            await self._pass_gate()
+            await self._pass(self.warm_gate)
+            if self.warm_error is not None:
+                raise self.warm_error
             self.warm_digests.add(digest)
             return tier
         finally:
@@ -140,8 +147,8 @@ class FakeEngine:
         self.set_state("unavailable")
         self._closed.set()
 
-    async def _pass_gate(self) -> None:
-        waits = [asyncio.create_task(self.gate.wait()), asyncio.create_task(self._closed.wait())]
+    async def _pass(self, gate: asyncio.Event) -> None:
+        waits = [asyncio.create_task(gate.wait()), asyncio.create_task(self._closed.wait())]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:

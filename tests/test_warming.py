@@ -17,6 +17,13 @@ from lorasrv.types import EngineRequest, Tier, TokenDelta, Warm, Warmed
 PROMPT = (1, 2, 3)
 
 
+class Keeping(Random):
+    """With it the fake host tier drops nothing."""
+
+    def random(self) -> float:
+        return 0.5
+
+
 def warm_of(digest: str, warm_id: int = 0, tier: Tier = Tier.DEVICE, deadline_s: float = 1e9) -> Warm:
     return Warm(warm_id=warm_id, digest=digest, tier=tier, deadline_s=deadline_s)
 
@@ -102,8 +109,8 @@ def test_they_are_read_one_at_a_time_and_within_the_look_ahead() -> None:
 
 def test_the_queue_goes_first() -> None:
     core, _ = make_core({"a": 3}, max_running=1)
-    core.add(make_request("first", PROMPT, max_tokens=20))
-    core.add(make_request("second", PROMPT, max_tokens=20))
+    core.add(replace(make_request("first", PROMPT, max_tokens=20), ignore_eos=True))
+    core.add(replace(make_request("second", PROMPT, max_tokens=20), ignore_eos=True))
     core.warm(warm_of("a"))
     while core.status().waiting:
         core.step()
@@ -154,6 +161,48 @@ def test_nobody_is_preempted_for_a_copy(size: int, loads: bool) -> None:
         if core.status().running:
             assert (core.status().pool.adapters > 0) == loads
     assert core.status().counters.preemptions == 0
+
+
+def test_nothing_is_taken_from_a_request_that_waits_for_pages() -> None:
+    """It needs nineteen of twenty pages, and two are in use."""
+    core, runner = make_core({"a": 3}, num_pages=20, prefix_cache=False)
+    core.warm(warm_of("a", 0, Tier.HOST))
+    settle(core)
+    core.add(replace(make_request("first", PROMPT, max_tokens=10), ignore_eos=True))
+    core.step()
+    core.step()
+    core.add(make_request("big", (1,) * 76, max_tokens=1))
+    hold_copies(runner.tiers)
+    core.warm(warm_of("a", 1))
+    while core.status().waiting:
+        core.step()
+        core.check()
+        assert core.status().pool.adapters == 0
+    assert core.status().running == 1
+
+
+def test_two_that_need_each_others_pages_come_one_after_the_other() -> None:
+    core, runner = make_core({"a": 12, "b": 12}, num_pages=20)
+    runner.tiers.random = Keeping(0)
+    core.warm(warm_of("a", 3, Tier.HOST))
+    core.warm(warm_of("b", 4, Tier.HOST))
+    settle(core)
+    core.warm(warm_of("a", 1))
+    core.warm(warm_of("b", 2))
+    assert {warm_id: warmed.tier for warm_id, warmed in settle(core).items()} == {1: Tier.DEVICE, 2: Tier.DEVICE}
+    assert core.status().counters.adapter_loads == 2
+
+
+def test_a_step_begins_a_bounded_number_of_copies() -> None:
+    sizes = {f"a{index}": 1 for index in range(6)}
+    core, _ = make_core(sizes, max_loads_per_step=2)
+    for index, digest in enumerate(sizes):
+        core.warm(warm_of(digest, index, Tier.HOST))
+    settle(core)
+    for index, digest in enumerate(sizes):
+        core.warm(warm_of(digest, index))
+    core.step()
+    assert core.status().counters.adapter_loads == 2
 
 
 def arrivals(seed: int) -> list[list[EngineRequest]]:
@@ -212,7 +261,8 @@ def test_an_adapter_that_never_fits_is_refused() -> None:
 def test_one_that_does_not_fit_now_waits_until_its_deadline_and_holds_up_no_smaller_one() -> None:
     now = [0.0]
     core, runner = make_core({"big": 30, "small": 5}, clock=lambda: now[0], max_running=1)
-    core.add(make_request("r", tuple([1] * 60), max_tokens=100))
+    runner.tiers.random = Keeping(0)
+    core.add(replace(make_request("r", (1,) * 60, max_tokens=60), ignore_eos=True))
     core.step()
     core.warm(warm_of("big", 1, deadline_s=50.0))
     core.warm(warm_of("small", 2))
@@ -283,6 +333,7 @@ def test_the_other_who_waits_for_it_still_gets_it() -> None:
     core.warm(warm_of("a", 2))
     core.step()
     core.cancel_warm(1)
+    assert runner.tiers.wanted == {"a"}
     assert settle(core).keys() == {2}
     core.cancel_warm(1)
     assert_nothing_left(core, runner.tiers, "a")
@@ -317,3 +368,14 @@ def test_a_discarded_adapter_is_kept_for_who_waits_for_it() -> None:
     core.check()
     assert runner.tiers.discarded == ["a"]
     assert tier_of(core, "a") is not Tier.DEVICE
+
+
+def test_a_warm_takes_a_discard_back() -> None:
+    core, _ = make_core({"a": 3})
+    core.add(make_request("r", PROMPT, "a"))
+    while not core.status().running:
+        core.step()
+    core.discard("a")
+    core.warm(warm_of("a"))
+    assert settle(core)[0].tier is Tier.DEVICE
+    assert tier_of(core, "a") is Tier.DEVICE
