@@ -1,9 +1,6 @@
 """`lorasrv chat`: from a pipe, and at a terminal with its control keys."""
 
 import asyncio
-import os
-import pty
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -14,7 +11,8 @@ import pytest
 from fake_engine import BASE_MODEL, server_config
 from lorasrv.config import ModelConfig
 from lorasrv.errors import QueueFull
-from running_server import Running, running_server, subprocess_env, until
+from running_server import Running, running_server, until
+from terminal import terminal
 from test_chat_end_to_end import linked
 from test_cli import assert_fails, in_thread, own_config
 
@@ -38,65 +36,6 @@ async def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     async with chatty(tmp_path) as found:
         monkeypatch.setenv("LORASRV_URL", found.address)
         yield found
-
-
-class Terminal:
-    """The command at a terminal of its own: what is typed goes in, all that it shows gathers in `shown`."""
-
-    def __init__(self, process: asyncio.subprocess.Process, fd: int) -> None:
-        self.process = process
-        self.shown = ""
-        self._fd = fd
-        asyncio.get_running_loop().add_reader(fd, self._read)
-
-    def type(self, text: str) -> None:
-        os.write(self._fd, text.encode())
-
-    async def shows(self, text: str) -> None:
-        try:
-            await asyncio.wait_for(until(lambda: text in self.shown), 20)
-        except TimeoutError:
-            raise AssertionError(f"{text!r} is not in {self.shown!r}") from None
-
-    async def ends(self) -> int:
-        return await asyncio.wait_for(self.process.wait(), 60)
-
-    def _read(self) -> None:
-        try:
-            self.shown += os.read(self._fd, 4096).decode().replace("\r\n", "\n")
-        except OSError:  # its other end is closed
-            self.close()
-
-    def close(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._fd)
-
-
-@asynccontextmanager
-async def terminal(*arguments: str) -> AsyncIterator[Terminal]:
-    ours, theirs = pty.openpty()
-    program = "import os, fcntl, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-    program += "from lorasrv.cli.main import app; app()"
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", program, "chat", *arguments),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env={**subprocess_env(), "TERM": "dumb"},
-    )
-    os.close(theirs)
-    screen = Terminal(process, ours)
-    try:
-        yield screen
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-        screen.close()
-        os.close(ours)
-
-
-def told(running: Running) -> list[int]:
-    return [len(request.token_ids) for request in running.engine.requests]
 
 
 async def test_a_line_of_a_pipe_is_a_message_and_history_is_kept(running: Running) -> None:
@@ -129,7 +68,7 @@ async def test_a_base_without_a_template_is_the_servers_error(tmp_path: Path, mo
 
 async def test_control_keys_at_a_terminal(running: Running) -> None:
     running.engine.gate.clear()
-    async with terminal("--system", "be") as screen:
+    async with terminal("chat", "--system", "be") as screen:
         await screen.shows("> ")
         screen.type("one\n")
         await asyncio.wait_for(until(lambda: bool(running.engine.running)), 60)
@@ -153,7 +92,7 @@ async def test_control_keys_at_a_terminal(running: Running) -> None:
 async def test_a_terminal_survives_an_error_and_ends_with_the_last_turns_code(running: Running) -> None:
     echo: Callable[..., object] = running.engine.script
     running.engine.script = lambda request: [QueueFull("2048 requests wait")]
-    async with terminal() as screen:
+    async with terminal("chat") as screen:
         screen.type("one\n")
         await screen.shows("lorasrv: QUEUE_FULL: 2048 requests wait\n> ")
         running.engine.script = echo

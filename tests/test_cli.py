@@ -21,7 +21,8 @@ from lorasrv.cli.main import app
 from lorasrv.errors import ConfigurationError
 from lorasrv.keys import Role
 from lorasrv.types import FinishReason, LogitRules, PositionLogprobs, TokenDelta
-from running_server import Running, running_server, subprocess_env
+from running_server import Running, running_server, subprocess_env, until
+from terminal import terminal
 
 COMMAND = [sys.executable, "-c", "from lorasrv.cli.main import app; app()"]
 
@@ -80,6 +81,17 @@ async def test_adapters_from_push_to_rm(running: Running, tmp_path: Path) -> Non
     assert digest in (await in_thread("adapters", "show", "upper")).stdout
     assert json.loads((await in_thread("adapters", "rm", "upper", "--json")).stdout) == {"deleted": "upper"}
     assert_fails(await in_thread("adapters", "show", "upper"), 3, "ADAPTER_NOT_FOUND: adapter 'upper' not found")
+
+
+async def test_a_push_shows_a_bar_at_a_terminal_and_only_there(running: Running, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "upper")
+    async with terminal("adapters", "push", str(folder), kind="xterm") as screen:
+        await screen.shows("━")
+        await screen.shows("upper@sha256:")
+        assert await screen.ends() == 0
+    size = sum((folder / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors"))
+    assert f"{size / 1000:.1f} kB" in screen.shown
+    assert "━" not in (await in_thread("adapters", "push", folder, "--name", "other")).output
 
 
 async def test_generate_streams_one_prompt(running: Running) -> None:
@@ -165,6 +177,25 @@ async def test_generate_a_file_in_input_order(running: Running, tmp_path: Path) 
     assert (records[0]["text"], records[0]["finish_reason"]) == ("a", "length")
     assert records[1]["error"]["reason"] == "ADAPTER_NOT_FOUND"
     assert_fails(result, 3, "prompt 1: ADAPTER_NOT_FOUND")
+
+
+async def test_a_file_that_is_no_text_is_named_by_its_line(running: Running, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"fine\n\xff\n")
+    assert_fails(await in_thread("generate", "--file", file), 2, "line 2: not UTF-8")
+    result = await asyncio.to_thread(CliRunner().invoke, app, ["generate", "-f", "-"], input=b"fine\n\xff\n")
+    assert_fails(result, 2, "line 2: not UTF-8")
+    assert not running.engine.requests
+
+
+async def test_so_many_of_a_file_run_at_once(running: Running) -> None:
+    running.engine.gate.clear()
+    task = asyncio.create_task(in_thread("generate", "-f", "-", "--concurrency", 3, stdin="hello\n" * 10))
+    await until(lambda: len(running.engine.running) == 3)
+    await asyncio.sleep(0.1)
+    assert len(running.engine.running) == 3
+    running.engine.gate.set()
+    assert (await task).stdout == "hello\n" * 10
 
 
 async def test_sigint_cancels_all_streams(running: Running, tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ def test_contexts_come_and_go(config: Path) -> None:
     assert run("context", "ls", "--json").stdout == '{"current": null, "contexts": []}\n'
     assert run("context", "add", "lab", "lab:1").stdout == "added lab: lab:1\n"
     assert run("context", "add", "prod.eu", "https://llm.example.com:2").exit_code == 0
+    assert url_of() == "127.0.0.1:8470"
+    assert run("context", "use", "lab").stdout == "using lab: lab:1\n"
     assert tomllib.loads(config.read_text()) == {
         "current-context": "lab",
         "contexts": {"lab": {"url": "lab:1"}, "prod.eu": {"url": "https://llm.example.com:2"}},
@@ -52,6 +54,7 @@ def test_contexts_come_and_go(config: Path) -> None:
 
 def test_a_kept_key_is_for_its_owner_alone(config: Path) -> None:
     assert run("context", "add", "lab", "lab:1", "--api-key-stdin", stdin="of-the-lab\n").exit_code == 0
+    assert run("context", "use", "lab").exit_code == 0
     assert stat.S_IMODE(config.stat().st_mode) == 0o600
     assert api_key_of(resolve(None)) == "of-the-lab"
     assert "of-the-lab" not in run("context", "ls", "--json").stdout + run("context", "ls").stdout
@@ -99,6 +102,7 @@ def test_a_contexts_key_is_for_its_own_server(config: Path, tmp_path: Path, monk
     (tmp_path / "key").write_text("of-the-context\n")
     assert api_key_of(resolve(None)) is None
     assert run("context", "add", "prod", "a:1", "--api-key-file", tmp_path / "key").exit_code == 0
+    assert run("context", "use", "prod").exit_code == 0
     assert api_key_of(resolve(None)) == "of-the-context"
     assert api_key_of(resolve(Target(url="b:1"))) is None
     monkeypatch.setenv("LORASRV_URL", "b:1")

@@ -38,7 +38,7 @@ def add(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Add a context or replace it; the first one is the current one."""
+    """Add a context or replace it; `use` makes it the current one."""
     with reported_errors():
         context = _checked(
             check_id(name, "name"),
@@ -49,7 +49,7 @@ def add(
             ),
         )
         config = read_config(config_path())
-        _write(UserConfig(current=config.current or name, contexts={**config.contexts, name: context}))
+        _write(replace(config, contexts={**config.contexts, name: context}))
     print_json({"added": name, "url": url}) if as_json else print(f"added {name}: {url}")
 
 
