@@ -218,7 +218,11 @@ async def test_labels_are_few_whatever_is_called(running: Running, generation: A
     found = await asyncio.to_thread(scrape, running)
     labels = {pair for _, pairs in found for pair in pairs}
     assert not [value for _, value in labels if value.startswith(("Nope", "a1"))]
-    assert len([name for name, _ in found if name == "lorasrv_calls_total"]) == 1
+    calls = [dict(pairs) for name, pairs in found if name == "lorasrv_calls_total"]
+    assert {(labels["method"], labels["code"]) for labels in calls} == {
+        ("other", "UNIMPLEMENTED"),
+        ("GenerationService/Generate", "NOT_FOUND"),
+    }
 
 
 async def test_what_is_refused_under_any_name_is_counted_under_one(running: Running) -> None:

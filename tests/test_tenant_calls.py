@@ -85,6 +85,8 @@ NAMING: dict[str, Callable[[Names], Any]] = {
     "UnpinAdapter": lambda names: adapter_pb2.UnpinAdapterRequest(name=names.adapter),
     "GetVersion": lambda names: adapter_pb2.GetVersionRequest(name=names.version),
     "ListVersions": lambda names: adapter_pb2.ListVersionsRequest(parent=names.adapter),
+    "VerifyVersion": lambda names: adapter_pb2.VerifyVersionRequest(name=names.version),
+    "WarmAdapter": lambda names: adapter_pb2.WarmAdapterRequest(parent=names.parent, reference=names.adapter_id),
     "DownloadVersion": lambda names: adapter_pb2.DownloadVersionRequest(name=names.version),
     "SetTag": lambda names: adapter_pb2.SetTagRequest(tag=_tag(names)),
     "ListTags": lambda names: adapter_pb2.ListTagsRequest(parent=names.adapter),
@@ -93,8 +95,8 @@ NAMING: dict[str, Callable[[Names], Any]] = {
     "DeleteTag": lambda names: adapter_pb2.DeleteTagRequest(name=names.tag_name),
     "DeleteAdapter": lambda names: adapter_pb2.DeleteAdapterRequest(name=names.adapter),
 }
-# Of these, those that name a tenant only: in one's own they find what is there.
-PARENTS = ("CreateUpload", "ImportAdapter", "ListAdapters")
+# Of these, those that name a tenant beside the rest: in one's own they find what is there, or miss something else.
+PARENTS = ("CreateUpload", "ImportAdapter", "ListAdapters", "WarmAdapter")
 # What these tell may not have a trace of another tenant.
 NAMELESS: dict[str, Any] = {
     "Detokenize": generation_pb2.DetokenizeRequest(token_ids=[1]),

@@ -18,8 +18,8 @@ from lorasrv.server.adapters import MAX_VERIFYING
 from lorasrv.server.frontdesk import WARM_S
 from lorasrv.types import Tier
 from lorasrv.v1 import adapter_pb2, generation_pb2_grpc, server_pb2
-from registry_calls import TENANT, WEIGHTS, asked, innocent_neighbour, name_of, nothing_left, push, refused, stub
-from running_server import Running, running_server, until
+from registry_calls import TENANT, WEIGHTS, asked, innocent_neighbour, name_of, nothing_left, push, stub
+from running_server import Running, refused, running_server, until
 
 Code = grpc.StatusCode
 UPPER = name_of("upper")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorasrv.config import EngineConfig
 from lorasrv.engine.text import load_tokenizer
-from lorasrv.types import EngineInfo, EngineRequest, EngineStatus, FinishReason, PoolStats, TokenDelta
+from lorasrv.types import EngineInfo, EngineRequest, EngineStatus, FinishReason, PoolStats, TokenDelta, Warm, Warmed
 
 DELTAS_PER_S = 45_000
 NUM_PAGES = 1 << 16
@@ -48,6 +48,14 @@ class PacedCore:
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         self._requests.pop(request_id, None)
+
+    def warm(self, warm: Warm) -> None:
+        raise NotImplementedError("this engine has no adapters")
+
+    def cancel_warm(self, warm_id: int) -> None: ...
+
+    def take_warmed(self) -> tuple[Warmed, ...]:
+        return ()
 
     def has_work(self) -> bool:
         return bool(self._requests)
