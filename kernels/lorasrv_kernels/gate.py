@@ -1,7 +1,8 @@
 """What the launchers may ask Triton's compiler for, compiled with no GPU: registers, spills, tensor cores, vectors.
 
 `python -m lorasrv_kernels.gate` prints the table of every variant, and ends with status 1 if one of them is wrong.
-Words behind it choose: a compute capability such as 90, or a part of the variants' names, such as a kernel or a type.
+Words behind it choose: a compute capability such as 90, a part of the variants' names, such as a kernel or a type, or
+what is not to be part of them, behind a hyphen.
 """
 
 import os
@@ -144,7 +145,7 @@ def main(words: Sequence[str]) -> int:
     """Print a line for each chosen variant; how many are wrong."""
     archs = [arch for arch in ARCHS if str(arch) in words] or list(ARCHS)
     parts = [word for word in words if not word.isdecimal()]
-    chosen = [variant for variant in variants() if all(part in variant.name for part in parts)]
+    chosen = [v for v in variants() if all((p.lstrip("-") in v.name) != p.startswith("-") for p in parts)]
     num_wrong = 0
     # Most of a compilation is not Python.
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -212,7 +212,9 @@ def expand_tile(
         if ALIGN > 1:
             row_offsets = tl.multiple_of(row_offsets, [1, 4])
         part_ptr = h_ptr
-        for _ in tl.range(0, num_splits, loop_unroll_factor=4 if rows.shape[0] == 16 else 1, num_stages=1):
+        for _ in tl.range(
+            0, num_splits, loop_unroll_factor=2 if ALIGN > 1 and rows.shape[0] == 16 else 1, num_stages=1
+        ):
             h += tl.load(part_ptr + row_offsets + r[None, :], mask=in_rows[:, None] & wanted[None, :], other=0.0)
             part_ptr += split_stride
         if b.dtype == tl.bfloat16:
@@ -322,7 +324,7 @@ def sgmv_shrink(
     assert all(module.a == a for module in modules) and x.shape[1] == a.cols, (modules, x.shape)
     assert x.stride(1) == 1 and out.stride(3) == 1, (x.stride(), out.stride())
     aligned = a.cols % 8 == 0 and x.stride(0) % 8 == 0
-    block = _shrink_block(work.height, min(a.chunk, a.odd_chunk))
+    block = _shrink_block(work.height, min(a.chunk, a.odd_chunk), aligned)
     variant = shrink_variant(x.dtype, work.height, work.rank_step, len(modules), block, aligned, interpreting())
     groups = len(modules) if work.height == DECODE_HEIGHT else 1
     variant.launch(
@@ -359,7 +361,7 @@ def sgmv_expand(
     assert h.stride(3) == 1 and out.stride(1) == 1, (h.stride(), out.stride())
     work, matrices = segments.work, [module.b for module in modules]
     aligned = all(b.cols % 8 == 0 for b in matrices) and out.stride(0) % 8 == 0 and h.stride(2) % 4 == 0
-    block = _expand_block(work.height, min(min(b.chunk, b.odd_chunk) for b in matrices))
+    block = _expand_block(work.height, min(min(b.chunk, b.odd_chunk) for b in matrices), aligned)
     variant = expand_variant(out.dtype, work.height, work.rank_step, len(modules), block, aligned, interpreting())
     tiles = sum(-(-b.cols // block) for b in matrices)
     variant.launch(
@@ -426,7 +428,7 @@ def shrink_variant(
             "ADDRESS_ELEMS": ADDRESS_BYTES // dtype.itemsize,
             "WIDEN": widen,
         },
-        num_warps=8 if block_n > 64 else 4,
+        num_warps=8 if block_n > 64 or not (decode or aligned) else 4,
         num_stages=4,
         tensor_cores=dtype != torch.float32,
     )
@@ -470,12 +472,14 @@ def expand_variant(
     )
 
 
-def _shrink_block(height: int, chunk: int) -> int:
-    return min(chunk, 128 if height == DECODE_HEIGHT else 64)
+def _shrink_block(height: int, chunk: int, aligned: bool) -> int:
+    if height == DECODE_HEIGHT:
+        return min(chunk, 128) if aligned else 64
+    return 64 if aligned else 32
 
 
-def _expand_block(height: int, chunk: int) -> int:
-    return min(chunk, 256 if height == DECODE_HEIGHT else 128)
+def _expand_block(height: int, chunk: int, aligned: bool) -> int:
+    return min(chunk, 256 if height == DECODE_HEIGHT else 128) if aligned else 64
 
 
 def variants() -> Iterator[Variant]:
@@ -484,9 +488,9 @@ def variants() -> Iterator[Variant]:
     for dtype, aligned, num_modules, (height, step) in product(
         _TRITON_TYPES, (True, False), range(1, _MAX_MODULES + 1), steps
     ):
-        for block in {_shrink_block(height, chunk) for chunk in (64, 128)}:
+        for block in {_shrink_block(height, chunk, aligned) for chunk in (64, 128)}:
             yield shrink_variant(dtype, height, step, num_modules, block, aligned, widen=False)
-        for block in {_expand_block(height, chunk) for chunk in (64, 128, 256)}:
+        for block in {_expand_block(height, chunk, aligned) for chunk in (64, 128, 256)}:
             yield expand_variant(dtype, height, step, num_modules, block, aligned, widen=False)
 
 
