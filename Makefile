@@ -8,7 +8,7 @@ READY := .venv/.ready
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all lint format proto proto-check docs clean
+.PHONY: demo test test-all lint format proto proto-check proto-release docs clean
 
 demo: $(READY)
 	$(BIN)/lorasrv demo
@@ -44,6 +44,14 @@ proto-check: $(READY)
 	rm -rf build/proto && mkdir -p build/proto
 	$(call GENERATE,build/proto)
 	diff -r -x __init__.py -x __pycache__ build/proto/lorasrv/v1 lorasrv/v1 || { echo "Generated code is stale: run make proto"; exit 1; }
+	$(BIN)/buf lint proto
+	$(BIN)/buf breaking proto --against $(wildcard proto/released/*.binpb)
+
+# The contract of the last release is kept as a file, so that a checkout without tags or network can be held to it.
+# Run this in the commit that is tagged.
+proto-release: $(READY)
+	rm -f proto/released/*.binpb
+	$(BIN)/buf build proto --exclude-source-info -o proto/released/v$$($(BIN)/python -c 'import lorasrv; print(lorasrv.__version__)').binpb
 
 docs: $(READY)
 	$(BIN)/python docs/generate_api.py

@@ -32,8 +32,8 @@ ERRORS = """\
 
 A call that fails carries a google.rpc.Status with an ErrorInfo: domain `lorasrv` and one of these reasons, which are
 stable. A BadRequest or PreconditionFailure names what is to be changed, a RetryInfo says after how many seconds to try
-again. What gRPC itself refuses (an unknown method, a message over the cap, a deadline that the client notices) has a
-code alone.
+again. What gRPC itself refuses (a message or metadata over the cap, a deadline that the client notices) has a code
+alone.
 """
 
 # The numbers of these fields in descriptor.proto make the paths of comments.

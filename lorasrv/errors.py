@@ -23,6 +23,12 @@ class InvalidRequest(LorasrvError):
         self.field = field
 
 
+class UnknownMethod(LorasrvError):
+    """A call of a method that there is not."""
+
+    reason = "UNKNOWN_METHOD"
+
+
 class Unauthenticated(LorasrvError):
     """A call without a valid credential; the message is a fixed text."""
 

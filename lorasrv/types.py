@@ -147,6 +147,19 @@ class EngineRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Warm:
+    """An adapter version that is wanted in memory before a request asks for it: in `tier`, HOST or DEVICE, or above.
+
+    At `deadline_s`, on `time.monotonic`, it is over.
+    """
+
+    warm_id: int
+    digest: str
+    tier: Tier
+    deadline_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class PositionLogprobs:
     """The model's own log-probabilities at one position: of the token there, and of the likeliest, best first."""
 
@@ -161,6 +174,15 @@ class Failure:
 
     reason: str
     message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warmed:
+    """What became of a `Warm`: the `tier` that the adapter was in when this was told, or why it is in none."""
+
+    warm_id: int
+    tier: Tier | None = None
+    failure: Failure | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

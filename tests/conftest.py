@@ -3,6 +3,7 @@
 import signal
 from importlib.util import find_spec
 
+import pytest
 import torch
 
 import kernel_device as kernel_device  # asks for Triton's interpreter before anything imports Triton
@@ -16,3 +17,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A bare GPU box holds torch and transformers only: what it can run there is in test_gpu_*.py.
 if any(find_spec(package) is None for package in ("msgspec", "zmq", "grpc_status", "pytest_asyncio", "peft")):
     collect_ignore_glob = ["test_[!g]*.py", "test_g[!p]*.py"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "row(*numbers): rows of the table in test_bad_inputs.py that a test is about")

@@ -15,7 +15,10 @@ from lorasrv.types import (
     FinishReason,
     PoolStats,
     PositionLogprobs,
+    Tier,
     TokenDelta,
+    Warm,
+    Warmed,
 )
 
 COUNT = 1  # 0, 1, 2 … up to max_tokens, one a step; sample i begins at 10 i
@@ -38,6 +41,8 @@ class FakeCore:
     requests: dict[str, EngineRequest] = field(default_factory=dict)
     samples: dict[tuple[str, int], int] = field(default_factory=dict)  # how many tokens each running one was sent
     cancelled: list[str | tuple[str, int]] = field(default_factory=list)
+    warming: list[int] = field(default_factory=list[int])
+    warmed: list[Warmed] = field(default_factory=list[Warmed])
     closed: bool = False
 
     def add(self, request: EngineRequest) -> None:
@@ -52,6 +57,24 @@ class FakeCore:
             if key[0] == request_id and index in (None, key[1]):
                 self._end(key)
 
+    def warm(self, warm: Warm) -> None:
+        """Any other digest is on the device at once. What never is counts as waiting."""
+        match warm.digest:
+            case "never":
+                self.warming.append(warm.warm_id)
+            case "damaged":
+                failure = Failure(reason="ADAPTER_CORRUPT", message="version damaged: no longer matches its digest")
+                self.warmed.append(Warmed(warm_id=warm.warm_id, failure=failure))
+            case _:
+                self.warmed.append(Warmed(warm_id=warm.warm_id, tier=Tier.DEVICE))
+
+    def cancel_warm(self, warm_id: int) -> None:
+        self.warming.remove(warm_id)
+
+    def take_warmed(self) -> tuple[Warmed, ...]:
+        ended, self.warmed = tuple(self.warmed), []
+        return ended
+
     def has_work(self) -> bool:
         return bool(self.requests)
 
@@ -61,7 +84,8 @@ class FakeCore:
 
     def status(self) -> EngineStatus:
         pool = PoolStats(num_pages=8, free=8, sequences=0, prefix=0, adapters=0)
-        return EngineStatus(pool=pool, running=len(self.requests), waiting=0, pins=0, adapters=())
+        running, waiting = len(self.requests), len(self.warming)
+        return EngineStatus(pool=pool, running=running, waiting=waiting, pins=0, adapters=())
 
     def close(self) -> None:
         self.closed = True

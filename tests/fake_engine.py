@@ -53,7 +53,10 @@ def _answer(request: EngineRequest, index: int) -> Iterator[TokenDelta]:
 
 
 class FakeEngine:
-    """An `Engine`. While `gate` is clear, streams wait behind their first delta."""
+    """An `Engine`. While `gate` is clear, streams wait behind their first delta; while `warm_gate` is, warms do.
+
+    Warms raise `warm_error` if there is one, and have brought `warm_digests` to the device.
+    """
 
     def __init__(self, script: Callable[[EngineRequest], Iterable[TokenDelta | Exception]] = echo) -> None:
         self.script = script
@@ -61,8 +64,13 @@ class FakeEngine:
         self.ended_early: list[str] = []
         self.cancelled: list[tuple[str, int]] = []
         self.running: set[str] = set()
+        self.warming: list[tuple[str, Tier, float]] = []
+        self.warm_digests: set[str] = set()
         self.gate = asyncio.Event()
         self.gate.set()
+        self.warm_gate = asyncio.Event()
+        self.warm_gate.set()
+        self.warm_error: Exception | None = None
         self._state: EngineState = "starting"
         self._listeners: list[Callable[[EngineState], None]] = []
         self._closed = asyncio.Event()
@@ -90,7 +98,7 @@ class FakeEngine:
         try:
             for turn, delta in enumerate(self.script(request)):
                 if turn:
-                    await self._pass_gate()
+                    await self._pass(self.gate)
                 await asyncio.sleep(0)
                 if isinstance(delta, Exception):
                     raise delta
@@ -107,10 +115,24 @@ class FakeEngine:
     def cancel(self, request_id: str, index: int) -> None:
         self.cancelled.append((request_id, index))
 
+    async def warm(self, digest: str, tier: Tier, deadline_s: float) -> Tier:
+        if self._state != "ready":
+            raise EngineUnavailable("the engine is not ready")
+        self.warming.append((digest, tier, deadline_s))
+        try:
+            await self._pass(self.warm_gate)
+            if self.warm_error is not None:
+                raise self.warm_error
+            self.warm_digests.add(digest)
+            return tier
+        finally:
+            self.warming.remove((digest, tier, deadline_s))
+
     async def status(self) -> EngineStatus:
         if self._state != "ready":
             raise EngineUnavailable("the engine is not ready")
         digests = {request.adapter.digest for request in self.requests if request.adapter is not None}
+        digests |= self.warm_digests
         return EngineStatus(
             pool=PoolStats(num_pages=10, free=10 - len(digests), sequences=0, prefix=0, adapters=len(digests)),
             running=len(self.running),
@@ -125,8 +147,8 @@ class FakeEngine:
         self.set_state("unavailable")
         self._closed.set()
 
-    async def _pass_gate(self) -> None:
-        waits = [asyncio.create_task(self.gate.wait()), asyncio.create_task(self._closed.wait())]
+    async def _pass(self, gate: asyncio.Event) -> None:
+        waits = [asyncio.create_task(gate.wait()), asyncio.create_task(self._closed.wait())]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -42,16 +42,20 @@ class Keyed:
     pushed: set[Path] = field(default_factory=set[Path])
 
     @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return bearer(self.key)
+
+    @property
     def generation(self) -> Any:
-        return Stub(generation_pb2_grpc.GenerationServiceStub(self.channel), bearer(self.key))
+        return Stub(generation_pb2_grpc.GenerationServiceStub(self.channel), self.metadata)
 
     @property
     def adapters(self) -> Any:
-        return Stub(adapter_pb2_grpc.AdapterServiceStub(self.channel), bearer(self.key))
+        return Stub(adapter_pb2_grpc.AdapterServiceStub(self.channel), self.metadata)
 
     @property
     def server(self) -> Any:
-        return Stub(server_pb2_grpc.ServerServiceStub(self.channel), bearer(self.key))
+        return Stub(server_pb2_grpc.ServerServiceStub(self.channel), self.metadata)
 
 
 class KeyRing:

@@ -6,13 +6,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import grpc
-import pytest
-
 from adapter_folders import write_adapter
 from lorasrv.client.messages import upload_files, write_requests
 from lorasrv.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
-from running_server import Running, reason_of
+from running_server import Running
 
 TENANT = "tenants/default"
 WEIGHTS = "adapter_model.safetensors"
@@ -62,13 +59,6 @@ def write_raw(folder: Path, files: Mapping[str, bytes]) -> Path:
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
-
-
-async def refused(call: Any, code: grpc.StatusCode, reason: str, what: str = "") -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    assert (caught.value.code(), reason_of(caught.value)) == (code, reason), f"{what}: {caught.value.details()}"
-    return caught.value
 
 
 def asked(adapter: str, text: str = "neighbour>", **fields: Any) -> generation_pb2.GenerateRequest:

@@ -11,11 +11,20 @@ from typing import Any
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
 from fake_engine import FakeEngine, server_config
-from lorasrv.client.errors import error_from_call
 from lorasrv.server.server import Server, ServerConfig
-from lorasrv.v1 import generation_pb2
+from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
+
+# Every method of ours, by its path.
+METHODS = {
+    f"/{service.full_name}/{method.name}": method
+    for file in (generation_pb2, adapter_pb2, server_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +55,14 @@ def subprocess_env() -> dict[str, str]:
 
 
 def reason_of(error: Any) -> str | None:
-    """The ErrorInfo's reason of a failed call, as the client library reads it."""
-    return error_from_call(error).reason
+    """The reason in a failed call's ErrorInfo, which is of our domain; None when it has none."""
+    status, info = rpc_status.from_call(error), error_details_pb2.ErrorInfo()
+    if status is None:
+        return None
+    assert (status.code, status.message) == (error.code().value[0], error.details())
+    assert any(detail.Unpack(info) for detail in status.details)
+    assert info.domain == "lorasrv"
+    return info.reason
 
 
 def asked(text: str | None = "hé>", adapter: str = "base", **sampling: Any) -> generation_pb2.GenerateRequest:
@@ -59,11 +74,11 @@ def asked(text: str | None = "hé>", adapter: str = "base", **sampling: Any) -> 
     )
 
 
-async def refused(call: Any, code: grpc.StatusCode, reason: str) -> grpc.aio.AioRpcError:
-    """The error of a call that has to fail so."""
+async def refused(call: Any, code: grpc.StatusCode, reason: str, what: str = "") -> grpc.aio.AioRpcError:
+    """The error of a call that has to fail so; `what` says which it was."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
-    assert (caught.value.code(), reason_of(caught.value)) == (code, reason), caught.value.details()
+    assert (caught.value.code(), reason_of(caught.value)) == (code, reason), f"{what}: {caught.value.details()}"
     return caught.value
 
 

@@ -2,7 +2,9 @@
 
 import asyncio
 import hashlib
+import json
 import os
+import shutil
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from adapter_folders import write_adapter
-from fake_engine import server_config
+from fake_engine import BASE_MODEL, server_config
 from lorasrv.client.messages import upload_files
 from lorasrv.errors import AdapterCorrupt
 from lorasrv.types import EngineRequest, Tier
@@ -31,12 +33,11 @@ from registry_calls import (
     name_of,
     nothing_left,
     push,
-    refused,
     send,
     stub,
     tokens,
 )
-from running_server import Running, running_server
+from running_server import Running, refused, running_server
 
 Code = grpc.StatusCode
 UPPER = name_of("upper")
@@ -87,6 +88,7 @@ def delete_version(adapters: Any, digest: str, **fields: Any) -> Any:
     return adapters.DeleteVersion(adapter_pb2.DeleteVersionRequest(name=f"{UPPER}/versions/{digest}", **fields))
 
 
+@pytest.mark.row(24)
 async def test_a_write_sent_again_gets_its_first_result(running: Running, adapters: Any, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "upper")
     async with innocent_neighbour(running, tmp_path):
@@ -120,6 +122,7 @@ async def test_a_write_sent_again_gets_its_first_result(running: Running, adapte
         await refused(adapters.UndeleteAdapter(undelete), Code.ALREADY_EXISTS, "ADAPTER_EXISTS")
 
 
+@pytest.mark.row(24)
 async def test_replays_outlive_a_restart_but_not_a_day(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "upper")
     async with running_server(tmp_path / "data") as running:
@@ -135,6 +138,7 @@ async def test_replays_outlive_a_restart_but_not_a_day(tmp_path: Path) -> None:
         assert dict((await get(stub(running))).labels) == {"a": "1"}
 
 
+@pytest.mark.row(26)
 async def test_names_that_are_taken_and_things_that_are_held(running: Running, adapters: Any, tmp_path: Path) -> None:
     first, second = (write_adapter(tmp_path / str(seed), seed=seed) for seed in (0, 1))
     async with innocent_neighbour(running, tmp_path):
@@ -176,6 +180,7 @@ async def test_names_that_are_taken_and_things_that_are_held(running: Running, a
         await refused(call, Code.ALREADY_EXISTS, "ADAPTER_EXISTS")
 
 
+@pytest.mark.row(27)
 async def test_bad_fields(running: Running, adapters: Any, tmp_path: Path) -> None:
     async with innocent_neighbour(running, tmp_path):
         digest = await push(adapters, write_adapter(tmp_path / "upper"), "upper")
@@ -197,59 +202,6 @@ async def test_bad_fields(running: Running, adapters: Any, tmp_path: Path) -> No
         await refused(adapters.GetVersion(version), Code.INVALID_ARGUMENT, "INVALID_REFERENCE")
 
 
-async def test_a_stranger_cannot_tell_what_is_there_from_what_is_not(
-    running: Running, adapters: Any, tmp_path: Path
-) -> None:
-    """Every method, on what another tenant has and on what nobody has: the same answer."""
-    folder = write_adapter(tmp_path / "upper")
-    registry = running.server._registry
-    async with innocent_neighbour(running, tmp_path):
-        digest = await push(adapters, folder, "upper")
-        upload = await create(adapters, folder, "upper")
-
-    async def texts(adapter: str, tag: str, digest: str, upload_id: str) -> list[str]:
-        name, upload_name = name_of(adapter, "tenants/rival"), f"tenants/rival/uploads/{upload_id}"
-        tag_message = adapter_pb2.Tag(name=f"{name}/tags/{tag}", versions=[adapter_pb2.WeightedVersion(digest=digest)])
-        write = adapter_pb2.WriteUploadRequest(upload=upload_name, file=WEIGHTS, data=b"x")
-        calls = [
-            get(adapters, name),
-            delete(adapters, name),
-            adapters.UndeleteAdapter(adapter_pb2.UndeleteAdapterRequest(name=name)),
-            adapters.PinAdapter(adapter_pb2.PinAdapterRequest(name=name)),
-            adapters.UnpinAdapter(adapter_pb2.UnpinAdapterRequest(name=name)),
-            adapters.UpdateAdapter(adapter_pb2.UpdateAdapterRequest(adapter=adapter_pb2.Adapter(name=name))),
-            adapters.GetVersion(adapter_pb2.GetVersionRequest(name=f"{name}/versions/{digest}")),
-            adapters.ListVersions(adapter_pb2.ListVersionsRequest(parent=name)),
-            adapters.DeleteVersion(adapter_pb2.DeleteVersionRequest(name=f"{name}/versions/{digest}")),
-            anext(
-                aiter(adapters.DownloadVersion(adapter_pb2.DownloadVersionRequest(name=f"{name}/versions/{digest}")))
-            ),
-            adapters.SetTag(adapter_pb2.SetTagRequest(tag=tag_message)),
-            adapters.DeleteTag(adapter_pb2.DeleteTagRequest(name=f"{name}/tags/{tag}")),
-            adapters.ListTags(adapter_pb2.ListTagsRequest(parent=name)),
-            adapters.GetUpload(adapter_pb2.GetUploadRequest(name=upload_name)),
-            adapters.WriteUpload(iter([write])),
-            adapters.FinishUpload(adapter_pb2.FinishUploadRequest(name=upload_name)),
-            adapters.CancelUpload(adapter_pb2.CancelUploadRequest(name=upload_name)),
-        ]
-        found: list[str] = []
-        for call in calls:
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await call
-            assert caught.value.code() is Code.NOT_FOUND
-            text = f"{caught.value.details()} {caught.value.trailing_metadata()}"
-            found.append(text.replace(adapter, "ID").replace(upload_id, "UPLOAD").replace(digest, "DIGEST"))
-        return found
-
-    upload_id = upload.name.rpartition("/")[2]
-    there = await texts("upper", "latest", digest, upload_id)
-    assert there == await texts("nevel", "latest", "e" * 64, "f" * 32)
-    # The registry itself, as another tenant: nothing is skipped for bytes that only the other one has.
-    rival = registry.uploads.create("rival", "upper", registry.uploads.get("default", upload_id).files)
-    assert [file.committed_bytes for file in rival.files] == [0, 0]
-    assert registry.adapters.list("rival").adapters == ()
-
-
 async def test_weights_that_others_use_look_unused(
     running: Running, adapters: Any, generation: Any, tmp_path: Path
 ) -> None:
@@ -263,6 +215,7 @@ async def test_weights_that_others_use_look_unused(
         assert (version.tier, version.hits, version.HasField("last_use_time")) == (tier, hits, bool(hits))
 
 
+@pytest.mark.row(32)
 async def test_damaged_blobs_are_data_loss_for_their_adapter_alone(
     running: Running, adapters: Any, generation: Any, tmp_path: Path
 ) -> None:
@@ -301,6 +254,7 @@ async def test_damaged_blobs_are_data_loss_for_their_adapter_alone(
     await generation.Generate(asked("upper"))
 
 
+@pytest.mark.row(32, 34)
 async def test_a_download_is_whole_or_data_loss(running: Running, adapters: Any, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "upper", rank=64)
     async with innocent_neighbour(running, tmp_path):
@@ -335,6 +289,7 @@ async def test_a_download_is_whole_or_data_loss(running: Running, adapters: Any,
         assert version.state == adapter_pb2.VERSION_STATE_QUARANTINED
 
 
+@pytest.mark.row(32)
 async def test_a_blob_that_went_missing_while_the_server_was_away(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "upper")
     async with running_server(tmp_path / "data") as running:
@@ -347,6 +302,29 @@ async def test_a_blob_that_went_missing_while_the_server_was_away(tmp_path: Path
         await nothing_left(running)
 
 
+@pytest.mark.row(12)
+async def test_another_base_models_version_is_refused_until_it_is_pushed_again(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "upper")
+    async with running_server(tmp_path / "data") as running:
+        digest = await push(stub(running), folder, "upper")
+    other = shutil.copytree(BASE_MODEL, tmp_path / "other")
+    settings = json.loads((other / "config.json").read_text())
+    settings["rope_parameters"]["rope_theta"] = 20000.0
+    (other / "config.json").write_text(json.dumps(settings))
+    config = server_config(tmp_path / "data")
+    config = replace(config, engine=replace(config.engine, model=replace(config.engine.model, path=str(other))))
+    async with running_server(tmp_path / "data", config) as running:
+        adapters, generation = stub(running), generation_pb2_grpc.GenerationServiceStub(running.channel)
+        async with innocent_neighbour(running, tmp_path):
+            error = await refused(generation.Generate(asked("upper")), Code.FAILED_PRECONDITION, "BASE_MISMATCH")
+            assert "validated against base model" in str(error.details())
+            (version,) = (await get(adapters)).versions
+            assert (version.digest, version.state) == (digest, adapter_pb2.VERSION_STATE_INCOMPATIBLE)
+            assert await push(adapters, folder, "upper") == digest
+        assert (await generation.Generate(asked("upper"))).started.version_digest == digest
+
+
+@pytest.mark.row(35)
 async def test_forged_and_stale_page_tokens(running: Running, adapters: Any, tmp_path: Path) -> None:
     async with innocent_neighbour(running, tmp_path):
         for seed in range(3):
@@ -397,6 +375,7 @@ async def test_pages_and_filters_list_everything_once(adapters: Any, tmp_path: P
     assert await listed(name_prefix="a", show_deleted=True) == ["a1", "a2"]
 
 
+@pytest.mark.row(56)
 async def test_tag_moved_and_version_deleted_while_streams_run(
     running: Running, adapters: Any, generation: Any, tmp_path: Path
 ) -> None:
@@ -430,6 +409,7 @@ def import_folder(adapters: Any, source: str, **fields: Any) -> Any:
     return adapters.ImportAdapter(request)
 
 
+@pytest.mark.row(36)
 async def test_only_plain_folders_below_the_tenants_own_are_imported(
     running: Running, adapters: Any, tmp_path: Path
 ) -> None:
@@ -481,6 +461,7 @@ async def test_only_plain_folders_below_the_tenants_own_are_imported(
     assert (await get_upload(adapters, imported)).version == imported.version
 
 
+@pytest.mark.row(36)
 async def test_without_an_import_root_nothing_is_imported(tmp_path: Path) -> None:
     async with running_server(tmp_path / "data") as running:
         await refused(import_folder(stub(running), "runs/upper"), Code.PERMISSION_DENIED, "IMPORT_REFUSED")

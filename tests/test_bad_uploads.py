@@ -3,24 +3,21 @@
 import asyncio
 import errno
 import hashlib
-import json
 import os
-import struct
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 
-from adapter_files import safetensors_bytes, with_header
+from adapter_files import safetensors_bytes
 from adapter_folders import write_adapter
-from fake_engine import BASE_MODEL, server_config
+from bad_content import CONTENT, GOOD, arrays, config
+from fake_engine import server_config
 from lorasrv.client.messages import upload_files
-from lorasrv.model.base_shapes import base_shapes
 from lorasrv.v1 import adapter_pb2
 from lorasrv_adapters.limits import RegistryLimits
 from registry_calls import (
@@ -35,16 +32,13 @@ from registry_calls import (
     nothing_left,
     part,
     push,
-    refused,
     send,
     stub,
     write_raw,
 )
-from running_server import Running, running_server
+from running_server import Running, refused, running_server
 
 Code = grpc.StatusCode
-BASE = base_shapes(BASE_MODEL, "float32")
-QUERY = next(module for module in BASE.modules if module.path == "self_attn.q_proj")
 
 
 @pytest.fixture
@@ -65,131 +59,17 @@ def staged(tmp_path: Path) -> list[Path]:
 # Adapter content
 
 
-def config(**changes: Any) -> bytes:
-    fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
-    return json.dumps({**fields, **changes}).encode()
-
-
-def arrays(rank: int = 4, fill: float | None = None) -> dict[str, Any]:
-    """A and B of q_proj in all layers; random, or all `fill`."""
-    random = np.random.default_rng(0)
-    found: dict[str, Any] = {}
-    for layer in range(BASE.num_layers):
-        prefix = f"base_model.model.{BASE.layer_prefix}.{layer}.self_attn.q_proj"
-        for side, shape in (("A", (rank, QUERY.in_features)), ("B", (QUERY.out_features, rank))):
-            values = random.standard_normal(shape) if fill is None else np.full(shape, fill)
-            found[f"{prefix}.lora_{side}.weight"] = values.astype(np.float32)
-    return found
-
-
-FIRST = next(iter(arrays()))
-
-
-def changed(change: Callable[[dict[str, Any]], object]) -> bytes:
-    tensors = arrays()
-    change(tensors)
-    return safetensors_bytes(tensors)
-
-
-def edited_header(edit: Callable[[dict[str, Any]], object], extra: bytes = b"") -> bytes:
-    whole = safetensors_bytes(arrays())
-    (size,) = struct.unpack("<Q", whole[:8])
-    header = json.loads(whole[8 : 8 + size])
-    edit(header)
-    return with_header(json.dumps(header).encode(), whole[8 + size :] + extra)
-
-
-def shifted(by: int) -> Callable[[dict[str, Any]], None]:
-    def edit(header: dict[str, Any]) -> None:
-        header[FIRST]["data_offsets"] = [offset + by for offset in header[FIRST]["data_offsets"]]
-
-    return edit
-
-
-def value(number: float, dtype: Any = np.float32) -> bytes:
-    def change(tensors: dict[str, Any]) -> None:
-        array = tensors[FIRST].astype(dtype)
-        array[0, 0] = number
-        tensors[FIRST] = array if dtype is np.float32 else ("F64", array.shape, array.tobytes())
-
-    return changed(change)
-
-
-GOOD = safetensors_bytes(arrays())
-MALFORMED, INVALID = (Code.INVALID_ARGUMENT, "MALFORMED_FILE"), (Code.INVALID_ARGUMENT, "INVALID_ADAPTER")
-RANK, MISMATCH, UNSUPPORTED = (
-    (Code.FAILED_PRECONDITION, reason) for reason in ("RANK_TOO_LARGE", "BASE_MISMATCH", "UNSUPPORTED_FEATURE")
-)
-# Row of the list of bad inputs, what it is, configuration, weights, code and reason.
-CONTENT = [
-    (1, "no bytes", config(), b"", MALFORMED),
-    (1, "half a header length", config(), b"\x08\0\0\0", MALFORMED),
-    (2, "header length 2^63", config(), struct.pack("<Q", 1 << 63) + b"{}", MALFORMED),
-    (2, "header past the end", config(), struct.pack("<Q", 1 << 20) + b"{}", MALFORMED),
-    (3, "header over its cap", config(), with_header(b"{" + b" " * (1 << 20) + b"}"), MALFORMED),
-    (3, "three dimensions", config(), changed(lambda t: t.update({FIRST: t[FIRST][None]})), MALFORMED),
-    (4, "not UTF-8", config(), with_header(b'{"\xff": 1}'), MALFORMED),
-    (4, "not JSON", config(), with_header(b"{nope}"), MALFORMED),
-    (4, "nested", config(), with_header(b'{"a":' * 20000 + b"1" + b"}" * 20000), MALFORMED),
-    (4, "a key twice", config(), with_header(b'{"a": {}, "a": {}}'), MALFORMED),
-    (4, "a leading space", config(), with_header(b" " + json.dumps({}).encode()), MALFORMED),
-    (4, "configuration not JSON", b"{nope}", GOOD, MALFORMED),
-    (5, "overlapping", config(), edited_header(shifted(-4)), MALFORMED),
-    (5, "a hole", config(), edited_header(shifted(4)), MALFORMED),
-    (5, "past the end", config(), edited_header(shifted(1 << 40)), MALFORMED),
-    (5, "trailing bytes", config(), edited_header(lambda header: None, b"tail"), MALFORMED),
-    (6, "shape and bytes", config(), edited_header(lambda h: h[FIRST].update(shape=[4, 1])), MALFORMED),
-    (6, "a shape that overflows", config(), edited_header(lambda h: h[FIRST].update(shape=[1 << 62, 4])), MALFORMED),
-    (
-        7,
-        "zero-size tensors",
-        config(),
-        with_header(
-            json.dumps({f"t{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(15000)}).encode()
-        ),
-        MALFORMED,
-    ),
-    (8, "NaN", config(), value(float("nan")), INVALID),
-    (8, "infinity", config(), value(float("inf")), INVALID),
-    (8, "over float32", config(), value(1e300, np.float64), INVALID),
-    *((9, f"r {r!r}", config(r=r), GOOD, INVALID) for r in (0, -1, 2.5, "4")),
-    (9, "alpha NaN", config(lora_alpha=float("nan")), GOOD, MALFORMED),
-    (9, "alpha huge", config(lora_alpha=1e300), GOOD, INVALID),
-    (10, "rank 257", config(r=257), safetensors_bytes(arrays(rank=1)), RANK),
-    (10, "rank 300 by pattern", config(rank_pattern={"q_proj": 300}), GOOD, RANK),
-    (11, "A without B", config(), changed(lambda t: t.pop(FIRST.replace("lora_A", "lora_B"))), INVALID),
-    (11, "B without A", config(), changed(lambda t: t.pop(FIRST)), INVALID),
-    (12, "another base's shape", config(), changed(lambda t: t.update({FIRST: t[FIRST][:, :-1]})), MISMATCH),
-    (13, "unknown modules", config(target_modules=["q_proj", "nope", "nix"]), GOOD, UNSUPPORTED),
-    *(
-        (14, f"{changes}", config(**changes), GOOD, UNSUPPORTED)
-        for changes in (
-            {"peft_type": "LOHA"},
-            {"bias": "all"},
-            {"use_dora": True},
-            {"modules_to_save": ["lm_head"]},
-            {"trainable_token_indices": [1]},
-        )
-    ),
-    (15, "auto_map", config(auto_map={"AutoModel": "evil.Model"}), GOOD, INVALID),
-    (15, "a path", config(target_modules="../../etc/passwd"), GOOD, INVALID),
-    (16, "a pickle", config(), b"\x80\x04\x95" + b"\0" * 64, MALFORMED),
-    *(
-        (18, ascii(name), config(), changed(lambda t, name=name: t.update({name: t.pop(FIRST)})), MALFORMED)
-        for name in ("a\0b", "../../x", "a\u202eb")
-    ),
-]
-
-
+@pytest.mark.row(*sorted({row for row, *_ in CONTENT}))
 async def test_bad_content_is_refused_by_reason_and_leaves_nothing(
     running: Running, adapters: Any, tmp_path: Path
 ) -> None:
     async with innocent_neighbour(running, tmp_path):
-        for row, what, configuration, weights, (code, reason) in CONTENT:
+        for row, what, configuration, weights, (code, reason), said in CONTENT:
             folder = write_raw(tmp_path / "bad", {CONFIG: configuration, WEIGHTS: weights})
             upload = await create(adapters, folder, "bad")
             await send(adapters, folder, upload)
             error = await refused(finish(adapters, upload), code, reason, f"row {row}, {what}")
+            assert said in str(error.details()), (row, what)
             assert str(tmp_path) not in str(error.details())
             found = await get_upload(adapters, upload)
             assert found.state == adapter_pb2.UPLOAD_STATE_FAILED
@@ -220,12 +100,14 @@ async def test_many_reasons_fit_a_status_and_all_are_in_the_upload(adapters: Any
     assert "unknown_key_59" in str(found.errors)
 
 
+@pytest.mark.row(19)
 async def test_an_adapter_of_zeros_is_accepted(adapters: Any, tmp_path: Path) -> None:
     weights = safetensors_bytes(arrays(fill=0.0))
     assert await push(adapters, write_raw(tmp_path / "zeros", {CONFIG: config(), WEIGHTS: weights}), "zeros")
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter.zip", "../adapter_model.safetensors", "a\0b", ""])
+@pytest.mark.row(16, 17)
 async def test_other_files_are_refused_when_announced(adapters: Any, tmp_path: Path, name: str) -> None:
     files = upload_files(write_adapter(tmp_path / "x"))
     files[1].name = name
@@ -236,6 +118,7 @@ async def test_other_files_are_refused_when_announced(adapters: Any, tmp_path: P
 # Uploads
 
 
+@pytest.mark.row(22)
 async def test_a_stream_aborted_midway_resumes_after_a_restart_and_others_expire(tmp_path: Path) -> None:
     settings = replace(server_config(tmp_path / "data"), registry=RegistryLimits(upload_ttl_s=3600))
     folder = write_adapter(tmp_path / "upper", rank=8)
@@ -291,6 +174,7 @@ async def test_a_cancelled_upload_is_over(running: Running, adapters: Any, tmp_p
         await refused(call, Code.FAILED_PRECONDITION, "UPLOAD_NOT_RECEIVING")
 
 
+@pytest.mark.row(25)
 async def test_bytes_are_skipped_for_what_the_tenant_has_and_only_if_it_is_in_order(
     running: Running, adapters: Any, tmp_path: Path
 ) -> None:
@@ -311,6 +195,7 @@ async def test_bytes_are_skipped_for_what_the_tenant_has_and_only_if_it_is_in_or
         assert blob.read_bytes() == (folder / WEIGHTS).read_bytes()
 
 
+@pytest.mark.row(29)
 async def test_a_quota_passed_midstream_ends_the_stream_at_once(tmp_path: Path) -> None:
     folders = [write_adapter(tmp_path / f"a{seed}", rank=8, seed=seed) for seed in range(3)]
     neighbour = write_adapter(tmp_path / "size", seed=99)
@@ -335,6 +220,7 @@ async def test_a_quota_passed_midstream_ends_the_stream_at_once(tmp_path: Path) 
             assert await push(adapters, folders[2], "third")
 
 
+@pytest.mark.row(30)
 async def test_a_full_disk_is_told_and_its_space_given_back(
     running: Running, adapters: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,3 +244,17 @@ async def test_a_full_disk_is_told_and_its_space_given_back(
         assert [file.committed_bytes for file in upload.files] == [0, 0]
         await send(adapters, folder, upload)
         assert (await finish(adapters, upload)).state == adapter_pb2.UPLOAD_STATE_PUBLISHED
+
+
+@pytest.mark.row(20)
+async def test_more_bytes_than_announced_are_refused(running: Running, adapters: Any, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "upper")
+    data = (folder / WEIGHTS).read_bytes()
+    async with innocent_neighbour(running, tmp_path):
+        upload = await create(adapters, folder, "upper")
+        await adapters.WriteUpload(iter([part(upload, 0, data[:1000])]))
+        call = adapters.WriteUpload(iter([part(upload, 1000, data[1000:] + b"x")]))
+        error = await refused(call, Code.INVALID_ARGUMENT, "INVALID_UPLOAD")
+        assert f"byte {len(data) + 1} is past the size of {len(data)}" in str(error.details())
+        await send(adapters, folder, await get_upload(adapters, upload))
+        await finish(adapters, upload)

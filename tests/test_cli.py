@@ -16,26 +16,20 @@ from typer.testing import CliRunner, Result
 from adapter_folders import write_adapter
 from fake_engine import BASE_MODEL
 from keyed import KeyRing, keyed_server
-from lorasrv.cli import connection
-from lorasrv.cli.connection import resolve_api_key, resolve_url
-from lorasrv.cli.generate import read_jobs
+from lorasrv.cli.job_file import read_jobs
 from lorasrv.cli.main import app
 from lorasrv.errors import ConfigurationError
 from lorasrv.keys import Role
 from lorasrv.types import FinishReason, LogitRules, PositionLogprobs, TokenDelta
-from running_server import Running, running_server, subprocess_env
-from test_client import free_address
+from running_server import Running, running_server, subprocess_env, until
+from terminal import terminal
 
 COMMAND = [sys.executable, "-c", "from lorasrv.cli.main import app; app()"]
 
 
 @pytest.fixture(autouse=True)
 def no_user_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "config.toml"
-    monkeypatch.setattr(connection, "config_path", lambda: path)
-    monkeypatch.delenv("LORASRV_URL", raising=False)
-    monkeypatch.delenv("LORASRV_API_KEY", raising=False)
-    return path
+    return own_config(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -43,6 +37,14 @@ async def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     async with running_server(tmp_path / "data") as found:
         monkeypatch.setenv("LORASRV_URL", found.address)
         yield found
+
+
+def own_config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing of this machine's user says which server is meant; where the config file would be."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+    for variable in ("LORASRV_URL", "LORASRV_CONTEXT", "LORASRV_API_KEY", "LORASRV_LISTEN"):
+        monkeypatch.delenv(variable, raising=False)
+    return folder / "config" / "lorasrv" / "config.toml"
 
 
 def run(*arguments: object, stdin: str | None = None) -> Result:
@@ -79,6 +81,17 @@ async def test_adapters_from_push_to_rm(running: Running, tmp_path: Path) -> Non
     assert digest in (await in_thread("adapters", "show", "upper")).stdout
     assert json.loads((await in_thread("adapters", "rm", "upper", "--json")).stdout) == {"deleted": "upper"}
     assert_fails(await in_thread("adapters", "show", "upper"), 3, "ADAPTER_NOT_FOUND: adapter 'upper' not found")
+
+
+async def test_a_push_shows_a_bar_at_a_terminal_and_only_there(running: Running, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "upper")
+    async with terminal("adapters", "push", str(folder), kind="xterm") as screen:
+        await screen.shows("━")
+        await screen.shows("upper@sha256:")
+        assert await screen.ends() == 0
+    size = sum((folder / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors"))
+    assert f"{size / 1000:.1f} kB" in screen.shown
+    assert "━" not in (await in_thread("adapters", "push", folder, "--name", "other")).output
 
 
 async def test_generate_streams_one_prompt(running: Running) -> None:
@@ -166,6 +179,25 @@ async def test_generate_a_file_in_input_order(running: Running, tmp_path: Path) 
     assert_fails(result, 3, "prompt 1: ADAPTER_NOT_FOUND")
 
 
+async def test_a_file_that_is_no_text_is_named_by_its_line(running: Running, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"fine\n\xff\n")
+    assert_fails(await in_thread("generate", "--file", file), 2, "line 2: not UTF-8")
+    result = await asyncio.to_thread(CliRunner().invoke, app, ["generate", "-f", "-"], input=b"fine\n\xff\n")
+    assert_fails(result, 2, "line 2: not UTF-8")
+    assert not running.engine.requests
+
+
+async def test_so_many_of_a_file_run_at_once(running: Running) -> None:
+    running.engine.gate.clear()
+    task = asyncio.create_task(in_thread("generate", "-f", "-", "--concurrency", 3, stdin="hello\n" * 10))
+    await until(lambda: len(running.engine.running) == 3)
+    await asyncio.sleep(0.1)
+    assert len(running.engine.running) == 3
+    running.engine.gate.set()
+    assert (await task).stdout == "hello\n" * 10
+
+
 async def test_sigint_cancels_all_streams(running: Running, tmp_path: Path) -> None:
     running.engine.gate.clear()
     file = tmp_path / "prompts.txt"
@@ -213,10 +245,6 @@ async def test_one_line_errors_and_exit_codes(
     assert_fails(await in_thread(*arguments), code, text)
 
 
-def test_no_server_is_exit_code_6() -> None:
-    assert_fails(run("status", "--url", free_address()), 6, "onnect")
-
-
 USAGE = [
     ("generate",),
     ("generate", "x", "-f", "y"),
@@ -233,12 +261,6 @@ def test_usage_is_exit_code_2(arguments: tuple[str, ...]) -> None:
     assert run(*arguments).exit_code == 2
 
 
-def test_help_documents_the_exit_codes() -> None:
-    text = " ".join(run("--help").stdout.split())
-    for code in ("0 ok", "1 internal", "2 usage", "3 not found", "4 not auth", "5 refused", "6 server", "130 inter"):
-        assert code in text
-
-
 def test_check_needs_no_server(tmp_path: Path) -> None:
     good = write_adapter(tmp_path / "good")
     checked = run("adapters", "check", good, "--model", BASE_MODEL)
@@ -247,24 +269,6 @@ def test_check_needs_no_server(tmp_path: Path) -> None:
     assert record == {"ok": True, "min_rank": 4, "max_rank": 4, "target_modules": ["q_proj"]}
     bad = write_adapter(tmp_path / "bad", use_dora=True)
     assert_fails(run("adapters", "check", bad, "--model", BASE_MODEL), 5, "use_dora")
-
-
-def test_where_the_url_comes_from(no_user_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_url(None) == "127.0.0.1:8470"
-    no_user_config.write_text(
-        'current-context = "lab"\n[contexts.lab]\nurl = "lab:1"\n[contexts.home]\nurl = "home:2"\n'
-    )
-    assert resolve_url(None) == "lab:1"
-    monkeypatch.setenv("LORASRV_URL", "env:3")
-    assert resolve_url(None) == "env:3"
-    assert resolve_url("option:4") == "option:4"
-
-
-@pytest.mark.parametrize("text", ["not toml", 'current-context = "gone"', 'current-context = "a"\ncontexts = 3'])
-def test_a_bad_config_says_so(no_user_config: Path, text: str) -> None:
-    no_user_config.write_text(text)
-    with pytest.raises(ConfigurationError, match=re.escape(str(no_user_config))):
-        resolve_url(None)
 
 
 @pytest.mark.parametrize(
@@ -287,6 +291,11 @@ def test_a_bad_config_says_so(no_user_config: Path, text: str) -> None:
         '{"messages": [{"role": "user"}]}',
         '{"messages": [{"role": "user", "content": "x", "name": "y"}]}',
         '{"messages": [{"role": "user", "content": 3}]}',
+        '{"prompt": "x", "temperature": NaN}',
+        '{"prompt": "x", "temperature": 1' + "0" * 400 + "}",
+        '{"prompt": "x", "top_k": 4294967296}',
+        '{"prompt": "\\ud800"}',
+        "a byte that is no UTF-8: \udcff",
     ],
 )
 def test_a_bad_line_is_named(line: str) -> None:
@@ -326,37 +335,6 @@ def test_serve_until_sigterm(tmp_path: Path) -> None:
     output, errors = process.communicate(timeout=30)
     assert (process.returncode, output) == (0, ""), errors
     assert "Traceback" not in errors
-
-
-def write_context(path: Path, **fields: str) -> None:
-    lines = (f"{name} = {json.dumps(value)}" for name, value in fields.items())
-    path.write_text("\n".join(["current-context = 'prod'", "[contexts.prod]", *lines]))
-
-
-def test_a_contexts_key_is_for_its_own_server(
-    no_user_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "key").write_text("of-the-context\n")
-    assert resolve_api_key(None) is None
-    write_context(no_user_config, url="a:1", api_key_file=str(tmp_path / "key"))
-    assert resolve_api_key(None) == "of-the-context"
-    assert resolve_api_key("b:1") is None
-    monkeypatch.setenv("LORASRV_URL", "b:1")
-    assert resolve_api_key(None) is None
-    monkeypatch.setenv("LORASRV_API_KEY", "of-the-environment")
-    assert resolve_api_key(None) == resolve_api_key("b:1") == "of-the-environment"
-
-
-def test_a_bad_key_is_said_but_not_shown(no_user_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "key").write_text("not a-secret")
-    write_context(no_user_config, url="127.0.0.1:1", api_key_file=str(tmp_path / "key"))
-    result = run("status")
-    assert_fails(result, 2, "visible ASCII")
-    assert "a-secret" not in result.stderr
-    write_context(no_user_config, url="127.0.0.1:1", api_key_file=str(tmp_path / "nope"))
-    assert_fails(run("status"), 2, "No such file")
-    monkeypatch.setenv("LORASRV_API_KEY", "not a-secret")
-    assert_fails(run("status"), 2, "LORASRV_API_KEY: the API key has characters")
 
 
 async def test_keys_and_roles_at_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

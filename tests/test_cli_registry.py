@@ -9,15 +9,14 @@ import pytest
 
 from adapter_folders import write_adapter
 from fake_engine import server_config
-from lorasrv.cli import connection
 from lorasrv_adapters.limits import RegistryLimits
 from running_server import Running, running_server
-from test_cli import assert_fails, in_thread
+from test_cli import assert_fails, in_thread, own_config
 
 
 @pytest.fixture
 async def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Running]:
-    monkeypatch.setattr(connection, "config_path", lambda: tmp_path / "config.toml")
+    own_config(tmp_path, monkeypatch)
     (tmp_path / "import" / "default").mkdir(parents=True)
     config = server_config(tmp_path / "data")
     config = replace(config, registry=replace(RegistryLimits(), import_root=tmp_path / "import"))

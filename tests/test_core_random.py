@@ -15,12 +15,13 @@ from fakes import EOS, VOCAB, expected_scores, expected_tokens
 from lorasrv.engine.core import EngineCore
 from lorasrv.engine.output import OutputStream
 from lorasrv.engine.vocabulary import Vocabulary
-from lorasrv.types import AdapterUse, EngineRequest, FinishReason, Priority, TokenDelta
+from lorasrv.types import AdapterUse, EngineRequest, FinishReason, Priority, Tier, TokenDelta, Warm, Warmed
 
 MAX_PROMPT = 30
 MAX_TOKENS = 20
 FETCH_STEPS = 10
 HOWS = ("cancelled", "finished", "failed", "stopped", "samples", "overdue", "told")
+WARM_HOWS = ("warm", "warm-host", "warm-cancelled", "warm-failed", "warm-overdue")
 TENANTS = ("acme", "umbrella")
 SHARED_PREFIXES = ((), (), tuple(range(1, 14)), tuple(range(1, 9)))
 STOPS = (("€",), ("ab", "é"), ("a€", "bca"), ("😀", "cd"))
@@ -87,7 +88,7 @@ class Live:
 
 
 class Traffic:
-    """Random arrivals, cancels and discards, and what became of them. Half of the prompts begin like others."""
+    """Random arrivals, warms, cancels and discards, and what became of them. Half of the prompts begin like others."""
 
     def __init__(self, core: EngineCore, digests: list[str], random: Random) -> None:
         self.core = core
@@ -95,6 +96,8 @@ class Traffic:
         self.random = random
         self.vocabulary = Vocabulary(make_tokenizer())
         self.live: dict[str, Live] = {}
+        self.warms: dict[int, Warm] = {}
+        self.discarded: set[int] = set()
         self.ends: Counter[str] = Counter()
         self.count = 0
         self.users: dict[bytes, tuple[str, AdapterUse | None]] = {}
@@ -136,6 +139,41 @@ class Traffic:
             request_id = self.random.choice(list(self.live))
             self.core.cancel(request_id)
             self.end(request_id, "cancelled")
+
+    def warm(self) -> None:
+        self.count += 1
+        self.warms[self.count] = warm = Warm(
+            warm_id=self.count,
+            digest=self.random.choice(self.digests),
+            tier=self.random.choice((Tier.HOST, Tier.DEVICE)),
+            deadline_s=self.step + self.random.choice((1, 5, 100)),
+        )
+        self.core.warm(warm)
+
+    def cancel_warm(self) -> None:
+        if self.warms:
+            warm_id = self.random.choice(list(self.warms))
+            del self.warms[warm_id]
+            self.core.cancel_warm(warm_id)
+            self.ends["warm-cancelled"] += 1
+
+    def discard(self) -> None:
+        digest = self.random.choice(self.digests)
+        self.core.discard(digest)
+        self.discarded |= {warm_id for warm_id, warm in self.warms.items() if warm.digest == digest}
+
+    def take_warmed(self, warmed: Warmed) -> None:
+        """Who is told of a tier finds the adapter there, unless it was discarded meanwhile."""
+        warm = self.warms.pop(warmed.warm_id)
+        if warmed.failure is not None:
+            overdue = warmed.failure.reason == "DEADLINE_EXCEEDED"
+            assert (warm.deadline_s == self.step) if overdue else warmed.failure.reason == "ADAPTER_LOAD_FAILED"
+            self.ends["warm-overdue" if overdue else "warm-failed"] += 1
+            return
+        tiers = {adapter.digest: adapter.tier for adapter in self.core.status().adapters}
+        assert tiers.get(warm.digest) == warmed.tier or warm.warm_id in self.discarded
+        assert warmed.tier in (warm.tier, Tier.DEVICE)
+        self.ends["warm" if warm.tier is Tier.DEVICE else "warm-host"] += 1
 
     def take(self, delta: TokenDelta) -> None:
         live = self.live[delta.request_id]
@@ -198,7 +236,7 @@ def test_ten_thousand_random_steps(seed: int, run_ahead: bool, prefix_cache: boo
     core, runner = make_core(
         sizes,
         seed=seed,
-        failing=0.02,
+        failing=0.05,
         delays=delays,
         clock=lambda: steps[0],
         run_ahead=run_ahead,
@@ -212,13 +250,21 @@ def test_ten_thousand_random_steps(seed: int, run_ahead: bool, prefix_cache: boo
         if random.random() < 0.02:
             traffic.cancel()
         if random.random() < 0.01:
-            core.discard(random.choice(traffic.digests))
+            traffic.discard()
+        if random.random() < 0.15:
+            traffic.warm()
+        if random.random() < 0.02:
+            traffic.cancel_warm()
         for delta in core.step():
             traffic.take(delta)
+        for warmed in core.take_warmed():
+            traffic.take_warmed(warmed)
         core.check()
         traffic.check()
     for request_id in list(traffic.live):
         core.cancel(request_id)
+    for warm_id in traffic.warms:
+        core.cancel_warm(warm_id)
     while core.has_work():
         assert not core.step()
     core.check()
@@ -227,7 +273,7 @@ def test_ten_thousand_random_steps(seed: int, run_ahead: bool, prefix_cache: boo
     assert status.pool.free + status.pool.adapters + status.pool.prefix == NUM_PAGES
     assert status.counters.cached_prompt_tokens > (1000 if prefix_cache else 0)
     assert status.counters.steps == runner.num_forwards
-    assert min(traffic.ends[how] for how in HOWS) > 20
+    assert min(traffic.ends[how] for how in (*HOWS, *WARM_HOWS)) > 20
     assert min(status.counters.adapter_evictions, status.counters.preemptions) > 20
     assert len(runner.tiers.discarded) > 50
 

@@ -77,6 +77,7 @@ def test_started_names_the_version(client: Client) -> None:
     assert client.generate("banana>", adapter="base", temperature=0).started.version_digest == ""
 
 
+@pytest.mark.row(56)
 def test_deleted_while_streaming(server: LocalServer, client: Client) -> None:
     version = client.push(SAMPLES / "upper", "doomed")
     word = random_words(3, 1)[0]
@@ -91,6 +92,7 @@ def test_deleted_while_streaming(server: LocalServer, client: Client) -> None:
     assert error.value.code.name == "NOT_FOUND"
 
 
+@pytest.mark.row(49)
 def test_vanished_clients_leave_nothing_behind(server: LocalServer, client: Client, tmp_path: Path) -> None:
     """200 prompts at concurrency 32, interrupted midway; a neighbour's text is what it always is."""
     expected = client.generate("neighbour>", adapter="base", temperature=0.9, seed=5, max_tokens=200).text

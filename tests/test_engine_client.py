@@ -23,6 +23,7 @@ from lorasrv.engine.client import Engine, ProcessEngine, ThreadEngine
 from lorasrv.engine.messages import Cancel, Configure, GetStatus, Ready, StatusReply, Step, Submit
 from lorasrv.engine.routing import EngineState
 from lorasrv.errors import (
+    AdapterCorrupt,
     AdapterLoadFailed,
     EngineUnavailable,
     GenerationExists,
@@ -30,7 +31,7 @@ from lorasrv.errors import (
     QueueFull,
     UnsupportedModel,
 )
-from lorasrv.types import EngineRequest, FinishReason, TokenDelta
+from lorasrv.types import EngineRequest, FinishReason, Tier, TokenDelta
 
 WAIT_S = 20.0
 E = TypeVar("E", bound=ThreadEngine | ProcessEngine)
@@ -238,6 +239,34 @@ async def test_tokens_before_a_failure_are_given_before_it_is_raised(engine: Eng
             seen.append(delta)
             await collect(engine, request("other", max_tokens=20))
     assert [delta.token_ids for delta in seen] == [(0,)]
+
+
+async def test_warms_end_with_their_tier_or_their_loads_error(engine: Engine) -> None:
+    later = time.monotonic() + 60
+    assert await engine.warm("a", Tier.DEVICE, later) is Tier.DEVICE
+    with pytest.raises(AdapterCorrupt, match="no longer matches its digest"):
+        await engine.warm("damaged", Tier.DEVICE, later)
+
+
+async def test_a_cancelled_warm_is_cancelled_in_the_engine(engine: Engine) -> None:
+    waiting = [asyncio.create_task(engine.warm("never", Tier.HOST, time.monotonic() + 60)) for _ in range(3)]
+    while (await engine.status()).waiting < 3:
+        await asyncio.sleep(0.01)
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
+    assert (await engine.status()).waiting == 0
+
+
+async def test_warms_do_not_outlive_the_engine(engine: ThreadEngine | ProcessEngine) -> None:
+    warming = asyncio.create_task(engine.warm("never", Tier.HOST, time.monotonic() + 60))
+    while not (await engine.status()).waiting:
+        await asyncio.sleep(0.01)
+    await engine.close()
+    for late in (warming, engine.warm("a", Tier.HOST, time.monotonic() + 60)):
+        with pytest.raises(EngineUnavailable):
+            await late
+    engine.check()
 
 
 async def test_a_step_that_breaks_ends_all_streams(engine: ThreadEngine | ProcessEngine) -> None:

@@ -25,7 +25,7 @@ LAYERS = (
 # The command line and the demo print the messages that the client hands them.
 WIRE_ROOMS = {"server", "client", "demo", "cli", "v1"}
 # The two halves of `memory`: these hold tensors, all else is accounting.
-STORAGE = {"lorasrv.memory.storage", "lorasrv.memory.packing"}
+STORAGE = {"lorasrv.memory.storage", "lorasrv.memory.packing", "lorasrv.memory.staging"}
 # The two sides of the process boundary need msgspec and pyzmq, see `engine.channel`.
 BOUNDARY = {"lorasrv.engine." + name for name in ("channel", "process", "child", "client")}
 
@@ -121,8 +121,10 @@ def test_decisions_and_accounting_import_no_tensors() -> None:
         assert not STORAGE & set(imports(module)), module
 
 
-def run_without(blocked: Iterable[str], modules: Iterable[str]) -> str:
-    """Import `modules` in a new process in which the packages `blocked` do not exist; the names it loaded."""
+def run_without(blocked: Iterable[str], modules: Iterable[str], folder: Path = ROOT) -> str:
+    """Import `modules`, also from `folder`, in a new process in which the packages `blocked` do not exist; what they
+    print, and the names it loaded.
+    """
     program = f"""
 import sys
 class Blocked:
@@ -130,7 +132,7 @@ class Blocked:
         if name.split(".")[0] in {set(blocked)!r}:
             raise ModuleNotFoundError(f"{{name}} is blocked", name=name)
 sys.meta_path.insert(0, Blocked())
-sys.path[:0] = {[str(ROOT / folder) for folder in (".", "kernels", "adapters", "benchmarks")]!r}
+sys.path[:0] = {[str(ROOT / each) for each in (folder, ".", "kernels", "adapters", "benchmarks")]!r}
 import importlib
 for module in {list(modules)!r}:
     importlib.import_module(module)

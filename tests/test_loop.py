@@ -10,6 +10,7 @@ from fake_core import FakeCore
 from lorasrv.engine.loop import HEARTBEAT_S, serve_loop
 from lorasrv.engine.messages import (
     Cancel,
+    CancelWarm,
     FromEngine,
     GetStatus,
     Heartbeat,
@@ -21,7 +22,7 @@ from lorasrv.engine.messages import (
     Submit,
 )
 from lorasrv.engine.outbox import Outbox
-from lorasrv.types import EngineRequest, Failure, FinishReason, TokenDelta
+from lorasrv.types import EngineRequest, Failure, FinishReason, Tier, TokenDelta, Warm, Warmed
 
 
 class Host:
@@ -91,6 +92,20 @@ def test_cancel_and_status_reach_the_core() -> None:
     replies = [message for message in host.run(core) if isinstance(message, StatusReply)]
     assert [(reply.query_id, reply.status.running) for reply in replies] == [(7, 1), (8, 0)]
     assert core.cancelled == ["a"]
+
+
+def test_warms_reach_the_core_and_their_ends_come_back() -> None:
+    core = FakeCore()
+    warms = [
+        Warm(warm_id=number, digest=digest, tier=Tier.HOST, deadline_s=1.0)
+        for number, digest in enumerate(("a", "never", "damaged"))
+    ]
+    host = Host([warms, [GetStatus(7)], [CancelWarm(1)], [GetStatus(8)]])
+    sent = host.run(core)
+    first, second, *_ = (message for message in sent if isinstance(message, Warmed))
+    assert (first.warm_id, first.tier, second.warm_id) == (0, Tier.DEVICE, 2)
+    assert second.failure is not None and second.failure.reason == "ADAPTER_CORRUPT"
+    assert [message.status.waiting for message in sent if isinstance(message, StatusReply)] == [1, 0]
 
 
 def test_the_heart_beats_when_idle_and_when_busy() -> None:

@@ -1,6 +1,7 @@
 """What operators do to a running server: watch it, drain it, scrape it."""
 
 import asyncio
+import contextlib
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
@@ -17,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from fake_engine import FakeEngine, server_config
 from lorasrv.client import Client
 from lorasrv.errors import ConfigurationError, QueueFull
+from lorasrv.server.info import MAX_WATCHERS
 from lorasrv.server.metrics import CallCounter, Metrics
 from lorasrv.server.server import Server
 from lorasrv.v1 import generation_pb2_grpc, server_pb2, server_pb2_grpc
@@ -106,6 +108,28 @@ async def test_intervals_are_bounded(server: Any, interval_s: float) -> None:
     request.interval.seconds = int(interval_s)
     request.interval.nanos = round((interval_s - int(interval_s)) * 1e9)
     await refused(server.WatchStatus(request).read(), Code.INVALID_ARGUMENT, "INVALID_REQUEST")
+
+
+async def test_a_bounded_number_watches(running: Running, server: Any, generation: Any) -> None:
+    watches = [server.WatchStatus(server_pb2.WatchStatusRequest()) for _ in range(MAX_WATCHERS)]
+    for watch in watches:
+        await watch.read()
+    error = await refused(
+        server.WatchStatus(server_pb2.WatchStatusRequest()).read(), Code.RESOURCE_EXHAUSTED, "RESOURCE_EXHAUSTED"
+    )
+    assert str(MAX_WATCHERS) in str(error.details())
+    await generation.Generate(asked())
+    watches.pop().cancel()
+    for _ in range(200):
+        another = server.WatchStatus(server_pb2.WatchStatusRequest())
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            await another.read()
+            watches.append(another)
+            break
+        await asyncio.sleep(0.005)
+    assert len(watches) == MAX_WATCHERS, "the place of one that ended stays taken"
+    for watch in watches:
+        watch.cancel()
 
 
 async def test_the_client_watches_and_drains(running: Running) -> None:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from adapter_files import llama_shapes, small_adapter, upload_files
 from lorasrv_adapters.published import open_version
 from lorasrv_adapters.records import AdapterFilter, Tag, Version
@@ -111,6 +113,7 @@ def prepared(tmp_path: Path, *folders: Path) -> list[str]:
     return digests
 
 
+@pytest.mark.row(31)
 def test_killed_while_publishing_leaves_a_whole_version_or_a_resumable_upload(tmp_path: Path) -> None:
     old, new = (small_adapter(tmp_path / str(seed), BASE, seed=seed) for seed in (0, 1))
     (before,) = prepared(tmp_path, old)

@@ -1,15 +1,15 @@
 """Plans that a state hard to reach through the core asks for."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lorasrv.config import SchedulerConfig
-from lorasrv.memory.eviction import Candidate
+from lorasrv.memory.eviction import Candidate, IdleAdapter
 from lorasrv.memory.prefix import BlockKeys
 from lorasrv.sched.plan import Admission
 from lorasrv.sched.scheduler import Scheduler, View
 from lorasrv.sched.sequence import Sequence
-from lorasrv.types import AdapterUse, EngineRequest
+from lorasrv.types import AdapterUse, EngineRequest, Tier, Warm
 
 BLOCK_TOKENS = 4
 
@@ -42,10 +42,11 @@ class Siblings:
         return 5
 
 
-def make_sequence(prompt: tuple[int, ...]) -> Sequence:
-    request = EngineRequest(request_id="r", token_ids=prompt, adapter=AdapterUse(digest="a"), max_tokens=5, seed=0, n=2)
+def make_sequence(prompt: tuple[int, ...], sequence_id: str = "r/1", digest: str | None = "a") -> Sequence:
+    adapter = AdapterUse(digest=digest) if digest else None
+    request = EngineRequest(request_id="r", token_ids=prompt, adapter=adapter, max_tokens=5, seed=0, n=2)
     keys = BlockKeys(weights="", salt="", block_tokens=BLOCK_TOKENS)
-    return Sequence(sequence_id="r/1", request=request, sample=1, order=1, token_ids=list(prompt), keys=keys)
+    return Sequence(sequence_id=sequence_id, request=request, sample=1, order=(0, 1), token_ids=list(prompt), keys=keys)
 
 
 def test_a_page_is_copied_only_where_a_step_computes_with_it() -> None:
@@ -62,3 +63,31 @@ def test_a_page_is_copied_only_where_a_step_computes_with_it() -> None:
         plan = scheduler.decide(view)
         assert plan.admit == (Admission(sequence_id="r/1", num_cached_blocks=0, copied_page=copied_page),)
         assert bool(plan.chunks) == loaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneIdle(Siblings):
+    """Adapter "a" is idle on five pages, all others are in host memory."""
+
+    def is_resident(self, digest: str) -> bool:
+        return digest == "a"
+
+    def idle(self) -> Iterable[Candidate]:
+        return (IdleAdapter("a", 5),)
+
+
+def test_a_queued_request_whose_adapter_an_older_one_evicts_goes_before_a_warm() -> None:
+    scheduler = Scheduler(config=SchedulerConfig(), block_tokens=BLOCK_TOKENS)
+    older = make_sequence((1,) * 12, "older", None)
+    view = View(
+        running=(),
+        waiting=(older, make_sequence((1,), "younger")),
+        num_pages=9,
+        free_pages=2,
+        resources=OneIdle(loaded=True),
+        warms=(Warm(warm_id=0, digest="w", tier=Tier.DEVICE, deadline_s=1.0),),
+    )
+    plan = scheduler.decide(view)
+    assert (plan.evict, plan.load) == ((IdleAdapter("a", 5),), ())
+    assert [admission.sequence_id for admission in plan.admit] == ["older"]
+    assert scheduler.decide(replace(view, waiting=(older,))).load == ("w",)

@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 
 from adapter_folders import write_adapter
 from fake_engine import FakeEngine, echo, server_config
+from lorasrv.client.errors import error_from_call
 from lorasrv.client.messages import CHUNK_BYTES, upload_files, write_requests
 from lorasrv.errors import ConfigurationError, QueueFull
 from lorasrv.server.server import Server
@@ -179,9 +180,10 @@ async def test_knobs_reach_the_engine_and_unset_ones_change_nothing(running: Run
         (asked(adapter=""), "adapter.name"),
         (asked(max_tokens=0), "sampling.max_tokens"),
         (asked(max_tokens=100), "sampling.max_tokens"),
+        (asked(max_tokens=2**32 - 1), "sampling.max_tokens"),
         (asked("x" * 70), "prompt"),
-        (asked(temperature=float("nan")), "sampling.temperature"),
-        (asked(top_p=0.0), "sampling.top_p"),
+        *((asked(temperature=value), "sampling.temperature") for value in (float("nan"), float("inf"), -0.5)),
+        *((asked(top_p=value), "sampling.top_p") for value in (0.0, -0.5, 1.5, float("nan"))),
         (asked(stop=["x"] * 17), "sampling.stop"),
         (asked(min_p=1.5), "sampling.min_p"),
         (asked(repetition_penalty=0.0), "sampling.repetition_penalty"),
@@ -210,6 +212,7 @@ async def test_knobs_reach_the_engine_and_unset_ones_change_nothing(running: Run
         ),
     ],
 )
+@pytest.mark.row(39, 40, 41, 42, 43, 44)
 async def test_invalid_requests_name_their_field(
     running: Running, generation: Any, request_: generation_pb2.GenerateRequest, field: str
 ) -> None:
@@ -226,6 +229,7 @@ async def test_invalid_requests_name_their_field(
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+@pytest.mark.row(46)
 async def test_an_unknown_adapter_is_not_found(generation: Any, method: str) -> None:
     call = getattr(generation, method)(asked(adapter="nope"))
     await refused(call if method == "Generate" else anext(aiter(call)), Code.NOT_FOUND, "ADAPTER_NOT_FOUND")
@@ -235,6 +239,7 @@ async def test_a_malformed_reference_is_invalid(generation: Any) -> None:
     await refused(generation.Generate(asked(adapter="UP")), Code.INVALID_ARGUMENT, "INVALID_REFERENCE")
 
 
+@pytest.mark.row(47)
 async def test_a_running_generation_id_exists(running: Running, generation: Any) -> None:
     running.engine.gate.clear()
     request = asked()
@@ -246,6 +251,7 @@ async def test_a_running_generation_id_exists(running: Running, generation: Any)
 
 
 @pytest.mark.parametrize("num_read", [0, 1, 2])
+@pytest.mark.row(49)
 async def test_a_vanished_client_ends_its_work(running: Running, generation: Any, num_read: int) -> None:
     running.engine.gate.clear()
     call = generation.GenerateStream(asked())
@@ -327,6 +333,7 @@ async def test_defects_in_a_stream_are_masked(running: Running, generation: Any)
     "method", ["GenerationService/Generate", "GenerationService/GenerateStream", "ServerService/GetStatus"]
 )
 @pytest.mark.parametrize("data", [b"\xff", b"\x12\x02\xff\xfe", b"\x0a\xff\xff\xff\xff\x7f"])
+@pytest.mark.row(37)
 async def test_malformed_bytes_are_an_invalid_argument(running: Running, method: str, data: bytes) -> None:
     path = f"/lorasrv.v1.{method}"
     if method.endswith("Stream"):
@@ -339,11 +346,13 @@ async def test_malformed_bytes_are_an_invalid_argument(running: Running, method:
     assert str(error.details()) == f"a message of {len(data)} bytes is not a valid protobuf message"
 
 
+@pytest.mark.row(37)
 async def test_malformed_bytes_in_an_upload_stream(running: Running) -> None:
     call = running.channel.stream_unary("/lorasrv.v1.AdapterService/WriteUpload")(iter([b"\xff"]))
     await refused(call, Code.INVALID_ARGUMENT, "INVALID_REQUEST")
 
 
+@pytest.mark.row(38)
 async def test_a_message_over_the_cap_is_refused(generation: Any) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await generation.Generate(asked("x" * (5 << 20)))
@@ -377,6 +386,7 @@ async def test_an_adapter_pushed_is_served_listed_and_deleted(
     await refused(generation.Generate(asked(adapter="upper")), Code.NOT_FOUND, "ADAPTER_NOT_FOUND")
 
 
+@pytest.mark.row(56)
 async def test_deleting_an_adapter_does_not_end_its_streams(
     running: Running, adapters: Any, generation: Any, tmp_path: Path
 ) -> None:
@@ -389,6 +399,7 @@ async def test_deleting_an_adapter_does_not_end_its_streams(
     assert (await call).samples[0].text == "hé>"
 
 
+@pytest.mark.row(21)
 async def test_an_upload_continues_at_its_committed_offset(adapters: Any, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "upper", rank=8)
     upload = await create(adapters, folder, "upper")
@@ -399,7 +410,7 @@ async def test_an_upload_continues_at_its_committed_offset(adapters: Any, tmp_pa
 
     await adapters.WriteUpload(iter([part(0, data[:1000])]))
     error = await refused(adapters.WriteUpload(iter([part(500, data[500:])])), Code.OUT_OF_RANGE, "OFFSET_MISMATCH")
-    assert "1000" in str(error.details())
+    assert error_from_call(error).metadata == {"current_offset": "1000"}
     finish = adapter_pb2.FinishUploadRequest(name=upload.name)
     await refused(adapters.FinishUpload(finish), Code.FAILED_PRECONDITION, "UPLOAD_INCOMPLETE")
     upload = await adapters.GetUpload(adapter_pb2.GetUploadRequest(name=upload.name))
@@ -411,6 +422,7 @@ async def test_an_upload_continues_at_its_committed_offset(adapters: Any, tmp_pa
     assert (await adapters.FinishUpload(finish)).version == first.version
 
 
+@pytest.mark.row(23)
 async def test_the_newest_writer_of_a_file_wins(adapters: Any, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "upper")
     upload = await create(adapters, folder, "upper")
@@ -431,6 +443,7 @@ async def test_the_newest_writer_of_a_file_wins(adapters: Any, tmp_path: Path) -
     assert await committed() == 2
 
 
+@pytest.mark.row(20)
 async def test_wrong_bytes_are_refused_and_the_file_starts_again(adapters: Any, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "upper")
     upload = await create(adapters, folder, "upper")
@@ -467,6 +480,7 @@ async def test_refused_content_tells_why_and_stays_invisible(
     await refused(get, Code.NOT_FOUND, "ADAPTER_NOT_FOUND")
 
 
+@pytest.mark.row(25)
 async def test_the_same_content_again_is_stored_once(adapters: Any, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path / "upper")
     first, again = await push(adapters, folder, "upper"), await push(adapters, folder, "upper")
@@ -475,12 +489,14 @@ async def test_the_same_content_again_is_stored_once(adapters: Any, tmp_path: Pa
     assert len(adapter.versions) == 1
 
 
-@pytest.mark.parametrize("bad_id", ["Upper", "ü", "a\0b", "a" * 64, "", "-a", "base"])
+@pytest.mark.parametrize("bad_id", ["Upper", "ü", "upp\u0435r", "a\0b", "a" * 64, "", "-a", "a/b", "..", "base"])
+@pytest.mark.row(27)
 async def test_a_bad_id_is_refused(adapters: Any, tmp_path: Path, bad_id: str) -> None:
     call = create(adapters, write_adapter(tmp_path / "x"), bad_id)
     await refused(call, Code.INVALID_ARGUMENT, "INVALID_REFERENCE")
 
 
+@pytest.mark.row(28)
 async def test_another_tenant_has_nothing(running: Running, adapters: Any, tmp_path: Path) -> None:
     await push(adapters, write_adapter(tmp_path / "upper"), "upper")
     texts = [

@@ -78,7 +78,7 @@ def test_roundtrip_over_scattered_pages(dtype: torch.dtype) -> None:
 
 def test_kv_is_a_view_of_the_same_bytes() -> None:
     storage = PageStorage(LAYOUT, 4, torch.float32, CPU)
-    assert storage.kv.shape == (4, 3, 2, 8, 2, 16)
+    assert storage.kv.shape == (5, 3, 2, 8, 2, 16), "four pages and the scratch page"
     storage.kv[2, 1, 1, 5, 1, 7] = 3.5
     at = ((((2 * 3 + 1) * 2 + 1) * 8 + 5) * 2 + 1) * 16 + 7
     assert storage.bytes.view(torch.float32)[at].item() == 3.5

@@ -15,7 +15,7 @@ from lorasrv.engine.tiers import Tiers
 from lorasrv.memory.packing import PackedAdapter
 from lorasrv.memory.residency import ResidentAdapter
 from lorasrv.memory.storage import PageStorage
-from lorasrv.types import AdapterUse, EngineRequest, Tier, TokenDelta
+from lorasrv.types import AdapterUse, EngineRequest, Tier, TokenDelta, Warm
 
 BLOCK_TOKENS = 4
 WAIT_S = 10.0
@@ -251,4 +251,34 @@ def test_a_discarded_adapter_leaves_the_host_when_nobody_wants_it() -> None:
     read_all(["a0", "a1"])
     assert reads.count("a0") == 2 and reads.count("a1") == 1
     core.check()
+    core.close()
+
+
+def test_an_image_that_no_host_cache_of_this_size_takes_is_refused_for_good() -> None:
+    core, _ = make_core(lambda digest: Image(digest, 1, nbytes=9), budget_bytes=8, num_pages=8)
+    (request,) = make_requests(1, ["a0"], 0).values()
+    core.add(request)
+    core.warm(Warm(warm_id=1, digest="a0", tier=Tier.HOST, deadline_s=1.0))
+    (delta,) = [delta for delta in run_all(core) if delta.failure]
+    (warmed,) = core.take_warmed()
+    assert delta.failure is not None and delta.failure == warmed.failure
+    assert delta.failure.reason == "RESOURCE_EXHAUSTED"
+    assert "9 bytes of host memory; the host cache has 8" in delta.failure.message
+    core.close()
+
+
+@pytest.mark.parametrize("budget_bytes", [1, 2])
+def test_warms_and_requests_pass_through_a_host_cache_of_few_images(budget_bytes: int) -> None:
+    """Warms that wait for pages keep no image from the requests."""
+    digests = [f"a{index}" for index in range(10)]
+    core, tiers = make_core(lambda digest: Image(digest, 2), budget_bytes=budget_bytes, num_pages=8)
+    requests = make_requests(20, digests[:5], 0)
+    for index, digest in enumerate(digests):
+        tier = Tier.HOST if index % 2 else Tier.DEVICE
+        core.warm(Warm(warm_id=index, digest=digest, tier=tier, deadline_s=1.0))
+    for request in requests.values():
+        core.add(request)
+    assert_right(run_all(core), requests)
+    assert {warmed.warm_id: warmed.failure for warmed in core.take_warmed()} == dict.fromkeys(range(10))
+    assert not tiers._wanted
     core.close()

@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,13 @@ class Database:
                 for statement in script.split(";"):
                     db.execute(statement)
             db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+
+
+def schema_version(path: Path) -> int:
+    """That of a catalogue file, which stays as it is. Raises RegistryUnavailable."""
+    with _sqlite_errors(), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", timeout=1.0, uri=True)) as db:
+        ((found,),) = db.execute("PRAGMA user_version").fetchall()
+    return found
 
 
 @contextmanager

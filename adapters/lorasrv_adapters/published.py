@@ -98,10 +98,12 @@ def read_manifest(blobs: BlobStore, digest: str) -> Manifest:
         raise CorruptBlob(f"version {digest}: {error}") from None
 
 
-def verify_version(blobs: BlobStore, digest: str) -> None:
+def verify_version(blobs: BlobStore, digest: str) -> Manifest:
     """Read all that a version consists of; raises CorruptBlob unless every byte is right."""
-    for file in read_manifest(blobs, digest).files:
+    manifest = read_manifest(blobs, digest)
+    for file in manifest.files:
         blobs.verify(file.sha256, file.size_bytes)
+    return manifest
 
 
 def _manifest(files: Mapping[str, BinaryIO]) -> Manifest:

@@ -6,18 +6,17 @@ killed between any two of these leaves the old state and an upload that can be r
 files that nothing names are swept at the next start.
 """
 
-import fcntl
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO
 
 from lorasrv_adapters.adapters import Adapters
 from lorasrv_adapters.base import BaseShapes
 from lorasrv_adapters.blobs import BlobStore, make_folder, storage_errors
 from lorasrv_adapters.catalogue import Catalogue
+from lorasrv_adapters.data_dir import CATALOGUE_FILE, own_folder
 from lorasrv_adapters.database import Database
 from lorasrv_adapters.downloads import Download
 from lorasrv_adapters.errors import (
@@ -25,10 +24,10 @@ from lorasrv_adapters.errors import (
     BaseMismatch,
     CorruptBlob,
     InvalidReference,
-    RegistryUnavailable,
     VersionQuarantined,
 )
 from lorasrv_adapters.limits import RegistryLimits
+from lorasrv_adapters.manifest import Manifest
 from lorasrv_adapters.page_tokens import PageTokens
 from lorasrv_adapters.peft_format import DEFAULT_MAX_RANK, SpecCheck, accept_all
 from lorasrv_adapters.pins import PinnedBlobs
@@ -72,11 +71,11 @@ class Registry:
         self._uses: dict[tuple[str, str, str], VersionUse] = {}
         with ExitStack() as undo, storage_errors():
             make_folder(data_dir)
-            undo.callback(_own_folder(data_dir).close)
+            undo.callback(own_folder(data_dir).close)
             self.blob_root = data_dir / "blobs"
             self.blobs = BlobStore(self.blob_root)
             self._staging = Staging(data_dir / "staging")
-            database = Database(data_dir / "catalogue.sqlite3")
+            database = Database(data_dir / CATALOGUE_FILE)
             undo.callback(database.close)
             self._catalogue = Catalogue(database, base.fingerprint)
             self._uploads = UploadCatalogue(database, self._catalogue)
@@ -164,12 +163,20 @@ class Registry:
 
     def quarantine(self, digest: str) -> None:
         """A version is said to be damaged: if its blobs are, refuse it until its content is published again."""
+        with suppress(CorruptBlob):
+            self._read_again(digest)
+
+    def verify(self, tenant: str, adapter_id: str, digest: str) -> tuple[Version, Manifest]:
+        """Read all bytes of a version again. Raises AdapterNotFound; CorruptBlob when they are not what its digest
+        says, and then it is quarantined."""
+        with self._lock:
+            self.adapters.version(tenant, adapter_id, digest)
+            self._pins.pin(digest)
         try:
-            with storage_errors():
-                verify_version(self.blobs, digest)
-        except CorruptBlob:
-            with self._lock:
-                self._catalogue.quarantine(digest)
+            manifest = self._read_again(digest)
+            return self.adapters.version(tenant, adapter_id, digest), manifest
+        finally:
+            self.unpin(digest)
 
     def download(self, tenant: str, adapter_id: str, digest: str) -> Download:
         """Pin a version to read its files; whoever asks closes it. Raises AdapterNotFound."""
@@ -217,6 +224,16 @@ class Registry:
                 assert num_bytes == self._staging.own_bytes(upload_id, name), (upload_id, name)
             self._pins.check()
 
+    def _read_again(self, digest: str) -> Manifest:
+        """Quarantines a version whose blobs are damaged, and raises CorruptBlob."""
+        try:
+            with storage_errors():
+                return verify_version(self.blobs, digest)
+        except CorruptBlob:
+            with self._lock:
+                self._catalogue.quarantine(digest)
+            raise
+
     def _recover(self) -> None:
         """At start-up: remove what a killed process left that nothing names, and see what has gone missing."""
         receiving = {upload.upload_id: upload for upload in self._uploads.receiving()}
@@ -249,14 +266,3 @@ def _find_version(adapter: Adapter, reference: AdapterReference) -> Version:
     if len(found) > 1:
         raise InvalidReference(f"{reference} is a prefix of {len(found)} versions; write more digits")
     return found[0]
-
-
-def _own_folder(data_dir: Path) -> IO[bytes]:
-    """Lock the data directory for this process; the lock ends with the process."""
-    file = (data_dir / "owner.lock").open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise RegistryUnavailable("the registry's data directory is in use by another process") from None
-    return file

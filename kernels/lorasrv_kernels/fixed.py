@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lorasrv_kernels import reference
+from lorasrv_kernels.tiles import Delta
 
 # A decode step pays for whole tiles, a prefill for calls. On a CPU a call over LoRA's thin matrices costs more than its
 # rows do, and every row of a decoding sequence has a query tile of its own.
@@ -99,7 +100,9 @@ def rms_norm(
 
 def silu_mul(
     gate_up: Tensor,  # [num_tokens, 2 * intermediate]
+    delta: Delta | None = None,
 ) -> Tensor:  # [num_tokens, intermediate]
+    expand(delta, gate_up)
     return by_rows(_silu_mul_tile, gate_up)
 
 
@@ -183,3 +186,8 @@ def _matmul(
 
 sgmv_shrink = partial(reference.sgmv_shrink, matmul=_matmul)
 sgmv_expand = partial(reference.sgmv_expand, matmul=_matmul)
+expand = partial(reference.expand, sgmv=sgmv_expand)
+project = partial(reference.project, linear=linear, shrink=sgmv_shrink)
+add = partial(reference.add, expand=expand)
+add_rms_norm = partial(reference.add_rms_norm, expand=expand, norm=rms_norm)
+rope_write_kv = partial(reference.rope_write_kv, expand=expand, norm=rms_norm)

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lorasrv_kernels.tiles import Module, Segments
+from lorasrv_kernels.tiles import Delta, Module, Segments
 
 
 class ForwardKernels(Protocol):
@@ -20,7 +20,37 @@ class ForwardKernels(Protocol):
     @staticmethod
     def rms_norm(x: Tensor, weight: Tensor, eps: float, /) -> Tensor: ...
     @staticmethod
-    def silu_mul(gate_up: Tensor, /) -> Tensor: ...
+    def project(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        pool: Tensor,
+        segments: Segments | None,
+        layer: int,
+        modules: tuple[Module, ...],
+        /,
+    ) -> tuple[Tensor, Delta | None]: ...
+    @staticmethod
+    def rope_write_kv(
+        qkv: Tensor,
+        delta: Delta | None,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        kv: Tensor,
+        layer: int,
+        slots: Tensor,
+        /,
+    ) -> Tensor: ...
+    @staticmethod
+    def add(residual: Tensor, out: Tensor, delta: Delta | None, /) -> Tensor: ...
+    @staticmethod
+    def add_rms_norm(
+        residual: Tensor, out: Tensor, delta: Delta | None, weight: Tensor, eps: float, /
+    ) -> tuple[Tensor, Tensor]: ...
+    @staticmethod
+    def silu_mul(gate_up: Tensor, delta: Delta | None, /) -> Tensor: ...
     @staticmethod
     def paged_attention(
         query: Tensor,

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lorasrv_kernels.tiles import ADDRESS_BYTES, HEADER_FIELDS, TILE_ROWS, Matrix, Module, Segments
+from lorasrv_kernels.tiles import ADDRESS_BYTES, HEADER_FIELDS, TILE_ROWS, Delta, Matrix, Module, Segments
 from lorasrv_kernels.work import split_cols
 
 
@@ -148,6 +148,38 @@ def linear(
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def project(
+    x: Tensor,  # [num_tokens, in_features]
+    weight: Tensor,  # [sum of out_features, in_features] as `pack_linear` gave it, the modules' weights stacked
+    bias: Tensor | None,  # [sum of out_features]
+    pool: Tensor,  # [num_bytes], uint8
+    segments: Segments | None,
+    layer: int,
+    modules: tuple[Module, ...],
+    *,
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear,
+    shrink: Callable[[Tensor, Tensor, Segments, int, tuple[Module, ...], Tensor], None] = sgmv_shrink,
+) -> tuple[Tensor, Delta | None]:  # [num_tokens, sum of out_features]
+    """The base model's output, and what adapters add to it, for the function that reads the output next."""
+    out = linear(x, weight, bias)
+    if segments is None:
+        return out, None
+    h = torch.empty(1, len(modules), x.shape[0], segments.max_rank, dtype=torch.float32, device=x.device)
+    shrink(x, pool, segments, layer, modules, h)
+    return out, Delta(h=h, pool=pool, segments=segments, layer=layer, modules=modules)
+
+
+def expand(
+    delta: Delta | None,
+    out: Tensor,  # [num_tokens, sum of out_features]
+    *,
+    sgmv: Callable[[Tensor, Tensor, Segments, int, tuple[Module, ...], Tensor], None] = sgmv_expand,
+) -> None:
+    """out += what the adapters add."""
+    if delta is not None:
+        sgmv(delta.h, delta.pool, delta.segments, delta.layer, delta.modules, out)
+
+
 def by_rows(
     function: Callable[[Tensor], Tensor],
     x: Tensor,  # [num_rows, ...]
@@ -166,6 +198,33 @@ def rms_norm(
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def add_rms_norm(
+    residual: Tensor,  # [num_tokens, hidden]
+    out: Tensor,  # [num_tokens, hidden], of a linear module; may be written
+    delta: Delta | None,
+    weight: Tensor,  # [hidden]
+    eps: float,
+    *,
+    expand: Callable[[Delta | None, Tensor], None] = expand,
+    norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm,
+) -> tuple[Tensor, Tensor]:  # [num_tokens, hidden], [num_tokens, hidden]
+    """residual + out, with what the adapters add to `out`, and its `rms_norm`."""
+    x = add(residual, out, delta, expand=expand)
+    return x, norm(x, weight, eps)
+
+
+def add(
+    residual: Tensor,  # [num_tokens, hidden]
+    out: Tensor,  # [num_tokens, hidden], of a linear module; may be written
+    delta: Delta | None,
+    *,
+    expand: Callable[[Delta | None, Tensor], None] = expand,
+) -> Tensor:  # [num_tokens, hidden]
+    """residual + out, with what the adapters add to `out`."""
+    expand(delta, out)
+    return residual + out
+
+
 def rope(
     x: Tensor,  # [num_tokens, num_heads, head_dim]
     cos: Tensor,  # [num_tokens, head_dim / 2], in x's dtype
@@ -178,9 +237,11 @@ def rope(
 
 
 def silu_mul(
-    gate_up: Tensor,  # [num_tokens, 2 * intermediate]
+    gate_up: Tensor,  # [num_tokens, 2 * intermediate], of a linear module; may be written
+    delta: Delta | None = None,
 ) -> Tensor:  # [num_tokens, intermediate]
-    """silu(gate) * up of the two halves."""
+    """silu(gate) * up of the two halves, with what the adapters add to them."""
+    expand(delta, gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
 
@@ -197,6 +258,32 @@ def write_kv(
     pages, places = slots // block_tokens, slots % block_tokens
     kv[:, layer, 0][pages, places] = key
     kv[:, layer, 1][pages, places] = value
+
+
+def rope_write_kv(
+    qkv: Tensor,  # [num_tokens, (num_heads + 2 * kv_heads) * head_dim], of a linear module; may be written
+    delta: Delta | None,
+    norms: tuple[Tensor, Tensor] | None,  # [head_dim] for queries and for keys
+    eps: float,
+    cos: Tensor,  # [num_tokens, head_dim / 2]
+    sin: Tensor,  # [num_tokens, head_dim / 2]
+    kv: Tensor,  # [num_pages, layers, 2, block_tokens, kv_heads, head_dim]
+    layer: int,
+    slots: Tensor,  # int64 [num_tokens]
+    *,
+    expand: Callable[[Delta | None, Tensor], None] = expand,
+    norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm,
+) -> Tensor:  # [num_tokens, num_heads, head_dim]
+    """The queries, rotated; keys, rotated, and values go into their slots. What the adapters add comes first, then each
+    head's `rms_norm` where the model has one."""
+    expand(delta, qkv)
+    kv_heads, head_dim = kv.shape[4:]
+    heads = qkv.unflatten(1, (-1, head_dim))
+    query, key, value = heads.split((heads.shape[1] - 2 * kv_heads, kv_heads, kv_heads), dim=1)
+    if norms is not None:
+        query, key = norm(query, norms[0], eps), norm(key, norms[1], eps)
+    write_kv(rope(key, cos, sin), value, kv, layer, slots)
+    return rope(query, cos, sin)
 
 
 def paged_attention(

@@ -1,4 +1,4 @@
-"""What a LoRA kernel is told: the segments of a step, and how a module's matrices are cut to tiles."""
+"""What a LoRA kernel is told: the segments of a step, how a module's matrices are cut to tiles, what is left to add."""
 
 from dataclasses import dataclass
 
@@ -51,3 +51,15 @@ class Segments:
     num_modules: int
     max_rank: int
     work: Work  # the same ranges, for the kernels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """LoRA's part of the stacked output of `modules`, shrunk: whoever reads that output next adds it, as
+    `reference.sgmv_expand` says."""
+
+    h: Tensor  # float32 [num_splits, len(modules), num_tokens, >= max_rank], as sgmv_shrink left it
+    pool: Tensor  # uint8 [num_bytes]
+    segments: Segments
+    layer: int
+    modules: tuple[Module, ...]

@@ -9,16 +9,29 @@ import typer
 from rich.progress import BarColumn, DownloadColumn, TextColumn
 from rich.table import Table
 
-from lorasrv.cli.connection import UrlOption, connect
-from lorasrv.cli.output import JsonOption, message_dict, print_json, print_table, progress, reported_errors
+from lorasrv.cli.connection import UrlOption, complete_adapter, connect
+from lorasrv.cli.output import (
+    REFUSED,
+    JsonOption,
+    fail,
+    message_dict,
+    print_json,
+    print_table,
+    progress,
+    reported_errors,
+)
+from lorasrv.client.messages import WarmTier
+from lorasrv.client.transfer import differing_files
 from lorasrv.config import DType, EngineConfig, ModelConfig
 from lorasrv.v1 import adapter_pb2
 
 app = typer.Typer(help="Push adapters to a server and look at those it has.", no_args_is_help=True)
 
 FolderArgument = Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A PEFT adapter folder.")]
-NameArgument = Annotated[str, typer.Argument(help="The adapter's name.")]
-ReferenceArgument = Annotated[str, typer.Argument(help="NAME, NAME@TAG or NAME@sha256:HEX.")]
+NameArgument = Annotated[str, typer.Argument(help="The adapter's name.", autocompletion=complete_adapter)]
+ReferenceArgument = Annotated[
+    str, typer.Argument(help="NAME, NAME@TAG or NAME@sha256:HEX.", autocompletion=complete_adapter)
+]
 TagArgument = Annotated[str, typer.Argument(help="The tag, prod for example.")]
 
 
@@ -96,9 +109,11 @@ def show(name: NameArgument, url: UrlOption = None, as_json: JsonOption = False)
     print(adapter.name)
     for tag, digest in sorted(adapter.tags.items()):
         print(f"{tag}: sha256:{digest}")
-    table = Table("version", "rank", "modules", "tier", "bytes", "created", box=None)
+    table = Table("version", "rank", "modules", "tier", "state", "bytes", "hits", "last use", "created", box=None)
     for version in adapter.versions:
-        table.add_row(*_row(version), str(version.size_bytes), version.create_time.ToJsonString())
+        last_use = version.last_use_time.ToJsonString() if version.HasField("last_use_time") else "never"
+        counts = (_state(version), str(version.size_bytes), str(version.hits), last_use)
+        table.add_row(*_row(version), *counts, version.create_time.ToJsonString())
     print_table(table)
 
 
@@ -160,6 +175,48 @@ def unpin(name: NameArgument, url: UrlOption = None, as_json: JsonOption = False
 
 
 @app.command()
+def warm(
+    references: Annotated[list[str], typer.Argument(help="NAME, NAME@TAG or NAME@sha256:HEX, one or more.")],
+    tier: Annotated[WarmTier, typer.Option(help="Where its weights are to be.")] = "device",
+    timeout: Annotated[float | None, typer.Option(min=0.001, help="Seconds for each; else 60.")] = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Have adapters in memory before generations ask for them; nothing keeps them there."""
+    with reported_errors(), connect(url) as client:
+        for reference in references:
+            version = client.warm(reference, tier, timeout_s=timeout)
+            adapter_id = reference.partition("@")[0]
+            if as_json:
+                print_json({"adapter_id": adapter_id, "version": message_dict(version)})
+            else:
+                print(f"{adapter_id}@sha256:{version.digest}: {_tier(version)}", flush=True)
+
+
+@app.command()
+def verify(
+    reference: ReferenceArgument,
+    folder: Annotated[
+        Path | None, typer.Option(exists=True, file_okay=False, help="Also compare with this PEFT folder.")
+    ] = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Have the server read a version's stored bytes again: are they what its digest says? (`check` is for folders that
+    no server has yet.)"""
+    with reported_errors(), connect(url) as client:
+        found = client.verify(reference)
+        differing = [] if folder is None else differing_files(folder, found.files)
+    name = f"{reference.partition('@')[0]}@sha256:{found.version.digest}"
+    if differing:
+        fail(f"{folder} is not {name}: {', '.join(differing)} differ", REFUSED)
+    if as_json:
+        print_json({"ok": True, "version": message_dict(found.version)})
+    else:
+        print(f"{name}: {_state(found.version)}, {found.version.size_bytes} bytes as stored")
+
+
+@app.command()
 def check(
     folder: FolderArgument,
     model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The base model's folder.")],
@@ -167,7 +224,8 @@ def check(
     dtype: Annotated[DType, typer.Option(help="The server's dtype.")] = "float32",
     as_json: JsonOption = False,
 ) -> None:
-    """Validate a PEFT folder against a base model, as the server would; needs no server."""
+    """Validate a PEFT folder against a base model, as the server would; needs no server. (`verify` is for versions that
+    a server has.)"""
     with reported_errors():
         # Needs numpy, which the client alone does not install.
         from lorasrv.engine.defaults import adapter_check
@@ -199,9 +257,16 @@ def _print_version(adapter_id: str, version: adapter_pb2.Version, as_json: bool)
 
 
 def _row(version: adapter_pb2.Version) -> tuple[str, str, str, str]:
-    tier = adapter_pb2.Tier.Name(version.tier).removeprefix("TIER_").lower()
     ranks = _ranks(version.min_rank, version.max_rank)
-    return version.digest[:12], ranks, ",".join(version.target_modules), tier
+    return version.digest[:12], ranks, ",".join(version.target_modules), _tier(version)
+
+
+def _tier(version: adapter_pb2.Version) -> str:
+    return adapter_pb2.Tier.Name(version.tier).removeprefix("TIER_").lower()
+
+
+def _state(version: adapter_pb2.Version) -> str:
+    return adapter_pb2.VersionState.Name(version.state).removeprefix("VERSION_STATE_").lower()
 
 
 def _ranks(low: int, high: int) -> str:

@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from lorasrv import __version__
-from lorasrv.cli import adapters, demo, generate, keys, serve, status
+from lorasrv.cli import adapters, chat, context, demo, doctor, generate, keys, serve, status
+from lorasrv.cli.connection import CONTEXT_VARIABLE
 from lorasrv.cli.output import EXIT_CODES
 
 app = typer.Typer(
@@ -18,8 +19,11 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("status")(status.status)
+app.command("doctor")(doctor.doctor)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(context.app, name="context")
 app.add_typer(keys.app, name="keys")
 
 
@@ -34,5 +38,14 @@ def lorasrv(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    context_name: Annotated[
+        str | None,
+        typer.Option(
+            "--context",
+            metavar="NAME",
+            help=f"The server that lorasrv context add has named so. Else {CONTEXT_VARIABLE}.",
+            autocompletion=context.complete_context,
+        ),
+    ] = None,
 ) -> None:
     """Serve one base model with thousands of LoRA adapters."""

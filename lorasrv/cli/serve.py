@@ -11,6 +11,10 @@ from lorasrv.cli.output import JsonOption, reported_errors
 from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 
 
+def default_data_dir() -> Path:
+    return Path(platformdirs.user_data_dir("lorasrv"))
+
+
 def serve(
     model: Annotated[Path, typer.Option(exists=True, file_okay=False, help="The base model's Hugging Face folder.")],
     dtype: Annotated[DType, typer.Option(help="How weights and KV are held.")] = "float32",
@@ -18,7 +22,8 @@ def serve(
     pool_gib: Annotated[float | None, typer.Option(min=0, help="Size of the page pool.")] = None,
     pool_mib: Annotated[float | None, typer.Option(min=0, help="The same in MiB; 256 by default.")] = None,
     listen: Annotated[
-        str, typer.Option(help="HOST:PORT, loopback without --api-keys; port 0 picks a free one.")
+        str,
+        typer.Option(envvar="LORASRV_LISTEN", help="HOST:PORT, loopback without --api-keys; port 0 picks a free one."),
     ] = "127.0.0.1:8470",
     api_keys: Annotated[
         Path | None,
@@ -74,7 +79,7 @@ def serve(
                 scheduler=SchedulerConfig(max_running=max_running, max_step_tokens=max_step_tokens),
                 max_rank=max_rank,
             ),
-            data_dir=str(data_dir or platformdirs.user_data_dir("lorasrv")),
+            data_dir=str(data_dir or default_data_dir()),
             listen=listen,
             api_keys=None if api_keys is None else str(api_keys),
             tls_cert=None if tls_cert is None else str(tls_cert),

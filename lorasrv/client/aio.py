@@ -1,30 +1,53 @@
 """The client for programs that keep many generations going at once."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
-from lorasrv.client.errors import error_from_call
+from lorasrv.client.errors import translated
 from lorasrv.client.messages import (
     CHANNEL_OPTIONS,
     DEFAULT_URL,
+    OWN_TENANT,
     Event,
     Generation,
     Prompt,
+    WarmTier,
     credentials,
+    detokenize_request,
     event_of,
     generate_request,
+    list_request,
     target_of,
+    tokenize_request,
+    warm_request,
 )
-from lorasrv.v1 import generation_pb2_grpc
+from lorasrv.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    server_pb2,
+    server_pb2_grpc,
+)
 
 
 class AsyncClient:
-    """Generation only; `Client` has the other verbs, and says what the arguments are. Belongs to one event loop."""
+    """What a service that generates asks for while it runs, by the names of `Client`, which has the other verbs and
+    says what the arguments are. Belongs to one event loop.
+    """
 
-    def __init__(self, url: str = DEFAULT_URL, *, api_key: str | None = None, timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        api_key: str | None = None,
+        tenant: str = OWN_TENANT,
+        timeout_s: float | None = None,
+    ) -> None:
+        self._tenant = f"tenants/{tenant}"
         self._timeout_s = timeout_s
         self._credentials = credentials(api_key)
         target, secure = target_of(url)
@@ -34,6 +57,8 @@ class AsyncClient:
             else grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
         )
         self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._adapters: Any = adapter_pb2_grpc.AdapterServiceStub(self._channel)
+        self._server: Any = server_pb2_grpc.ServerServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -46,21 +71,58 @@ class AsyncClient:
     async def generate(self, prompt: Prompt, *, adapter: str, **sampling: Any) -> Generation:
         """As `Client.generate`."""
         request = generate_request(prompt, adapter=adapter, **sampling)
-        call = self._generation.Generate(request, timeout=self._timeout_s, metadata=self._credentials)
-        try:
-            return Generation(await call)
-        except grpc.RpcError as error:
-            raise error_from_call(error) from None
+        return Generation(await self._call(self._generation.Generate, request))
 
     async def stream(self, prompt: Prompt, *, adapter: str, **sampling: Any) -> AsyncGenerator[Event, None]:
         """As `Client.stream`; closing the generator or cancelling its task cancels the generation."""
         request = generate_request(prompt, adapter=adapter, **sampling)
         call = self._generation.GenerateStream(request, timeout=self._timeout_s, metadata=self._credentials)
         try:
-            async for response in call:
-                if (event := event_of(response)) is not None:
-                    yield event
-        except grpc.RpcError as error:
-            raise error_from_call(error) from None
+            with translated():
+                async for response in call:
+                    if (event := event_of(response)) is not None:
+                        yield event
         finally:
             call.cancel()
+
+    async def tokenize(
+        self,
+        prompt: str | Sequence[Mapping[str, str]],
+        *,
+        adapter: str = "base",
+        with_offsets: bool = False,
+        with_text: bool = False,
+    ) -> generation_pb2.TokenizeResponse:
+        request = tokenize_request(prompt, adapter=adapter, with_offsets=with_offsets, with_text=with_text)
+        return await self._call(self._generation.Tokenize, request)
+
+    async def detokenize(self, token_ids: Sequence[int], *, with_special_tokens: bool = False) -> str:
+        request = detokenize_request(token_ids, with_special_tokens=with_special_tokens)
+        return (await self._call(self._generation.Detokenize, request)).text
+
+    async def adapters(
+        self, *, name_prefix: str = "", labels: Mapping[str, str] | None = None, show_deleted: bool = False
+    ) -> list[adapter_pb2.Adapter]:
+        request = list_request(self._tenant, name_prefix, labels, show_deleted)
+        found: list[adapter_pb2.Adapter] = []
+        while True:
+            page = await self._call(self._adapters.ListAdapters, request)
+            found += page.adapters
+            if not page.next_page_token:
+                return found
+            request.page_token = page.next_page_token
+
+    async def warm(
+        self, reference: str, tier: WarmTier = "device", *, timeout_s: float | None = None
+    ) -> adapter_pb2.Version:
+        """As `Client.warm`; cancelling its task leaves nothing behind on the server."""
+        request = warm_request(self._tenant, reference, tier)
+        return await self._call(self._adapters.WarmAdapter, request, timeout_s)
+
+    async def status(self) -> server_pb2.ServerStatus:
+        return await self._call(self._server.GetStatus, server_pb2.GetStatusRequest())
+
+    async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+        with translated():
+            timeout_s = self._timeout_s if timeout_s is None else timeout_s
+            return await method(request, timeout=timeout_s, metadata=self._credentials)

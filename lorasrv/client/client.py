@@ -1,7 +1,6 @@
 """The client: one object with a method per verb. Loads grpc and protobuf, nothing else."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -9,7 +8,7 @@ from typing import Any, Self
 import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 
-from lorasrv.client.errors import NotFound, error_from_call
+from lorasrv.client.errors import InvalidArgument, NotFound, translated
 from lorasrv.client.messages import (
     CHANNEL_OPTIONS,
     DEFAULT_URL,
@@ -17,11 +16,15 @@ from lorasrv.client.messages import (
     Event,
     Generation,
     Prompt,
+    WarmTier,
     credentials,
+    detokenize_request,
     event_of,
     generate_request,
+    list_request,
     target_of,
     tokenize_request,
+    warm_request,
 )
 from lorasrv.client.transfer import Progress, push_folder, receive_folder
 from lorasrv.v1 import (
@@ -87,14 +90,14 @@ class Client:
         request = generate_request(prompt, adapter=adapter, **sampling)
         return Generation(self._call(self._generation.Generate, request))
 
-    def stream(self, prompt: Prompt, *, adapter: str, **sampling: Any) -> Iterator[Event]:
+    def stream(self, prompt: Prompt, *, adapter: str, **sampling: Any) -> Generator[Event, None, None]:
         """One Started, then the Deltas of all samples, each sample's ended by its Finished; these tell their `index`.
 
         While it waits for long, Queued says how many stand before it.
         Closing the iterator cancels the generation.
         """
         request = generate_request(prompt, adapter=adapter, **sampling)
-        with _translated():
+        with translated():
             call = self._generation.GenerateStream(request, timeout=self._timeout_s, metadata=self._credentials)
             try:
                 for response in call:
@@ -116,7 +119,7 @@ class Client:
         return self._call(self._generation.Tokenize, request)
 
     def detokenize(self, token_ids: Sequence[int], *, with_special_tokens: bool = False) -> str:
-        request = generation_pb2.DetokenizeRequest(token_ids=token_ids, with_special_tokens=with_special_tokens)
+        request = detokenize_request(token_ids, with_special_tokens=with_special_tokens)
         return self._call(self._generation.Detokenize, request).text
 
     def push(
@@ -150,7 +153,7 @@ class Client:
         Raises FileExistsError too.
         """
         request = adapter_pb2.DownloadVersionRequest(name=self.version(reference).name)
-        with _translated():
+        with translated():
             call = self._adapters.DownloadVersion(request, timeout=self._timeout_s, metadata=self._credentials)
             try:
                 return receive_folder(call, Path(folder), progress)
@@ -168,9 +171,7 @@ class Client:
         self, *, name_prefix: str = "", labels: Mapping[str, str] | None = None, show_deleted: bool = False
     ) -> list[adapter_pb2.Adapter]:
         """All adapters, or those whose names begin so and that have all of `labels`, by id."""
-        request = adapter_pb2.ListAdaptersRequest(
-            parent=self._tenant, page_size=1000, name_prefix=name_prefix, labels=labels, show_deleted=show_deleted
-        )
+        request = list_request(self._tenant, name_prefix, labels, show_deleted)
         return [each for page in self._pages(self._adapters.ListAdapters, request) for each in page.adapters]
 
     def adapter(self, adapter_id: str, *, show_deleted: bool = False) -> adapter_pb2.Adapter:
@@ -214,7 +215,7 @@ class Client:
         return self._call(self._adapters.UnpinAdapter, adapter_pb2.UnpinAdapterRequest(name=self._name(adapter_id)))
 
     def version(self, reference: str) -> adapter_pb2.Version:
-        """The version that NAME, NAME@TAG or NAME@sha256:HEX means now. Raises ValueError for anything else."""
+        """The version that NAME, NAME@TAG or NAME@sha256:HEX means now."""
         name, _, wanted = reference.partition("@")
         adapter = self.adapter(name)
         digest = (
@@ -224,7 +225,9 @@ class Client:
         if not found:
             raise NotFound(f"adapter version {reference!r} not found", reason="ADAPTER_NOT_FOUND")
         if len(found) > 1:
-            raise ValueError(f"{reference!r} is a prefix of {len(found)} versions; write more digits")
+            raise InvalidArgument(
+                f"{reference!r} is a prefix of {len(found)} versions; write more digits", reason="INVALID_REFERENCE"
+            )
         return found[0]
 
     def versions(self, adapter_id: str) -> list[adapter_pb2.Version]:
@@ -252,6 +255,24 @@ class Client:
         request = adapter_pb2.ListTagsRequest(parent=self._name(adapter_id), page_size=1000)
         return [each for page in self._pages(self._adapters.ListTags, request) for each in page.tags]
 
+    def warm(self, reference: str, tier: WarmTier = "device", *, timeout_s: float | None = None) -> adapter_pb2.Version:
+        """Wait until the server has the version that `reference` means now in host memory or on the device; its `tier`
+        says where it then was.
+
+        Without `timeout_s` the client's holds, and without that the server's 60 seconds. Nothing keeps the version
+        there.
+        """
+        request = warm_request(self._tenant, reference, tier)
+        return self._call(self._adapters.WarmAdapter, request, timeout_s)
+
+    def verify(self, reference: str) -> adapter_pb2.VersionManifest:
+        """Have the server read all stored bytes of a version again; its files, when they are what the digest says.
+
+        Raises DataLoss when they are not.
+        """
+        request = adapter_pb2.VerifyVersionRequest(name=self.version(reference).name)
+        return self._call(self._adapters.VerifyVersion, request)
+
     def status(self) -> server_pb2.ServerStatus:
         return self._call(self._server.GetStatus, server_pb2.GetStatusRequest())
 
@@ -259,7 +280,7 @@ class Client:
         """The status now and after each interval, of 0.1 to 60 seconds; without end, also where `timeout_s` is set."""
         request = server_pb2.WatchStatusRequest()
         request.interval.FromMilliseconds(round(interval_s * 1000))
-        with _translated():
+        with translated():
             call = self._server.WatchStatus(request, metadata=self._credentials)
             try:
                 yield from call
@@ -284,15 +305,7 @@ class Client:
     def _name(self, adapter_id: str) -> str:
         return f"{self._tenant}/adapters/{adapter_id}"
 
-    def _call(self, method: Any, request: Any) -> Any:
-        with _translated():
-            return method(request, timeout=self._timeout_s, metadata=self._credentials)
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    """grpc's errors as ours."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise error_from_call(error) from None
+    def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+        with translated():
+            timeout_s = self._timeout_s if timeout_s is None else timeout_s
+            return method(request, timeout=timeout_s, metadata=self._credentials)

@@ -1,5 +1,7 @@
 """What a call can fail with: one class per gRPC code, under one root, with the server's reason and message."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import grpc
@@ -78,6 +80,15 @@ class Unavailable(ClientError):
 
 class DataLoss(ClientError):
     code = grpc.StatusCode.DATA_LOSS
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """grpc's errors as ours."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise error_from_call(error) from None
 
 
 def error_from_call(error: grpc.RpcError) -> ClientError:

@@ -14,6 +14,8 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 Event = generation_pb2.Started | generation_pb2.Queued | generation_pb2.Delta | generation_pb2.Finished
 # How much later than others a request may be admitted.
 Priority = Literal["normal", "batch"]
+# Where weights may be brought before a generation asks for them.
+WarmTier = Literal["host", "device"]
 
 DEFAULT_URL = "127.0.0.1:8470"
 OWN_TENANT = "-"  # in resource names: the tenant of the API key
@@ -25,6 +27,11 @@ CHUNK_BYTES = 1 << 20
 PRIORITIES: Mapping[Priority, generation_pb2.Priority] = {
     "normal": generation_pb2.PRIORITY_NORMAL,
     "batch": generation_pb2.PRIORITY_BATCH,
+}
+
+WARM_TIERS: Mapping[WarmTier, adapter_pb2.Tier] = {
+    "host": adapter_pb2.TIER_HOST,
+    "device": adapter_pb2.TIER_DEVICE,
 }
 
 CHANNEL_OPTIONS = (
@@ -178,6 +185,25 @@ def tokenize_request(
     if not _set_text(request, prompt):
         raise ValueError("the prompt is neither text nor the messages of a chat")
     return request
+
+
+def detokenize_request(token_ids: Sequence[int], *, with_special_tokens: bool) -> generation_pb2.DetokenizeRequest:
+    return generation_pb2.DetokenizeRequest(token_ids=token_ids, with_special_tokens=with_special_tokens)
+
+
+def warm_request(parent: str, reference: str, tier: WarmTier) -> adapter_pb2.WarmAdapterRequest:
+    """Raises ValueError for another tier."""
+    if tier not in WARM_TIERS:
+        raise ValueError(f"tier {tier!r} is not one of {', '.join(WARM_TIERS)}")
+    return adapter_pb2.WarmAdapterRequest(parent=parent, reference=reference, tier=WARM_TIERS[tier])
+
+
+def list_request(
+    parent: str, name_prefix: str, labels: Mapping[str, str] | None, show_deleted: bool
+) -> adapter_pb2.ListAdaptersRequest:
+    return adapter_pb2.ListAdaptersRequest(
+        parent=parent, page_size=1000, name_prefix=name_prefix, labels=labels, show_deleted=show_deleted
+    )
 
 
 def _set_text(request: generation_pb2.GenerateRequest | generation_pb2.TokenizeRequest, prompt: Prompt) -> bool:

@@ -100,6 +100,16 @@ def _reported(
             progress(sent, total)
 
 
+def differing_files(folder: Path, wanted: Iterable[adapter_pb2.VersionFile]) -> list[str]:
+    """The names of files that a PEFT folder and a version do not have alike; none where it is that very version.
+
+    Raises FileNotFoundError for a folder that is no adapter.
+    """
+    here = {file.name: file.sha256 for file in upload_files(folder)}
+    there = {file.name: file.sha256 for file in wanted}
+    return sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+
+
 def receive_folder(
     responses: Iterable[adapter_pb2.DownloadVersionResponse], folder: Path, progress: Progress | None
 ) -> adapter_pb2.Version:

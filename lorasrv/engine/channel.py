@@ -11,6 +11,7 @@ import msgspec
 
 from lorasrv.engine.messages import (
     Cancel,
+    CancelWarm,
     Configure,
     GetStatus,
     Heartbeat,
@@ -22,6 +23,7 @@ from lorasrv.engine.messages import (
     Step,
     Submit,
 )
+from lorasrv.types import Warm, Warmed
 
 # So many messages of the engine wait at each end of the channel; behind them they merge (`engine.outbox`).
 MESSAGES_AHEAD = 4
@@ -38,6 +40,9 @@ _TYPES: tuple[type[Message], ...] = (
     StatusReply,
     Heartbeat,
     StartFailed,
+    Warm,
+    CancelWarm,
+    Warmed,
 )
 _TAGS = {kind: bytes([tag]) for tag, kind in enumerate(_TYPES)}
 _ENCODER = msgspec.msgpack.Encoder()

@@ -16,7 +16,7 @@ from lorasrv.engine.messages import Configure, FromEngine, Message, Ready, Shutd
 from lorasrv.engine.process import DEFAULT_FACTORY
 from lorasrv.engine.routing import EngineState, RoutingEngine
 from lorasrv.errors import EngineUnavailable, LorasrvError, error_from_reason
-from lorasrv.types import EngineInfo, EngineRequest, EngineStatus, TokenDelta
+from lorasrv.types import EngineInfo, EngineRequest, EngineStatus, Tier, TokenDelta
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +44,15 @@ class Engine(Protocol):
 
     def cancel(self, request_id: str, index: int) -> None:
         """End one sample of a running stream, which has no more deltas of it; one that has ended is no error."""
+        ...
+
+    async def warm(self, digest: str, tier: Tier, deadline_s: float) -> Tier:
+        """Wait until an adapter version is in this tier, HOST or DEVICE, or above; returns where it is.
+
+        It goes behind all queued requests, and takes pages that are free or idle. What it has brought stays until it
+        is evicted. Raises the load's failure, ResourceExhausted when the pool can never hold it, QueueFull,
+        DeadlineExceeded at `deadline_s` of `time.monotonic`, and EngineUnavailable.
+        """
         ...
 
     async def status(self) -> EngineStatus:

@@ -12,7 +12,7 @@ here.
 
 import time
 from bisect import insort
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from lorasrv.config import SchedulerConfig
@@ -23,6 +23,7 @@ from lorasrv.engine.ledger import Ledger
 from lorasrv.engine.positions import Positions
 from lorasrv.engine.sampling import check_named_tokens, finish_reason, sample_input, score_input
 from lorasrv.engine.tiers import AdapterTiers
+from lorasrv.engine.warming import Warms
 from lorasrv.errors import DeadlineExceeded, GenerationExists, InternalError, InvalidRequest, LorasrvError, QueueFull
 from lorasrv.memory.eviction import IdleAdapter
 from lorasrv.sched.plan import Admission, Chunk, Plan
@@ -35,6 +36,8 @@ from lorasrv.types import (
     Failure,
     PositionLogprobs,
     TokenDelta,
+    Warm,
+    Warmed,
 )
 
 IDLE_WAIT_S = 0.005
@@ -87,6 +90,7 @@ class EngineCore:
             keep_prefixes=config.prefix_cache,
             tiers=tiers,
         )
+        self._warms = Warms(self._ledger, limits.num_pages)
         self._requests: dict[str, list[Sequence]] = {}
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []
@@ -124,8 +128,22 @@ class EngineCore:
         for sequence in self._requests.get(request_id, ()):
             if index is None or sequence.sample == index:
                 self._drop(sequence)
-        if not self._waiting:
-            self._tiers.want(())
+        self._want_nothing_for_nobody()
+
+    def warm(self, warm: Warm) -> None:
+        """Have an adapter brought to host memory or to the device, behind all that is queued and where it takes nothing
+        from what runs; `take_warmed` tells what became of it."""
+        self._warms.add(warm)
+
+    def cancel_warm(self, warm_id: int) -> None:
+        """Nobody waits for it any more; what has ended is no error."""
+        self._warms.cancel(warm_id)
+        self._want_nothing_for_nobody()
+        self._drop_discarded()
+
+    def take_warmed(self) -> tuple[Warmed, ...]:
+        """What has become of warms since the last call; nothing of cancelled ones."""
+        return self._warms.take_ended()
 
     def discard(self, digest: str) -> None:
         """Nobody will ask for this adapter version again: its pages and its image in host memory go, now or when the
@@ -134,21 +152,25 @@ class EngineCore:
         self._drop_discarded()
 
     def has_work(self) -> bool:
-        return bool(self._sequences) or self._in_flight is not None
+        return bool(self._sequences or self._warms.waiting) or self._in_flight is not None
 
     def step(self) -> tuple[TokenDelta, ...]:
         """Submit one step and apply the one before; with nothing to do for either, wait briefly for an adapter."""
-        refused = self._fail_overdue() + self._fail_unloadable()
+        failures = self._ledger.poll()
+        self._warms.end_hopeless(failures, self._clock())
+        refused = self._fail_overdue() + self._fail_unloadable(failures)
         plan = self._scheduler.decide(self._view())
         refused += self._reject(plan)
         submitted = self._submit(plan)
+        self._warms.end_arrived()
+        self._drop_discarded()
         before, self._in_flight = self._in_flight, submitted
         deltas = self._apply(before)
         self._draw(submitted)
         if not self._runs_ahead:
             deltas += self._apply(submitted)
             self._in_flight = None
-        if not (refused or submitted or before) and self._sequences:
+        if not (refused or submitted or before) and self.has_work():
             self._tiers.wait(IDLE_WAIT_S)
         return refused + deltas + self._positions.tell(self._waiting, self._clock())
 
@@ -178,6 +200,7 @@ class EngineCore:
         assert {id(sequence) for sequence in by_request} == known, "a request's samples are lost"
         assert all(self._requests.values()), "a request without samples is kept"
         self._deadlines.check(set(self._requests))
+        self._warms.check()
         assert self._followers.keys() <= self._sequences.keys(), "samples wait for one that has ended"
         for queue in (self._waiting, self._running):
             orders = [sequence.order for sequence in queue]
@@ -217,6 +240,7 @@ class EngineCore:
             num_pages=self._limits.num_pages,
             free_pages=self._ledger.num_free,
             resources=self._ledger,
+            warms=self._warms.waiting,
         )
 
     # Effects before the forward.
@@ -226,9 +250,8 @@ class EngineCore:
         overdue = self._deadlines.passed(self._clock())
         return tuple(self._fail(self._requests[request_id][0], _past_deadline()) for request_id in overdue)
 
-    def _fail_unloadable(self) -> tuple[TokenDelta, ...]:
+    def _fail_unloadable(self, failures: Mapping[str, LorasrvError]) -> tuple[TokenDelta, ...]:
         """End the queued requests whose adapter could not be read."""
-        failures = self._ledger.poll()
         self._drop_discarded()
         ended = {sequence.request_id: sequence for sequence in self._waiting if sequence.digest in failures}
         return tuple(self._fail(sequence, failures[sequence.digest or ""]) for sequence in ended.values())
@@ -393,7 +416,12 @@ class EngineCore:
     def _drop_discarded(self) -> None:
         if self._ledger.has_discarded:
             used = {sequence.digest for sequence in self._sequences.values() if sequence.digest is not None}
-            self._ledger.drop_discarded(used)
+            self._ledger.drop_discarded(used | {warm.digest for warm in self._warms.waiting})
+
+    def _want_nothing_for_nobody(self) -> None:
+        """Where no step may follow to say so."""
+        if not (self._waiting or self._warms.waiting):
+            self._tiers.want(())
 
     def _is_current(self, sequence: Sequence) -> bool:
         """Whether the sequence has not ended since the step was submitted."""

@@ -12,7 +12,7 @@ from operator import itemgetter
 from lorasrv.engine.batch import AdapterInput, PageCopy
 from lorasrv.engine.sampling import first_needed_row
 from lorasrv.engine.tiers import AdapterTiers
-from lorasrv.errors import AdapterLoadFailed
+from lorasrv.errors import LorasrvError
 from lorasrv.memory.eviction import Candidate, IdleAdapter, IdleBlock
 from lorasrv.memory.pages import Owner, OwnerKind, PagePool
 from lorasrv.memory.prefix import BlockKeys, PrefixCache
@@ -83,7 +83,7 @@ class Ledger:
 
     # Effects.
 
-    def poll(self) -> Mapping[str, AdapterLoadFailed]:
+    def poll(self) -> Mapping[str, LorasrvError]:
         """Take in what the tiers have done; returns why wanted adapters could not be read, by digest."""
         changes = self._tiers.poll()
         for digest in changes.loaded:

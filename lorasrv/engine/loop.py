@@ -5,6 +5,7 @@ from typing import Protocol
 
 from lorasrv.engine.messages import (
     Cancel,
+    CancelWarm,
     FromEngine,
     GetStatus,
     Heartbeat,
@@ -16,7 +17,7 @@ from lorasrv.engine.messages import (
     failure_of,
 )
 from lorasrv.errors import LorasrvError
-from lorasrv.types import EngineRequest, EngineStatus, TokenDelta
+from lorasrv.types import EngineRequest, EngineStatus, TokenDelta, Warm, Warmed
 
 HEARTBEAT_S = 0.5
 
@@ -30,6 +31,18 @@ class Core(Protocol):
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         """Drop a request, or one sample of it; what is not running is ignored."""
+        ...
+
+    def warm(self, warm: Warm) -> None:
+        """Have an adapter brought to memory, behind all that is queued."""
+        ...
+
+    def cancel_warm(self, warm_id: int) -> None:
+        """Nobody waits for it any more; one that has ended is no error."""
+        ...
+
+    def take_warmed(self) -> tuple[Warmed, ...]:
+        """What has become of warms since the last call; nothing of cancelled ones."""
         ...
 
     def step(self) -> tuple[TokenDelta, ...]:
@@ -68,6 +81,8 @@ def serve_loop(
             num_steps += 1
         if failed or deltas:
             send(Step((*failed, *deltas)))
+        for warmed in core.take_warmed():
+            send(warmed)
         if clock() >= beat_at_s:
             send(Heartbeat(num_steps))
             beat_at_s = clock() + HEARTBEAT_S
@@ -82,6 +97,10 @@ def _apply(core: Core, message: Message, send: Callable[[FromEngine], None], fai
                 failed.append(TokenDelta(request_id=request.request_id, failure=failure_of(error)))
         case Cancel(request_id, index):
             core.cancel(request_id, index)
+        case Warm():
+            core.warm(message)
+        case CancelWarm(warm_id):
+            core.cancel_warm(warm_id)
         case GetStatus(query_id):
             send(StatusReply(query_id, core.status()))
         case _:

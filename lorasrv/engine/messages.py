@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from lorasrv.config import EngineConfig
 from lorasrv.errors import LorasrvError
-from lorasrv.types import EngineInfo, EngineRequest, EngineStatus, Failure, TokenDelta
+from lorasrv.types import EngineInfo, EngineRequest, EngineStatus, Failure, TokenDelta, Warm, Warmed
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,13 @@ class Cancel:
 
     request_id: str
     index: int | None = None
+
+
+@dataclass(frozen=True)
+class CancelWarm:
+    """Nobody waits for this `Warm` any more; one that has ended is ignored."""
+
+    warm_id: int
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,8 @@ class Heartbeat:
     steps: int
 
 
-ToEngine = Configure | Submit | Cancel | GetStatus | Shutdown
-FromEngine = Ready | StartFailed | Step | StatusReply | Heartbeat
+ToEngine = Configure | Submit | Cancel | Warm | CancelWarm | GetStatus | Shutdown
+FromEngine = Ready | StartFailed | Step | Warmed | StatusReply | Heartbeat
 Message = ToEngine | FromEngine
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Literal
 
 from lorasrv.engine.merging import MergingDelta
-from lorasrv.engine.messages import Cancel, GetStatus, Message, StatusReply, Step, Submit, ToEngine
+from lorasrv.engine.messages import Cancel, CancelWarm, GetStatus, Message, StatusReply, Step, Submit, ToEngine
 from lorasrv.errors import EngineUnavailable, GenerationExists, LorasrvError, error_from_reason
-from lorasrv.types import EngineRequest, EngineStatus, TokenDelta
+from lorasrv.types import EngineRequest, EngineStatus, Tier, TokenDelta, Warm, Warmed
 
 EngineState = Literal["starting", "ready", "unavailable"]
 
@@ -80,6 +80,7 @@ class RoutingEngine(ABC):
         self._engine_ids: dict[str, str] = {}
         self._mailboxes: dict[str, Mailbox] = {}
         self._queries: dict[int, asyncio.Future[EngineStatus]] = {}
+        self._warms: dict[int, asyncio.Future[Tier]] = {}
         self._serial = itertools.count()
 
     @property
@@ -116,6 +117,18 @@ class RoutingEngine(ABC):
         if mailbox.close(index):
             self._send(Cancel(engine_id, None if mailbox.ended else index))
 
+    async def warm(self, digest: str, tier: Tier, deadline_s: float) -> Tier:
+        self._require_ready()
+        warm_id = next(self._serial)
+        reply = self._warms[warm_id] = asyncio.get_running_loop().create_future()
+        try:
+            self._send(Warm(warm_id=warm_id, digest=digest, tier=tier, deadline_s=deadline_s))
+            return await reply
+        finally:
+            del self._warms[warm_id]
+            if reply.cancelled():
+                self._send(CancelWarm(warm_id))
+
     async def status(self) -> EngineStatus:
         self._require_ready()
         query_id = next(self._serial)
@@ -146,6 +159,9 @@ class RoutingEngine(ABC):
             case StatusReply(query_id, status):
                 if (reply := self._queries.get(query_id)) is not None and not reply.done():
                     reply.set_result(status)
+            case Warmed(warm_id=warm_id):
+                if (waiting := self._warms.get(warm_id)) is not None and not waiting.done():
+                    _settle(waiting, message)
             case _:
                 return  # a heartbeat has done its work by arriving
 
@@ -161,10 +177,18 @@ class RoutingEngine(ABC):
         self._set_state("unavailable")
         for mailbox in self._mailboxes.values():
             mailbox.fail(EngineUnavailable(why))
-        for reply in self._queries.values():
+        for reply in (*self._queries.values(), *self._warms.values()):
             if not reply.done():
                 reply.set_exception(EngineUnavailable(why))
 
     def _require_ready(self) -> None:
         if self._state != "ready":
             raise EngineUnavailable(f"the engine is {self._state}")
+
+
+def _settle(reply: "asyncio.Future[Tier]", warmed: Warmed) -> None:
+    if warmed.failure is not None:
+        reply.set_exception(error_from_reason(warmed.failure.reason, warmed.failure.message))
+    else:
+        assert warmed.tier is not None, "a warm has neither a tier nor a failure"
+        reply.set_result(warmed.tier)

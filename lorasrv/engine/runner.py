@@ -1,16 +1,20 @@
 """Turns a step's chunks into tensors, runs the one forward pass, and draws the tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lorasrv.config import EngineConfig
 from lorasrv.engine.batch import AdapterInput, ChunkInput, Draw, PageCopy, SampleInput, ScoreInput, StepOutput
 from lorasrv.engine.fitting import page_layout
+from lorasrv.engine.graphs import DecodeGraph, DecodeGraphs, Forwarded, StaticStep, graph_sizes
+from lorasrv.engine.step_arrays import Room, StepPlan, drawn_rows, step_arrays
 from lorasrv.errors import ConfigurationError
 from lorasrv.memory.packing import module_geometry
+from lorasrv.memory.staging import Array, Staging, num_bytes
 from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder, ForwardBatch
 from lorasrv.model.families import Architecture, read_architecture
@@ -19,7 +23,7 @@ from lorasrv.model.sampler import Drawn, Fence, Scores, draw, position_logprobs
 from lorasrv.types import EngineInfo
 from lorasrv_kernels import fixed, reference
 from lorasrv_kernels.tiles import Segments
-from lorasrv_kernels.work import plan_work
+from lorasrv_kernels.work import DECODE_HEIGHT, Work
 
 # At a vocabulary of 128k tokens, 32 MiB of logits.
 _SCORED_ROWS = 64
@@ -31,6 +35,8 @@ class ModelRunner:
     def __init__(self, decoder: Decoder, storage: PageStorage) -> None:
         self._decoder = decoder
         self._storage = storage
+        self._staging = Staging(storage.bytes.device)
+        self._graphs: DecodeGraphs | None = None
         self._drawn: Drawn | None = None
         self.num_forwards = 0
 
@@ -44,19 +50,67 @@ class ModelRunner:
         for copy in copies:
             self._storage.copy_page(copy.source, copy.target)
         order = tuple(sorted(range(len(chunks)), key=lambda index: _adapter_key(chunks[index].adapter)))
-        batch = self.build_batch([chunks[index] for index in order])
-        hidden = self._decoder.forward(batch, self._storage.bytes, self._storage.kv)
+        ordered = [chunks[index] for index in order]
+        graph = self._graph_for(ordered)
+        if graph is None:
+            forwarded = self._forward(self.build_batch(ordered))
+        else:
+            self.load(graph.step, StepPlan.of(ordered, DECODE_HEIGHT))
+            forwarded = graph.replay()
         self.num_forwards += 1
-        return ModelStep(self, chunks, order, hidden)
+        return ModelStep(self, chunks, order, forwarded)
 
-    def draw(
-        self,
-        hidden: Tensor,  # [num_draws, hidden]
-        rows: Sequence[SampleInput],
-    ) -> Drawn:
-        """The next step may take its input from these draws."""
-        self._drawn = draw(self._decoder.logits(hidden), rows)
+    def capture_graphs(self, max_rows: int, max_blocks: int, max_rank: int) -> None:
+        """On CUDA, before the first step: from now on decode steps of up to so many rows are replayed, for adapters of
+        up to `max_rank` and sequences of up to `max_blocks` blocks."""
+
+        def static_step(num_rows: int, lora: bool) -> StaticStep:
+            return self.static_step(Room.of_decodes(num_rows, max_blocks, max_rank if lora else 0))
+
+        def forward(batch: ForwardBatch) -> Forwarded:
+            hidden = self._forward(batch).hidden
+            return Forwarded(hidden=hidden, logits=self._decoder.logits(hidden))
+
+        self._graphs = DecodeGraphs(graph_sizes(max_rows), static_step, forward)
+
+    def static_step(self, room: Room) -> StaticStep:
+        """A step without rows of its own, in arrays of fixed places."""
+        plan = StepPlan.of((), DECODE_HEIGHT)
+        arrays = self._arrays(plan, room)
+        buffer = torch.zeros(num_bytes(arrays), dtype=torch.uint8, device=self._storage.bytes.device)
+        tensors = self._staging.upload(arrays, buffer)
+        return StaticStep(room=room, buffer=buffer, batch=self._batch(tensors, plan, room))
+
+    def load(self, step: StaticStep, plan: StepPlan) -> None:
+        """Put a step into these places."""
+        tensors = self._staging.upload(self._arrays(plan, step.room), step.buffer)
+        self._take_drawn(tensors["token_ids"], plan.chunks)
+
+    def _graph_for(self, chunks: Sequence[ChunkInput]) -> DecodeGraph | None:
+        if self._graphs is None or any(chunk.num_tokens > 1 for chunk in chunks):
+            return None
+        return self._graphs.find(len(chunks), any(chunk.adapter is not None for chunk in chunks))
+
+    def _forward(self, batch: ForwardBatch) -> Forwarded:
+        return Forwarded(hidden=self._decoder.forward(batch, self._storage.bytes, self._storage.kv), logits=None)
+
+    def draw(self, forwarded: Forwarded, rows: Sequence[int], how: Sequence[SampleInput]) -> Drawn:
+        """A token behind each of these rows. The next step may take its input from these draws."""
+        if forwarded.logits is None:
+            logits = self._decoder.logits(self._rows(forwarded.hidden, rows))
+        else:
+            logits = self._rows(forwarded.logits, rows)
+        self._drawn = draw(logits, how)
         return self._drawn
+
+    def _rows(
+        self,
+        values: Tensor,  # [num_tokens, ...]
+        rows: Sequence[int],
+    ) -> Tensor:  # [len(rows), ...]
+        if list(rows) == list(range(len(rows))):
+            return values[: len(rows)]
+        return values.index_select(0, self._tensor(rows))
 
     def score(
         self,
@@ -64,7 +118,7 @@ class ModelRunner:
         score: ScoreInput,
     ) -> tuple[Scores, ...]:
         """Logits exist for few rows at a time."""
-        token_ids = self._tensor(score.token_ids, torch.int64)
+        token_ids = self._tensor(score.token_ids)
         parts = [slice(first, first + _SCORED_ROWS) for first in range(0, len(token_ids), _SCORED_ROWS)]
         return tuple(
             position_logprobs(self._decoder.logits(hidden[part]), token_ids[part], score.num_top) for part in parts
@@ -72,65 +126,58 @@ class ModelRunner:
 
     def build_batch(self, chunks: Sequence[ChunkInput]) -> ForwardBatch:
         """The tensors of a step whose chunks stand in segment order."""
-        block_tokens = self._storage.layout.block_tokens
-        ends = list(accumulate(chunk.num_tokens for chunk in chunks))
-        positions = [p for c in chunks for p in range(c.start, c.start + c.num_tokens)]
-        slots = [
-            chunk.block_table[position // block_tokens] * block_tokens + position % block_tokens
-            for chunk in chunks
-            for position in range(chunk.start, chunk.start + chunk.num_tokens)
-        ]
-        max_blocks = max(len(chunk.block_table) for chunk in chunks)
-        tables = [chunk.block_table + (0,) * (max_blocks - len(chunk.block_table)) for chunk in chunks]
+        plan = StepPlan.of(chunks)
+        room = plan.room()
+        tensors = self._staging.upload(self._arrays(plan, room))
+        self._take_drawn(tensors["token_ids"], chunks)
+        return self._batch(tensors, plan, room)
+
+    def _arrays(self, plan: StepPlan, room: Room) -> dict[str, Array]:
+        return step_arrays(plan, room, self._storage.layout.block_tokens, self._storage.scratch_page)
+
+    def _take_drawn(
+        self,
+        token_ids: Tensor,  # int64 [num_tokens]
+        chunks: Sequence[ChunkInput],
+    ) -> None:
+        """The tokens that the host does not know yet come from the draws of the step before, which the device has."""
+        if all(chunk.drawn is None for chunk in chunks):
+            return
+        assert self._drawn is not None, "no step has drawn"
+        tensors = self._staging.upload(drawn_rows(chunks))
+        token_ids.index_copy_(0, tensors["rows"], self._drawn.tokens.index_select(0, tensors["places"]))
+
+    def _batch(self, tensors: Mapping[str, Tensor], plan: StepPlan, room: Room) -> ForwardBatch:
+        """What `step_arrays` made, uploaded."""
+        segments = None
+        if "starts" in tensors:
+            segments = Segments(
+                starts=tensors["starts"],
+                ends=tensors["ends"],
+                directories=tensors["directories"],
+                scales=tensors["scales"],
+                num_modules=len(self._decoder.architecture.module_shapes()),
+                max_rank=room.max_rank,
+                work=Work(
+                    height=plan.work.height,
+                    rank_step=plan.work.rank_step,
+                    row_blocks=tensors["row_blocks"],
+                    rank_blocks=tensors["rank_blocks"],
+                    counts=tensors["work_counts"],
+                ),
+            )
         return ForwardBatch(
-            token_ids=self._token_ids(chunks, ends),
-            positions=self._tensor(positions, torch.int64),
-            slots=self._tensor(slots, torch.int64),
-            block_tables=self._tensor(tables, torch.int32),
-            query_starts=self._tensor([0, *ends], torch.int32),
-            context_lengths=self._tensor([chunk.start + chunk.num_tokens for chunk in chunks], torch.int32),
-            segments=self._segments(chunks, ends),
+            token_ids=tensors["token_ids"],
+            positions=tensors["positions"],
+            slots=tensors["slots"],
+            block_tables=tensors["block_tables"],
+            query_starts=tensors["query_starts"],
+            context_lengths=tensors["context_lengths"],
+            segments=segments,
         )
 
-    def _token_ids(self, chunks: Sequence[ChunkInput], ends: Sequence[int]) -> Tensor:  # int64 [num_tokens]
-        """Those that the host does not know yet come from the draws of the step before, which the device has."""
-        token_ids = self._tensor([token for chunk in chunks for token in chunk.token_ids or (0,)], torch.int64)
-        taken = [(end - 1, chunk.drawn) for chunk, end in zip(chunks, ends, strict=True) if chunk.drawn is not None]
-        if taken:
-            assert self._drawn is not None, "no step has drawn"
-            rows, places = self._tensor(taken, torch.int64).unbind(1)
-            token_ids[rows] = self._drawn.tokens[places]
-        return token_ids
-
-    def _segments(self, chunks: Sequence[ChunkInput], ends: Sequence[int]) -> Segments | None:
-        """One segment per (adapter, scale): chunks that share it are adjacent."""
-        starts: list[int] = []
-        segment_ends: list[int] = []
-        adapters: list[AdapterInput] = []
-        for chunk, end in zip(chunks, ends, strict=True):
-            if chunk.adapter is None:
-                continue
-            if adapters and adapters[-1] == chunk.adapter:
-                segment_ends[-1] = end
-            else:
-                adapters.append(chunk.adapter)
-                starts.append(end - chunk.num_tokens)
-                segment_ends.append(end)
-        if not adapters:
-            return None
-        ranks = [adapter.max_rank for adapter in adapters]
-        return Segments(
-            starts=self._tensor(starts, torch.int32),
-            ends=self._tensor(segment_ends, torch.int32),
-            directories=self._tensor([adapter.directory for adapter in adapters], torch.int32),
-            scales=self._tensor([adapter.scale for adapter in adapters], torch.float32),
-            num_modules=len(self._decoder.architecture.module_shapes()),
-            max_rank=max(ranks),
-            work=plan_work(starts, segment_ends, ranks, ends[-1]).upload(self._storage.bytes.device),
-        )
-
-    def _tensor(self, values: Sequence[object], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self._storage.bytes.device)
+    def _tensor(self, values: Sequence[int]) -> Tensor:  # int64
+        return self._staging.upload({"values": np.array(values, dtype=np.int64)})["values"]
 
 
 class ModelStep:
@@ -141,13 +188,13 @@ class ModelStep:
         runner: ModelRunner,
         chunks: tuple[ChunkInput, ...],
         order: tuple[int, ...],  # chunk numbers as their rows stand in `hidden`
-        hidden: Tensor,  # [num_tokens, hidden]
+        forwarded: Forwarded,
     ) -> None:
         self._runner = runner
         self._chunks = chunks
         lengths = [chunks[number].num_tokens for number in order]
         self._ends = dict(zip(order, accumulate(lengths), strict=True))
-        self._hidden = hidden
+        self._forwarded = forwarded
         self._drawn: Drawn | None = None
         self._scores: dict[int, tuple[Scores, ...]] = {}
         self._submitted: Fence | None = None
@@ -155,13 +202,13 @@ class ModelStep:
     def draw(self, draws: tuple[Draw, ...]) -> None:
         if draws:
             rows = [self._ends[draw.chunk] - 1 for draw in draws]
-            self._drawn = self._runner.draw(self._hidden[rows], [draw.how for draw in draws])
+            self._drawn = self._runner.draw(self._forwarded, rows, [draw.how for draw in draws])
         for number, chunk in enumerate(self._chunks):
             if chunk.score is not None:
                 first = self._ends[number] - chunk.num_tokens + chunk.score.start - 1 - chunk.start
-                rows = self._hidden[first : first + len(chunk.score.token_ids)]
+                rows = self._forwarded.hidden[first : first + len(chunk.score.token_ids)]
                 self._scores[number] = self._runner.score(rows, chunk.score)
-        self._submitted = Fence(self._hidden.device)
+        self._submitted = Fence(self._forwarded.hidden.device)
 
     def output(self) -> StepOutput:
         assert self._submitted is not None, "output before draw"

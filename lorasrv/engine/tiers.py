@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from lorasrv.errors import AdapterCorrupt, AdapterLoadFailed
+from lorasrv.errors import AdapterCorrupt, AdapterLoadFailed, LorasrvError, ResourceExhausted
 from lorasrv.memory.residency import ResidentAdapter
 from lorasrv.types import Tier
-from lorasrv_adapters.errors import AdapterError, CorruptBlob
+from lorasrv_adapters.errors import AdapterError, CorruptBlob, ImageTooLarge
 from lorasrv_adapters.host_cache import HostCache, HostState
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _TIERS = {HostState.READING: Tier.READING, HostState.READY: Tier.HOST, HostState
 class TierChanges:
     """Since the last poll: why wanted adapters could not be read, by digest, and which have arrived on the device."""
 
-    failed: Mapping[str, AdapterLoadFailed]
+    failed: Mapping[str, LorasrvError]
     loaded: tuple[str, ...]
 
 
@@ -106,7 +106,7 @@ class Tiers:
 
     def poll(self) -> TierChanges:
         self._host.poll()
-        failures: dict[str, AdapterLoadFailed] = {}
+        failures: dict[str, LorasrvError] = {}
         for digest in [d for d in self._reading if self._host.state(d) is not HostState.READING]:
             self._reading.remove(digest)
             error = self._host.failure(digest)
@@ -148,10 +148,12 @@ class Tiers:
         self._host.close()
 
 
-def _describe(digest: str, error: Exception) -> AdapterLoadFailed:
+def _describe(digest: str, error: Exception) -> LorasrvError:
     """What clients may read: our packages' errors carry safe texts, any other is logged and masked."""
     if isinstance(error, CorruptBlob):
         return AdapterCorrupt(f"version {digest}: {error}")
+    if isinstance(error, ImageTooLarge):
+        return ResourceExhausted(f"version {digest}: {error}")
     if isinstance(error, AdapterError | AdapterLoadFailed):
         return AdapterLoadFailed(f"version {digest}: {error}")
     log.error("version %s could not be read", digest, exc_info=error)

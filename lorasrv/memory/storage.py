@@ -19,7 +19,7 @@ class AdapterCopy:
     """A copy to the device that may still run, and keeps what it reads. `directory` is the adapter's address there."""
 
     directory: int
-    adapter: PackedAdapter
+    sources: tuple[Tensor, ...]
     event: torch.Event | None
 
     @property
@@ -28,27 +28,29 @@ class AdapterCopy:
 
 
 class PageStorage:
-    """`num_pages` pages in one allocation. Owned by the engine's thread.
+    """`num_pages` pages in one allocation, and behind them a scratch page that nobody owns: rows which only fill up a
+    step leave their KV there. Owned by the engine's thread.
 
     Raises ConfigurationError when an int32 address in units of 128 bytes cannot reach the last page.
     """
 
     def __init__(self, layout: PageLayout, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
         assert layout.itemsize == dtype.itemsize, (layout.itemsize, dtype)
-        num_bytes, limit = num_pages * layout.page_bytes, ALIGN_BYTES << 31
+        num_bytes, limit = (num_pages + 1) * layout.page_bytes, ALIGN_BYTES << 31
         if num_bytes > limit:
             raise ConfigurationError(f"a pool of {num_bytes} bytes is over the limit of {limit}")
         self.layout = layout
         self.num_pages = num_pages
-        self.bytes: Tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=device)  # [num_pages * page_bytes]
-        self.pages: Tensor = self.bytes.view(num_pages, layout.page_bytes)
+        self.scratch_page = num_pages
+        self.bytes: Tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=device)  # [all pages' bytes]
+        self.pages: Tensor = self.bytes.view(-1, layout.page_bytes)
         self._copies: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._copies = torch.cuda.Stream(device)
             # No copy is to be overwritten by the zeros.
             self._copies.wait_stream(torch.cuda.current_stream(device))
-        self.kv: Tensor = self.bytes.view(dtype).view(  # [num_pages, layers, 2, block_tokens, kv_heads, head_dim]
-            num_pages, layout.num_layers, 2, layout.block_tokens, layout.num_kv_heads, layout.head_dim
+        self.kv: Tensor = self.bytes.view(dtype).view(  # [all pages, layers, 2, block_tokens, kv_heads, head_dim]
+            -1, layout.num_layers, 2, layout.block_tokens, layout.num_kv_heads, layout.head_dim
         )
 
     def directory_address(self, pages: Sequence[int]) -> int:
@@ -68,10 +70,12 @@ class PageStorage:
             for local, page in enumerate(pages):
                 self.pages[page].copy_(adapter.image[local], non_blocking=True)
             directory = adapter.directory(torch.tensor(pages, dtype=torch.int64)).view(torch.uint8)
-            self.pages[pages[0], : directory.numel()].copy_(directory)
+            if self._copies is not None:
+                directory = directory.pin_memory()
+            self.pages[pages[0], : directory.numel()].copy_(directory, non_blocking=True)
         return AdapterCopy(
             directory=self.directory_address(pages),
-            adapter=adapter,
+            sources=(adapter.image, directory),
             event=None if self._copies is None else self._copies.record_event(),
         )
 
@@ -81,6 +85,6 @@ class PageStorage:
 
     def check(self) -> None:
         """Raise AssertionError unless the views cover the buffer."""
-        assert self.bytes.numel() == self.num_pages * self.layout.page_bytes, (self.bytes.shape, self.num_pages)
+        assert self.bytes.numel() == (self.num_pages + 1) * self.layout.page_bytes, (self.bytes.shape, self.num_pages)
         assert self.kv.nbytes == self.bytes.nbytes, (self.kv.shape, self.bytes.shape)
         assert self.kv.data_ptr() == self.bytes.data_ptr()

@@ -15,7 +15,7 @@ from lorasrv.model.loader import LayerWeights, ModelWeights
 from lorasrv.model.rope import Rotation
 from lorasrv_kernels import reference
 from lorasrv_kernels.forward import ForwardKernels
-from lorasrv_kernels.tiles import Module, Segments
+from lorasrv_kernels.tiles import Delta, Module, Segments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +29,6 @@ class ForwardBatch:
     query_starts: Tensor  # int32 [num_sequences + 1]
     context_lengths: Tensor  # int32 [num_sequences]
     segments: Segments | None  # None when no row has an adapter
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Lora:
-    """A step's adapters while it runs: where to find them, and the shrink's output."""
-
-    pool: Tensor  # uint8 [num_bytes]
-    segments: Segments
-    shrunk: Tensor  # float32 [1, most modules that share an input, num_tokens, max_rank]
 
 
 class Decoder:
@@ -73,12 +64,16 @@ class Decoder:
         cos, sin = self._kernels.by_rows(
             lambda positions: torch.stack(self._rotation.at(positions, x.dtype), dim=1), batch.positions
         ).unbind(1)
-        lora = _step_lora(batch, pool)
+        following = [layer.input_norm for layer in self._weights.layers[1:]]
+        normed = self._kernels.rms_norm(x, self._weights.layers[0].input_norm, eps)
         for index, layer in enumerate(self._weights.layers):
-            normed = self._kernels.rms_norm(x, layer.input_norm, eps)
-            x = x + self._attention(index, layer, normed, cos, sin, batch, kv, lora)
-            normed = self._kernels.rms_norm(x, layer.post_attention_norm, eps)
-            x = x + self._mlp(index, layer, normed, lora)
+            out, delta = self._attention(index, layer, normed, cos, sin, batch, pool, kv)
+            x, normed = self._kernels.add_rms_norm(x, out, delta, layer.post_attention_norm, eps)
+            out, delta = self._mlp(index, layer, normed, batch, pool)
+            if index < len(following):
+                x, normed = self._kernels.add_rms_norm(x, out, delta, following[index], eps)
+            else:
+                x = self._kernels.add(x, out, delta)
         return x
 
     @torch.inference_mode()
@@ -97,51 +92,33 @@ class Decoder:
         cos: Tensor,
         sin: Tensor,
         batch: ForwardBatch,
+        pool: Tensor,
         kv: Tensor,
-        lora: _Lora | None,
-    ) -> Tensor:  # [num_tokens, hidden]
-        heads, kv_heads = self.architecture.num_heads, self.architecture.num_kv_heads
-        qkv = self._project(x, layer.qkv, layer.qkv_bias, lora, index, self._qkv_modules)
-        query, key, value = qkv.unflatten(1, (-1, self.architecture.head_dim)).split((heads, kv_heads, kv_heads), dim=1)
-        if layer.qk_norms is not None:
-            query = self._kernels.rms_norm(query, layer.qk_norms[0], self.architecture.rms_norm_eps)
-            key = self._kernels.rms_norm(key, layer.qk_norms[1], self.architecture.rms_norm_eps)
-        query = reference.rope(query, cos, sin)
-        reference.write_kv(reference.rope(key, cos, sin), value, kv, index, batch.slots)
+    ) -> tuple[Tensor, Delta | None]:  # [num_tokens, hidden]
+        kernels, segments = self._kernels, batch.segments
+        qkv, delta = kernels.project(x, layer.qkv, layer.qkv_bias, pool, segments, index, self._qkv_modules)
+        query = kernels.rope_write_kv(
+            qkv, delta, layer.qk_norms, self.architecture.rms_norm_eps, cos, sin, kv, index, batch.slots
+        )
         out = torch.empty_like(query)
         window = self.architecture.windows[index]
-        self._kernels.paged_attention(
+        kernels.paged_attention(
             query, kv, index, batch.block_tables, batch.query_starts, batch.context_lengths, window, out
         )
-        return self._project(out.flatten(1), layer.o, layer.o_bias, lora, index, self._o_module)
+        return kernels.project(out.flatten(1), layer.o, layer.o_bias, pool, segments, index, self._o_module)
 
-    def _mlp(self, index: int, layer: LayerWeights, x: Tensor, lora: _Lora | None) -> Tensor:  # [num_tokens, hidden]
-        gate_up = self._project(x, layer.gate_up, None, lora, index, self._gate_up_modules)
-        return self._project(self._kernels.silu_mul(gate_up), layer.down, None, lora, index, self._down_module)
-
-    def _project(
+    def _mlp(
         self,
-        x: Tensor,  # [num_tokens, in_features]
-        weight: Tensor,  # [sum of out_features, in_features]
-        bias: Tensor | None,  # [sum of out_features]
-        lora: _Lora | None,
-        layer: int,
-        modules: tuple[Module, ...],  # whose weights are stacked in `weight`
-    ) -> Tensor:  # [num_tokens, sum of out_features]
-        out = self._kernels.linear(x, weight, bias)
-        if lora is not None:
-            shrunk = lora.shrunk[:, : len(modules)]
-            self._kernels.sgmv_shrink(x, lora.pool, lora.segments, layer, modules, shrunk)
-            self._kernels.sgmv_expand(shrunk, lora.pool, lora.segments, layer, modules, out)
-        return out
-
-
-def _step_lora(batch: ForwardBatch, pool: Tensor) -> _Lora | None:
-    if batch.segments is None:
-        return None
-    shape = (1, 3, batch.token_ids.shape[0], batch.segments.max_rank)
-    shrunk = torch.empty(shape, dtype=torch.float32, device=batch.token_ids.device)
-    return _Lora(pool=pool, segments=batch.segments, shrunk=shrunk)
+        index: int,
+        layer: LayerWeights,
+        x: Tensor,  # [num_tokens, hidden]
+        batch: ForwardBatch,
+        pool: Tensor,
+    ) -> tuple[Tensor, Delta | None]:  # [num_tokens, hidden]
+        kernels, segments = self._kernels, batch.segments
+        gate_up, delta = kernels.project(x, layer.gate_up, None, pool, segments, index, self._gate_up_modules)
+        hidden = kernels.silu_mul(gate_up, delta)
+        return kernels.project(hidden, layer.down, None, pool, segments, index, self._down_module)
 
 
 def _packed(weights: ModelWeights, kernels: ForwardKernels) -> ModelWeights:

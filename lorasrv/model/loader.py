@@ -64,7 +64,7 @@ def load_weights(
     folder = Path(folder)
     stored = {
         name: tensor
-        for file in _checkpoint_files(folder)
+        for file in checkpoint_files(folder)
         for name, tensor in _read_tensors(folder, file).items()
         if not _is_recomputed(name, architecture)
     }
@@ -191,7 +191,8 @@ def _read_exactly(source: FileIO, into: memoryview) -> None:
         done += num_bytes
 
 
-def _checkpoint_files(folder: Path) -> list[str]:
+def checkpoint_files(folder: Path) -> list[str]:
+    """The names of the files that hold a model's weights, all of them there. Raises UnsupportedModel."""
     if (folder / "model.safetensors").is_file():
         return ["model.safetensors"]
     index = folder / "model.safetensors.index.json"

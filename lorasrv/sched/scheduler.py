@@ -9,7 +9,7 @@ what is no longer there when its turn comes is recomputed.
 from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Protocol
 
 from lorasrv.config import SchedulerConfig
@@ -17,7 +17,7 @@ from lorasrv.errors import ResourceExhausted
 from lorasrv.memory.eviction import Candidate, IdleAdapter, choose_victims
 from lorasrv.sched.plan import Admission, Chunk, Plan, Rejection
 from lorasrv.sched.sequence import Sequence
-from lorasrv.types import Failure
+from lorasrv.types import Failure, Tier, Warm
 
 
 class Resources(Protocol):
@@ -56,7 +56,8 @@ class Resources(Protocol):
 class View:
     """The engine's state as one decision sees it; read, never written.
 
-    `running` and `waiting` are in queue order.
+    `running` and `waiting` are in queue order. `warms` are the adapters that are wanted in memory before a request asks
+    for them, in order of arrival; they have not arrived.
     """
 
     running: Seq[Sequence]
@@ -64,6 +65,7 @@ class View:
     num_pages: int
     free_pages: int
     resources: Resources
+    warms: Seq[Warm] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +76,8 @@ class Scheduler:
     def decide(self, view: View) -> Plan:
         draft = _Draft(view, self.config, self.block_tokens)
         draft.continue_running()
-        if not draft.preempted:
-            draft.admit_waiting()
+        if not draft.preempted and draft.admit_waiting():
+            draft.load_warms()
         draft.look_ahead()
         return draft.plan()
 
@@ -142,31 +144,56 @@ class _Draft:
                 return False
         return True
 
-    def admit_waiting(self) -> None:
-        """Grant requests, oldest first, their adapter's pages and their known tokens' pages together.
+    def admit_waiting(self) -> bool:
+        """Grant requests, oldest first, their adapter's pages and their known tokens' pages together. Whether all that
+        are left wait for their adapters to be read.
 
         A request whose adapter is not in host memory waits on its own; the first one that is ready but does not fit
         ends the round, so that younger ones cannot starve it.
         """
-        places = self.config.max_running - len(self.view.running)
+        places, all_ready_admitted = self.config.max_running - len(self.view.running), True
         for sequence in self.view.waiting:
             if len(self.admitted) == places or self.budget == 0:
-                return
+                return False
             digest = sequence.digest
             adapter_pages = 0 if digest is None else self.view.resources.num_pages(digest)
             if adapter_pages is None or self._reject_oversized(sequence, adapter_pages):
                 continue
             load = digest if digest is not None and self._must_load(digest) else None
             if digest in self.gone or (load and len(self.loads) == self.config.max_loads_per_step):
+                all_ready_admitted = False
                 continue
             cached = list(takewhile(lambda page: page not in self.gone, self.view.resources.cached_blocks(sequence)))
             self.kept |= {digest, *cached} if digest is not None else {*cached}
             num_new = self._pages_for(len(sequence.token_ids)) - len(cached)
             if not self._take(num_new + (adapter_pages if load else 0)):
-                return
+                return False
             if load is not None:
                 self.loads[load] = None
             self._admit(sequence, len(cached))
+        return all_ready_admitted
+
+    def load_warms(self) -> None:
+        """Load adapters that are wanted on the device before a request asks for them, each as soon as there is room.
+
+        Beyond their pages, one page for each running request stays to be had: a page that is being written cannot be
+        taken back, and nobody is to be preempted for it.
+        """
+        self.kept |= {warm.digest for warm in self.view.warms}
+        reserved, too_many = len(self.view.running) + len(self.admitted), self.view.num_pages
+        for warm in self.view.warms:
+            num_pages = self.view.resources.num_pages(warm.digest)
+            if warm.tier is not Tier.DEVICE or num_pages is None or not self._must_load(warm.digest):
+                continue
+            if len(self.loads) == self.config.max_loads_per_step:
+                return
+            if num_pages >= too_many:
+                continue
+            if choose_victims(self._evictable(), num_pages + reserved - self.free) is None:
+                too_many = num_pages
+                continue
+            self._take(num_pages)
+            self.loads[warm.digest] = None
 
     def _admit(self, sequence: Sequence, num_cached_blocks: int) -> None:
         known, start = len(sequence.token_ids), num_cached_blocks * self.block_tokens
@@ -197,13 +224,19 @@ class _Draft:
         return True
 
     def look_ahead(self) -> None:
-        """Adapters that queued requests within the look-ahead need in host memory, oldest first."""
+        """Adapters that queued requests within the look-ahead need in host memory, oldest first.
+
+        Behind them one that is to be warm: the reads of requests that come next queue behind its own.
+        """
         rejected = {rejection.sequence_id for rejection in self.rejected}
         for sequence in self.view.waiting[: self.config.lookahead]:
             if sequence.sequence_id in rejected or sequence.digest is None:
                 continue
             if not self.view.resources.is_resident(sequence.digest):
                 self.wanted[sequence.digest] = None
+        unread = (warm.digest for warm in self.view.warms if self.view.resources.num_pages(warm.digest) is None)
+        if len(self.wanted) < self.config.lookahead:
+            self.wanted |= dict.fromkeys(islice(unread, 1))
 
     def _add_chunk(self, sequence: Sequence, start: int, wanted: int) -> None:
         num_tokens = min(wanted, self.budget)

@@ -21,6 +21,10 @@ METHOD_ROLES: Mapping[str, Role] = {
             Role.READ,
             ("GetAdapter", "ListAdapters", "GetVersion", "ListVersions", "ListTags", "DownloadVersion"),
         ),
+        # Reads what a download reads, and finds what it finds.
+        ("AdapterService", Role.READ, ("VerifyVersion",)),
+        # What a generation of one token does to memory, without the token.
+        ("AdapterService", Role.GENERATE, ("WarmAdapter",)),
         (
             "AdapterService",
             Role.PUBLISH,

@@ -1,7 +1,7 @@
 """AdapterService: convert, ask the registry in a worker thread, convert."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -13,6 +13,8 @@ from lorasrv.engine.client import Engine
 from lorasrv.errors import EngineUnavailable, InvalidRequest
 from lorasrv.server import resources
 from lorasrv.server.access import current_caller
+from lorasrv.server.convert import deadline_s
+from lorasrv.server.frontdesk import FrontDesk
 from lorasrv.types import Tier
 from lorasrv.v1 import adapter_pb2, adapter_pb2_grpc
 from lorasrv_adapters.downloads import Download
@@ -34,15 +36,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 CHANGEABLE = ("labels", "annotations")
+# So that registry workers are left for all else: a version may take seconds to read.
+MAX_VERIFYING = 1
 
 
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     """Every call is of its caller's tenant, which names may write as `-`; what other tenants have is not found."""
 
-    def __init__(self, registry: Registry, engine: Engine, workers: Executor) -> None:
+    def __init__(self, registry: Registry, engine: Engine, desk: FrontDesk, workers: Executor) -> None:
         self._registry = registry
         self._engine = engine
+        self._desk = desk
         self._workers = workers
+        self._verifying = asyncio.Semaphore(MAX_VERIFYING)
 
     @property
     def _tenant(self) -> str:
@@ -187,9 +193,29 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         tenant, adapter_id, digest = self._version(request.name)
         async with self._download(tenant, adapter_id, digest) as download:
             version = resources.version(tenant, adapter_id, download.version, await self._use())
-            yield resources.manifest(version, await self._run(download.files))
+            yield adapter_pb2.DownloadVersionResponse(
+                manifest=resources.manifest(version, await self._run(download.files))
+            )
             while (chunk := await self._run(download.read)) is not None:
                 yield resources.chunk(chunk)
+
+    async def VerifyVersion(
+        self, request: adapter_pb2.VerifyVersionRequest, context: Context
+    ) -> adapter_pb2.VersionManifest:
+        tenant, adapter_id, digest = self._version(request.name)
+        await self._verifying.acquire()
+        # A call that is cancelled keeps its place for as long as it keeps its thread.
+        loop = asyncio.get_running_loop()
+        running = self._workers.submit(self._registry.verify, tenant, adapter_id, digest)
+        running.add_done_callback(lambda _: loop.call_soon_threadsafe(self._verifying.release))
+        version, manifest = await asyncio.wrap_future(running)
+        return resources.manifest(resources.version(tenant, adapter_id, version, await self._use()), manifest.files)
+
+    async def WarmAdapter(self, request: adapter_pb2.WarmAdapterRequest, context: Context) -> adapter_pb2.Version:
+        tenant, tier = self._parent(request.parent), resources.warm_tier(request.tier)
+        warmed, reached = await self._desk.warm(tenant, request.reference, tier, deadline_s(context))
+        found = await self._run(self._registry.adapters.version, tenant, warmed.adapter_id, warmed.digest)
+        return resources.version(tenant, warmed.adapter_id, found, self._use_of({warmed.digest: reached}))
 
     async def SetTag(self, request: adapter_pb2.SetTagRequest, context: Context) -> adapter_pb2.Tag:
         tenant, adapter_id, name = self._tag(request.tag.name)
@@ -252,7 +278,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             tiers: dict[str, Tier] = {}
         else:
             tiers = {adapter.digest: adapter.tier for adapter in status.adapters}
+        return self._use_of(tiers)
 
+    def _use_of(self, tiers: Mapping[str, Tier]) -> resources.VersionUse:
         def use(tenant: str, adapter_id: str, digest: str) -> tuple[Tier, VersionUse | None]:
             used = self._registry.use(tenant, adapter_id, digest)
             return Tier.DISK if used is None else tiers.get(digest, Tier.DISK), used

@@ -9,10 +9,11 @@ from typing import Any, NoReturn
 import grpc
 from google.protobuf.message import DecodeError
 
-from lorasrv.errors import InvalidRequest, PermissionDenied, SlowReader, Unauthenticated
+from lorasrv.errors import InvalidRequest, LorasrvError, PermissionDenied, SlowReader, Unauthenticated, UnknownMethod
 from lorasrv.keys import Caller
 from lorasrv.server.access import PACKAGE_PREFIX, Access, calling
 from lorasrv.server.status import describe, is_described
+from lorasrv_adapters.errors import quote
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +41,12 @@ class Boundary(grpc.aio.ServerInterceptor):
         try:
             caller = self._access.authenticate(method, handler_call_details.invocation_metadata)
             handler = await continuation(handler_call_details)
-            if handler is None or not method.startswith(PACKAGE_PREFIX):
+            if handler is None:
+                raise UnknownMethod(f"there is no method {quote(method)}")
+            if not method.startswith(PACKAGE_PREFIX):
                 return handler
             self._access.authorise(method, caller)
-        except (Unauthenticated, PermissionDenied) as error:
+        except (Unauthenticated, PermissionDenied, UnknownMethod) as error:
             return _refusal(error)
         if handler.request_streaming:
             call = _stream_unary(handler.stream_unary, handler.request_deserializer, caller)
@@ -55,7 +58,7 @@ class Boundary(grpc.aio.ServerInterceptor):
         return grpc.unary_unary_rpc_method_handler(call, response_serializer=handler.response_serializer)
 
 
-def _refusal(error: Unauthenticated | PermissionDenied) -> Any:
+def _refusal(error: LorasrvError) -> Any:
     """A handler for calls of any kind that answers without reading a message."""
 
     async def call(chunks: AsyncIterator[bytes], context: grpc.aio.ServicerContext[Any, Any]) -> None:

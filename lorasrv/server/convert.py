@@ -1,9 +1,12 @@
 """Protobuf to our types and back: nothing is checked or decided here."""
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import timedelta
+from typing import Any
 
+import grpc
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -49,6 +52,12 @@ ENGINE_STATES = {
     "ready": server_pb2.ENGINE_STATE_READY,
     "unavailable": server_pb2.ENGINE_STATE_UNAVAILABLE,
 }
+
+
+def deadline_s(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
+    """When the caller stops waiting, on the clock that all processes of this machine share; None if it never does."""
+    left_s = context.time_remaining()
+    return None if left_s is None else time.monotonic() + left_s
 
 
 def generation_request(

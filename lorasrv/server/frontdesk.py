@@ -18,11 +18,14 @@ from lorasrv.engine.defaults import VersionDefaults, read_defaults
 from lorasrv.engine.output import OutputStream
 from lorasrv.engine.prompts import read_prompt
 from lorasrv.engine.vocabulary import Vocabulary
-from lorasrv.errors import AdapterCorrupt, Draining, EngineUnavailable, GenerationExists
+from lorasrv.errors import AdapterCorrupt, Draining, EngineUnavailable, GenerationExists, InvalidRequest
 from lorasrv.requests import AdapterRef, Chat, Delta, Event, Finished, GenerationRequest, Prompt, Queued, Started
 from lorasrv.server.seen import SeenVersions
-from lorasrv.types import BASE_ID, AdapterUse, EngineRequest
+from lorasrv.types import BASE_ID, AdapterUse, EngineRequest, Tier
 from lorasrv_adapters.records import ResolvedVersion
+
+# How long an adapter that is to be warm is waited for when the call has no deadline; the wire's WarmAdapter says so.
+WARM_S = 60.0
 
 
 class Versions(Protocol):
@@ -98,8 +101,22 @@ class FrontDesk:
 
     async def system_prompt(self, tenant: str, adapter: AdapterRef) -> str | None:
         """That of the version which the reference means now. Raises the registry's errors for the adapter."""
-        async with self._pinned(tenant, adapter) as served:
+        async with self._served(tenant, adapter) as served:
             return served.defaults.system_prompt
+
+    async def warm(
+        self, tenant: str, reference: str, tier: Tier, deadline_s: float | None
+    ) -> tuple[ResolvedVersion, Tier]:
+        """The version that the reference means now, once it is in `tier` or above, and where it then is.
+
+        Raises InvalidRequest, Draining, the registry's errors for the reference, and those of `Engine.warm`.
+        """
+        self._refuse_when_draining()
+        if reference == BASE_ID:
+            raise InvalidRequest("reference", f"{BASE_ID!r} is the base model, which is always in memory")
+        async with self._pinned(tenant, reference) as version:
+            deadline_s = self._clock() + WARM_S if deadline_s is None else deadline_s
+            return version, await self._engine.warm(version.digest, tier, deadline_s)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
         """One Started, Queued now and then while it waits, then the Deltas of all samples, each sample's ended by its
@@ -114,7 +131,7 @@ class FrontDesk:
         adapter = check_request(request)
         generation_id = request.generation_id or uuid.uuid4().hex
         with self._register(request.tenant, generation_id):
-            async with self._pinned(request.tenant, adapter) as served:
+            async with self._served(request.tenant, adapter) as served:
                 if request.ignore_version_defaults:
                     served = replace(served, defaults=VersionDefaults())
                 text, token_ids = await self._read(request.prompt, served.defaults.system_prompt)
@@ -148,10 +165,13 @@ class FrontDesk:
             return False
         return True
 
-    @contextmanager
-    def _register(self, tenant: str, generation_id: str) -> Iterator[None]:
+    def _refuse_when_draining(self) -> None:
         if self._draining:
             raise Draining("the server is shutting down")
+
+    @contextmanager
+    def _register(self, tenant: str, generation_id: str) -> Iterator[None]:
+        self._refuse_when_draining()
         key = (tenant, generation_id)
         if key in self._running:
             raise GenerationExists(f"generation {generation_id!r} is running already")
@@ -165,19 +185,25 @@ class FrontDesk:
                 self._idle.set()
 
     @asynccontextmanager
-    async def _pinned(self, tenant: str, adapter: AdapterRef) -> AsyncIterator[Served]:
-        """The version that the reference means now, kept from deletion until the block is left; or the base."""
+    async def _served(self, tenant: str, adapter: AdapterRef) -> AsyncIterator[Served]:
+        """The version that the reference means now, pinned until the block is left; or the base."""
         if adapter.name == BASE_ID:
             yield Served()
             return
-        pinning = self._pinning.submit(self._versions.acquire, tenant, adapter.name)
-        try:
-            version = await asyncio.shield(asyncio.wrap_future(pinning))
-            self._seen.note(tenant, version.digest, version.adapter_id)
+        async with self._pinned(tenant, adapter.name) as version:
             yield Served(
                 use=AdapterUse(digest=version.digest, scale=1.0 if adapter.scale is None else adapter.scale),
                 defaults=read_defaults(version.serving),
             )
+
+    @asynccontextmanager
+    async def _pinned(self, tenant: str, reference: str) -> AsyncIterator[ResolvedVersion]:
+        """The version that the reference means now, kept from deletion until the block is left."""
+        pinning = self._pinning.submit(self._versions.acquire, tenant, reference)
+        try:
+            version = await asyncio.shield(asyncio.wrap_future(pinning))
+            self._seen.note(tenant, version.digest, version.adapter_id)
+            yield version
         except AdapterCorrupt:
             await self._quarantine(pinning.result().digest)
             raise

@@ -1,6 +1,5 @@
 """GenerationService: convert, ask the front desk, convert."""
 
-import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -77,14 +76,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return generation_pb2.DetokenizeResponse(text=text)
 
     def _generate(self, request: generation_pb2.GenerateRequest, context: Context) -> AsyncGenerator[Event, None]:
-        asked = convert.generation_request(request, self._tenant, _deadline_s(context))
+        asked = convert.generation_request(request, self._tenant, convert.deadline_s(context))
         return self._metrics.observed(self._desk.generate(asked))
-
-
-def _deadline_s(context: Context) -> float | None:
-    """When the caller stops waiting, on the clock that all processes of this machine share; None if it never does."""
-    left_s = context.time_remaining()
-    return None if left_s is None else time.monotonic() + left_s
 
 
 def _sample(response: generation_pb2.GenerateResponse, index: int) -> generation_pb2.Sample:

@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 
 from lorasrv.engine.client import Engine
-from lorasrv.errors import EngineUnavailable, InvalidRequest
+from lorasrv.errors import EngineUnavailable, InvalidRequest, ResourceExhausted
 from lorasrv.keys import Role
 from lorasrv.server import convert
 from lorasrv.server.access import current_caller
@@ -17,6 +17,8 @@ from lorasrv.server.seen import SeenVersions
 from lorasrv.types import EngineStatus
 from lorasrv.v1 import server_pb2, server_pb2_grpc
 
+# Of all callers together; each costs an engine query per interval.
+MAX_WATCHERS = 64
 MIN_INTERVAL_S = 0.1
 MAX_INTERVAL_S = 60.0
 DEFAULT_INTERVAL_S = 1.0
@@ -44,6 +46,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         self._seen = seen
         self._drain = drain
         self._started_s = time.monotonic()
+        self._num_watchers = 0
 
     async def GetServerInfo(self, request: server_pb2.GetServerInfoRequest, context: Context) -> server_pb2.ServerInfo:
         return self._info
@@ -59,9 +62,15 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             raise InvalidRequest(
                 "interval", f"{interval_s:g} s is not within [{MIN_INTERVAL_S:g}, {MAX_INTERVAL_S:g}] s"
             )
-        while True:
-            yield await self._status()
-            await asyncio.sleep(DEFAULT_INTERVAL_S if interval_s is None else interval_s)
+        if self._num_watchers == MAX_WATCHERS:
+            raise ResourceExhausted(f"{MAX_WATCHERS} status streams are open, which is the limit")
+        self._num_watchers += 1
+        try:
+            while True:
+                yield await self._status()
+                await asyncio.sleep(DEFAULT_INTERVAL_S if interval_s is None else interval_s)
+        finally:
+            self._num_watchers -= 1
 
     async def Drain(self, request: server_pb2.DrainRequest, context: Context) -> server_pb2.DrainResponse:
         await self._drain()

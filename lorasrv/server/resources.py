@@ -1,10 +1,11 @@
-"""What the registry tells, as messages: nothing is checked or decided here."""
+"""What the registry tells and is asked, as messages and back: nothing is decided here."""
 
 from collections.abc import Callable, Iterable
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from lorasrv.engine.defaults import read_defaults
+from lorasrv.errors import InvalidRequest
 from lorasrv.server.convert import TIERS, sampling_message, timestamp
 from lorasrv.types import Tier
 from lorasrv.v1 import adapter_pb2
@@ -29,6 +30,20 @@ VERSION_STATES = {
     records.VersionState.INCOMPATIBLE: adapter_pb2.VERSION_STATE_INCOMPATIBLE,
     records.VersionState.QUARANTINED: adapter_pb2.VERSION_STATE_QUARANTINED,
 }
+
+
+WARM_TIERS = {
+    adapter_pb2.TIER_UNSPECIFIED: Tier.DEVICE,
+    adapter_pb2.TIER_HOST: Tier.HOST,
+    adapter_pb2.TIER_DEVICE: Tier.DEVICE,
+}
+
+
+def warm_tier(tier: adapter_pb2.Tier) -> Tier:
+    """Raises InvalidRequest for a tier that is no memory."""
+    if tier not in WARM_TIERS:
+        raise InvalidRequest("tier", f"{tier} is not TIER_HOST or TIER_DEVICE")
+    return WARM_TIERS[tier]
 
 
 def upload_files(files: Iterable[adapter_pb2.UploadFile]) -> tuple[records.UploadFile, ...]:
@@ -110,9 +125,9 @@ def tag(tenant: str, adapter_id: str, found: records.Tag) -> adapter_pb2.Tag:
     )
 
 
-def manifest(found: adapter_pb2.Version, files: Iterable[ManifestFile]) -> adapter_pb2.DownloadVersionResponse:
+def manifest(found: adapter_pb2.Version, files: Iterable[ManifestFile]) -> adapter_pb2.VersionManifest:
     listed = [adapter_pb2.VersionFile(name=file.name, size_bytes=file.size_bytes, sha256=file.sha256) for file in files]
-    return adapter_pb2.DownloadVersionResponse(manifest=adapter_pb2.VersionManifest(version=found, files=listed))
+    return adapter_pb2.VersionManifest(version=found, files=listed)
 
 
 def chunk(found: FileChunk) -> adapter_pb2.DownloadVersionResponse:

@@ -242,7 +242,7 @@ class Server:
             GenerationService(desk, tokens, self._metrics), server
         )
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterService(self._registry, self._engine, self._registry_workers), server
+            AdapterService(self._registry, self._engine, desk, self._registry_workers), server
         )
         server_pb2_grpc.add_ServerServiceServicer_to_server(
             ServerService(self._server_info(info), self._engine, desk, self._seen, self.begin_drain), server

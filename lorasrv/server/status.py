@@ -38,6 +38,7 @@ def _is(code: grpc.StatusCode, retry_s: int | None = None) -> Outcome:
 OUTCOMES: Mapping[type[LorasrvError] | type[AdapterError], Outcome] = {
     errors.LorasrvError: _is(grpc.StatusCode.INTERNAL),
     errors.InvalidRequest: _is(grpc.StatusCode.INVALID_ARGUMENT),
+    errors.UnknownMethod: _is(grpc.StatusCode.UNIMPLEMENTED),
     errors.Unauthenticated: _is(grpc.StatusCode.UNAUTHENTICATED),
     errors.PermissionDenied: _is(grpc.StatusCode.PERMISSION_DENIED),
     errors.UnsupportedModel: _is(grpc.StatusCode.FAILED_PRECONDITION),

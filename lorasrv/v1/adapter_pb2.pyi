@@ -416,6 +416,22 @@ class FileChunk(_message.Message):
     data: bytes
     def __init__(self, file: _Optional[str] = ..., offset_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
+class VerifyVersionRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class WarmAdapterRequest(_message.Message):
+    __slots__ = ("parent", "reference", "tier")
+    PARENT_FIELD_NUMBER: _ClassVar[int]
+    REFERENCE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    parent: str
+    reference: str
+    tier: Tier
+    def __init__(self, parent: _Optional[str] = ..., reference: _Optional[str] = ..., tier: _Optional[_Union[Tier, str]] = ...) -> None: ...
+
 class SetTagRequest(_message.Message):
     __slots__ = ("tag", "etag", "request_id")
     TAG_FIELD_NUMBER: _ClassVar[int]

@@ -125,6 +125,16 @@ class AdapterServiceStub(object):
                 request_serializer=lorasrv_dot_v1_dot_adapter__pb2.DownloadVersionRequest.SerializeToString,
                 response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.DownloadVersionResponse.FromString,
                 _registered_method=True)
+        self.VerifyVersion = channel.unary_unary(
+                '/lorasrv.v1.AdapterService/VerifyVersion',
+                request_serializer=lorasrv_dot_v1_dot_adapter__pb2.VerifyVersionRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.VersionManifest.FromString,
+                _registered_method=True)
+        self.WarmAdapter = channel.unary_unary(
+                '/lorasrv.v1.AdapterService/WarmAdapter',
+                request_serializer=lorasrv_dot_v1_dot_adapter__pb2.WarmAdapterRequest.SerializeToString,
+                response_deserializer=lorasrv_dot_v1_dot_adapter__pb2.Version.FromString,
+                _registered_method=True)
         self.SetTag = channel.unary_unary(
                 '/lorasrv.v1.AdapterService/SetTag',
                 request_serializer=lorasrv_dot_v1_dot_adapter__pb2.SetTagRequest.SerializeToString,
@@ -264,6 +274,25 @@ class AdapterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def VerifyVersion(self, request, context):
+        """Reads all stored bytes again and answers when they are what the digest says. Where they are not, the version is
+        quarantined and the answer is DATA_LOSS.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WarmAdapter(self, request, context):
+        """Waits until this replica has a version in memory, in the asked tier or above, and answers with that tier. It goes
+        behind all queued generations and takes memory that is free or idle; where there is none it waits until the call's
+        deadline, or 60 seconds where the call has none. RESOURCE_EXHAUSTED where the pool can never hold the adapter. From
+        the answer on, the version stays until something else needs the memory: warm is not pinned. A draining server
+        refuses.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SetTag(self, request, context):
         """Makes or moves a tag. Running generations keep the version they started with.
         """
@@ -370,6 +399,16 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.DownloadVersion,
                     request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.DownloadVersionRequest.FromString,
                     response_serializer=lorasrv_dot_v1_dot_adapter__pb2.DownloadVersionResponse.SerializeToString,
+            ),
+            'VerifyVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyVersion,
+                    request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.VerifyVersionRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_adapter__pb2.VersionManifest.SerializeToString,
+            ),
+            'WarmAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.WarmAdapter,
+                    request_deserializer=lorasrv_dot_v1_dot_adapter__pb2.WarmAdapterRequest.FromString,
+                    response_serializer=lorasrv_dot_v1_dot_adapter__pb2.Version.SerializeToString,
             ),
             'SetTag': grpc.unary_unary_rpc_method_handler(
                     servicer.SetTag,
@@ -851,6 +890,60 @@ class AdapterService(object):
             '/lorasrv.v1.AdapterService/DownloadVersion',
             lorasrv_dot_v1_dot_adapter__pb2.DownloadVersionRequest.SerializeToString,
             lorasrv_dot_v1_dot_adapter__pb2.DownloadVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.AdapterService/VerifyVersion',
+            lorasrv_dot_v1_dot_adapter__pb2.VerifyVersionRequest.SerializeToString,
+            lorasrv_dot_v1_dot_adapter__pb2.VersionManifest.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WarmAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/lorasrv.v1.AdapterService/WarmAdapter',
+            lorasrv_dot_v1_dot_adapter__pb2.WarmAdapterRequest.SerializeToString,
+            lorasrv_dot_v1_dot_adapter__pb2.Version.FromString,
             options,
             channel_credentials,
             insecure,

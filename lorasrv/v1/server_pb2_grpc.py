@@ -74,7 +74,7 @@ class ServerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WatchStatus(self, request, context):
-        """The status now, and again after each interval, until the caller or the server ends it.
+        """The status now, and again after each interval, until the caller or the server ends it. At most 64 streams at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
