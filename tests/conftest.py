@@ -6,6 +6,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+import kernel_device as kernel_device  # asks for Triton's interpreter before anything imports Triton
+
 # The suite's models are tiny: a second thread costs more than it gives, and far more on a busy machine.
 torch.set_num_threads(1)
 

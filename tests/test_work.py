@@ -47,7 +47,7 @@ def test_long_runs_take_high_blocks() -> None:
     assert plan_work([0, 10], [10, 75], [8, 8], 75).height == 64
     assert plan_work([0], [1], [8], 8_000).height == 64  # rows without an adapter are rows
     assert plan_work([0], [8_000], [16], 8_000).rank_step == 16
-    assert plan_work([0], [8_000], [17], 8_000).rank_step == 64
+    assert plan_work([0], [8_000], [17], 8_000).rank_step == 32
 
 
 def test_segments_must_ascend() -> None:

@@ -71,7 +71,7 @@ def plan_work(
     if height is None:
         longest = max((end - start for start, end, _, _ in runs), default=0)
         height = PREFILL_HEIGHT if longest > PREFILL_HEIGHT else DECODE_HEIGHT
-    rank_step = 16 if height == DECODE_HEIGHT or max(ranks, default=0) <= 16 else 64
+    rank_step = 16 if height == DECODE_HEIGHT or max(ranks, default=0) <= 16 else 32
     row_blocks = [
         (row, min(height, end - row), segment, rank)
         for start, end, segment, rank in runs

@@ -1,0 +1,500 @@
+"""SGMV on Triton: shrink and expand of every segment's adapter in one launch each, tiles read in place from the pool.
+
+Semantics: those of `reference`, under the same names and signatures; accumulated in fp32. `modules` stand side by side
+in the directory. What is not written there is not written here, and bytes of the pool that belong to no tile of a
+segment's adapter are not read.
+
+    row block   up to `work.height` rows of one segment
+    shrink      an item is (row block, `rank_step` rank rows, modules, split): x[rows, split] @ A[rank rows, split]^T.
+                Short row blocks wait for A's bytes, so every module is an item of its own; high ones wait for x, which
+                is read once for all modules.
+    expand      an item is (row block, column tile of a module): out += sum of h's splits @ B, over the rank in blocks.
+                h is rounded for the tensor cores: to bf16, or to tf32 where the adapter is fp16, whose range h may
+                exceed.
+
+A row block, or a column tile, is computed alone, in the order of its rank rows and columns: the bits of a result depend
+on the work's height, on the splits and on nothing else in the batch. There are no atomics.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lorasrv_kernels.tiles import ADDRESS_BYTES, HEADER_FIELDS, Module, Segments
+from lorasrv_kernels.variant import Variant, interpreting, num_programs
+from lorasrv_kernels.work import DECODE_HEIGHT, PREFILL_HEIGHT, split_cols
+
+ADDRESS_WORDS = tl.constexpr(ADDRESS_BYTES // 4)
+HEADER_WORDS = tl.constexpr(HEADER_FIELDS)
+
+
+@triton.jit
+def multiply(a, b, acc, WIDEN: tl.constexpr):
+    """acc + a @ b, in fp32 where the operands are."""
+    if WIDEN:  # Triton's interpreter multiplies bf16 wrongly
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def tile_offsets(
+    words_ptr, first, rank, rows, wanted, col, cols, chunk, odd_chunk, ADDRESS_ELEMS: tl.constexpr, ALIGN: tl.constexpr
+):
+    """Elements from the pool's start to column `col` of the rank rows `rows` of a matrix, int64.
+
+    `first` is the word where the matrix's tile addresses begin. Offsets of rows not `wanted` mean nothing.
+    """
+    block = rows // 16
+    height = tl.minimum(rank - block * 16, 16)
+    width = tl.where((height & (height - 1)) == 0, chunk, odd_chunk)
+    # All row blocks before this one are full, so cut by `chunk`.
+    place = block * tl.cdiv(cols, chunk) + col // width
+    address = tl.load(words_ptr + first + place, mask=wanted, other=0).to(tl.int64)
+    in_tile = col % width
+    offsets = address * ADDRESS_ELEMS + (rows % 16) * tl.minimum(width, cols - (col - in_tile)) + in_tile
+    return tl.multiple_of(offsets, ALIGN)
+
+
+# Numbers that differ between layers and batches would otherwise have kernels compiled for what divides them.
+@triton.jit(
+    do_not_specialize=(
+        "x_stride",
+        "split_stride",
+        "module_stride",
+        "row_stride",
+        "first_header",
+        "in_features",
+        "chunk",
+        "odd_chunk",
+        "split_cols",
+        "num_splits",
+    )
+)
+def _shrink_kernel(
+    x_ptr,
+    x_stride,
+    words_ptr,
+    elems_ptr,
+    row_blocks_ptr,
+    rank_blocks_ptr,
+    counts_ptr,
+    directories_ptr,
+    scales_ptr,
+    out_ptr,
+    split_stride,
+    module_stride,
+    row_stride,
+    first_header,
+    in_features,
+    chunk,
+    odd_chunk,
+    split_cols,
+    num_splits,
+    NUM_MODULES: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    RANK_STEP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ADDRESS_ELEMS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    NUM_GROUPS: tl.constexpr = NUM_MODULES // GROUP
+    n = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    step = tl.minimum(chunk, odd_chunk)  # columns that no chunk's border divides
+    num_items = tl.load(counts_ptr + 1) * (NUM_GROUPS * num_splits)
+    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+        split = item % num_splits
+        group = item // num_splits % NUM_GROUPS
+        rank_block = rank_blocks_ptr + item // (num_splits * NUM_GROUPS) * 2
+        row_block = row_blocks_ptr + tl.load(rank_block) * 4
+        first_rank = tl.load(rank_block + 1)
+        segment = tl.load(row_block + 2)
+        directory = tl.load(directories_ptr + segment).to(tl.int64) * ADDRESS_WORDS
+
+        # Column n of the product is rank row `rank_row` of one of the group's modules.
+        rank = tl.zeros([BLOCK_N], tl.int32)
+        first = tl.zeros([BLOCK_N], tl.int32)
+        scale = tl.zeros([BLOCK_N], tl.int32)
+        most = 0
+        for index in tl.static_range(GROUP):
+            header = words_ptr + directory + first_header + (group * GROUP + index) * HEADER_WORDS
+            own_rank = tl.load(header)
+            own = n // RANK_STEP == index
+            rank = tl.where(own, own_rank, rank)
+            first = tl.where(own, tl.load(header + 1), first)
+            scale = tl.where(own, tl.load(header + 3), scale)
+            most = tl.maximum(most, own_rank)
+        if most > first_rank:
+            rank_row = first_rank + n % RANK_STEP
+            wanted = rank_row < rank
+            rows = tl.arange(0, HEIGHT)
+            in_rows = rows < tl.load(row_block + 1)
+            rows = (tl.load(row_block) + rows).to(tl.int64)
+            begin = tl.multiple_of(split * split_cols, 128)
+            end = tl.minimum(begin + split_cols, in_features)
+            row_offsets = tl.multiple_of(rows[:, None] * x_stride, [1, ALIGN])
+            acc = tl.zeros([HEIGHT, BLOCK_N], tl.float32)
+            # Outside of the inner loop, whose loads are in flight together, because these wait for an address.
+            for part in range(begin // step, tl.cdiv(end, step)):
+                low = tl.multiple_of(tl.maximum(begin, part * step), 64)
+                num_cols = tl.multiple_of(tl.minimum(end, part * step + step) - low, ALIGN)
+                offsets = tile_offsets(
+                    words_ptr,
+                    directory + first,
+                    rank,
+                    rank_row,
+                    wanted,
+                    low,
+                    in_features,
+                    chunk,
+                    odd_chunk,
+                    ADDRESS_ELEMS,
+                    ALIGN,
+                )
+                x_block = x_ptr + row_offsets + (low + k)[None, :]
+                a_block = elems_ptr + offsets[:, None] + k[None, :]
+                for col in range(0, num_cols, BLOCK_K):
+                    in_cols = (col + k < num_cols)[None, :]
+                    x = tl.load(x_block + col, mask=in_rows[:, None] & in_cols, other=0.0)
+                    a = tl.load(a_block + col, mask=wanted[:, None] & in_cols, other=0.0)
+                    acc = multiply(x, tl.trans(a), acc, WIDEN)
+            acc *= (tl.load(scales_ptr + segment) * scale.to(tl.float32, bitcast=True))[None, :]
+            module = group * GROUP + n // RANK_STEP
+            place = split.to(tl.int64) * split_stride + module.to(tl.int64) * module_stride + rank_row
+            out = out_ptr + rows[:, None] * row_stride + place[None, :]
+            tl.store(out, acc, mask=in_rows[:, None] & wanted[None, :])
+
+
+@triton.jit
+def expand_tile(
+    acc,  # float32 [HEIGHT, BLOCK_C]
+    h_ptr,  # of the module
+    split_stride,
+    row_stride,
+    num_splits,
+    words_ptr,
+    elems_ptr,
+    directory,  # word of the adapter's directory, int64
+    header,  # of the module, in words from there
+    rows,  # int64 [HEIGHT]
+    in_rows,
+    col,
+    cols,
+    chunk,
+    odd_chunk,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ADDRESS_ELEMS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """acc + h @ B[:, col : col + BLOCK_C] of one module; the columns lie in one chunk."""
+    c = tl.arange(0, BLOCK_C)
+    in_cols = (c < tl.multiple_of(tl.minimum(cols - col, BLOCK_C), ALIGN))[None, :]
+    header_ptr = words_ptr + directory + header
+    rank = tl.load(header_ptr)
+    first = directory + tl.load(header_ptr + 2)
+    for first_rank in range(0, rank, BLOCK_R):
+        r = first_rank + tl.arange(0, BLOCK_R)
+        wanted = r < rank
+        offsets = tile_offsets(words_ptr, first, rank, r, wanted, col, cols, chunk, odd_chunk, ADDRESS_ELEMS, ALIGN)
+        b = tl.load(elems_ptr + offsets[:, None] + c[None, :], mask=wanted[:, None] & in_cols, other=0.0)
+        h = tl.zeros([rows.shape[0], BLOCK_R], tl.float32)
+        row_offsets = rows[:, None] * row_stride
+        if ALIGN > 1:
+            row_offsets = tl.multiple_of(row_offsets, [1, 4])
+        part_ptr = h_ptr
+        for _ in tl.range(
+            0, num_splits, loop_unroll_factor=2 if ALIGN > 1 and rows.shape[0] == 16 else 1, num_stages=1
+        ):
+            h += tl.load(part_ptr + row_offsets + r[None, :], mask=in_rows[:, None] & wanted[None, :], other=0.0)
+            part_ptr += split_stride
+        if b.dtype == tl.bfloat16:
+            acc = multiply(h.to(tl.bfloat16), b, acc, WIDEN)
+        elif b.dtype == tl.float16:
+            acc = tl.dot(h, b.to(tl.float32), acc, input_precision="tf32")
+        else:
+            acc = multiply(h, b, acc, WIDEN)
+    return acc
+
+
+@triton.jit(
+    do_not_specialize=("split_stride", "module_stride", "row_stride", "num_splits", "out_stride", "first_header")
+)
+def _expand_kernel(
+    h_ptr,
+    split_stride,
+    module_stride,
+    row_stride,
+    num_splits,
+    words_ptr,
+    elems_ptr,
+    row_blocks_ptr,
+    counts_ptr,
+    directories_ptr,
+    out_ptr,
+    out_stride,
+    first_header,
+    cols,
+    chunks,
+    odd_chunks,
+    HEIGHT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ADDRESS_ELEMS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    tiles_per_block = 0
+    for m in tl.static_range(len(cols)):  # pyright: ignore[reportGeneralTypeIssues]
+        tiles_per_block += tl.cdiv(cols[m], BLOCK_C)
+    for item in range(tl.program_id(0), tl.load(counts_ptr) * tiles_per_block, tl.num_programs(0)):
+        row_block = row_blocks_ptr + item // tiles_per_block * 4
+        if tl.load(row_block + 3) > 0:
+            # The module that this column tile belongs to.
+            tile = item % tiles_per_block
+            module, col, first_col, own_cols, chunk, odd_chunk = 0, tile * BLOCK_C, 0, cols[0], chunks[0], odd_chunks[0]
+            tiles_before, cols_before = tl.cdiv(cols[0], BLOCK_C), cols[0]
+            for m in tl.static_range(1, len(cols)):
+                behind = tile >= tiles_before
+                module = tl.where(behind, m, module)
+                col = tl.where(behind, (tile - tiles_before) * BLOCK_C, col)
+                first_col = tl.where(behind, cols_before, first_col)
+                own_cols = tl.where(behind, cols[m], own_cols)
+                chunk = tl.where(behind, chunks[m], chunk)
+                odd_chunk = tl.where(behind, odd_chunks[m], odd_chunk)
+                tiles_before += tl.cdiv(cols[m], BLOCK_C)
+                cols_before += cols[m]
+            header = first_header + module * HEADER_WORDS
+            directory = tl.load(directories_ptr + tl.load(row_block + 2)).to(tl.int64) * ADDRESS_WORDS
+            if tl.load(words_ptr + directory + header) > 0:
+                rows = tl.arange(0, HEIGHT)
+                in_rows = rows < tl.load(row_block + 1)
+                rows = (tl.load(row_block) + rows).to(tl.int64)
+                c = tl.arange(0, BLOCK_C)
+                row_offsets = tl.multiple_of(rows[:, None] * out_stride + (first_col + col), [1, ALIGN])
+                out = out_ptr + row_offsets + c[None, :]
+                end = tl.multiple_of(tl.minimum(own_cols - col, BLOCK_C), ALIGN)
+                mask = in_rows[:, None] & (c < end)[None, :]
+                base = tl.load(out, mask=mask, other=0.0)
+                acc = tl.zeros([HEIGHT, BLOCK_C], tl.float32)
+                acc = expand_tile(
+                    acc,
+                    h_ptr + module_stride.to(tl.int64) * module,
+                    split_stride,
+                    row_stride,
+                    num_splits,
+                    words_ptr,
+                    elems_ptr,
+                    directory,
+                    header,
+                    rows,
+                    in_rows,
+                    col,
+                    own_cols,
+                    chunk,
+                    odd_chunk,
+                    BLOCK_R,
+                    BLOCK_C,
+                    ALIGN,
+                    ADDRESS_ELEMS,
+                    WIDEN,
+                )
+                tl.store(out, base.to(tl.float32) + acc, mask=mask)
+
+
+def sgmv_shrink(
+    x: Tensor,  # [num_tokens, in_features]
+    pool: Tensor,  # [num_bytes], uint8
+    segments: Segments,
+    layer: int,
+    modules: tuple[Module, ...],  # that share this input and stand side by side in the directory
+    out: Tensor,  # float32 [num_splits, len(modules), num_tokens, >= max_rank]
+) -> None:
+    _check_adjacent(modules)
+    a, work, num_splits = modules[0].a, segments.work, out.shape[0]
+    assert all(module.a == a for module in modules) and x.shape[1] == a.cols, (modules, x.shape)
+    assert x.stride(1) == 1 and out.stride(3) == 1, (x.stride(), out.stride())
+    aligned = a.cols % 8 == 0 and x.stride(0) % 8 == 0
+    block = _shrink_block(work.height, min(a.chunk, a.odd_chunk), aligned)
+    variant = shrink_variant(x.dtype, work.height, work.rank_step, len(modules), block, aligned, interpreting())
+    groups = len(modules) if work.height == DECODE_HEIGHT else 1
+    variant.launch(
+        num_programs(work.rank_blocks.shape[0] * groups * num_splits, x.device),
+        x,
+        x.stride(0),
+        pool.view(torch.int32),
+        pool.view(x.dtype),
+        work.row_blocks,
+        work.rank_blocks,
+        work.counts,
+        segments.directories,
+        segments.scales,
+        out,
+        *out.stride()[:3],
+        (layer * segments.num_modules + modules[0].index) * HEADER_FIELDS,
+        a.cols,
+        a.chunk,
+        a.odd_chunk,
+        split_cols(a.cols, num_splits),
+        num_splits,
+    )
+
+
+def sgmv_expand(
+    h: Tensor,  # float32 [num_splits, len(modules), num_tokens, >= max_rank], as sgmv_shrink left it
+    pool: Tensor,  # [num_bytes], uint8
+    segments: Segments,
+    layer: int,
+    modules: tuple[Module, ...],  # side by side in the directory
+    out: Tensor,  # [num_tokens, sum of out_features], the modules' outputs side by side
+) -> None:
+    _check_adjacent(modules)
+    assert h.stride(3) == 1 and out.stride(1) == 1, (h.stride(), out.stride())
+    work, matrices = segments.work, [module.b for module in modules]
+    aligned = all(b.cols % 8 == 0 for b in matrices) and out.stride(0) % 8 == 0 and h.stride(2) % 4 == 0
+    block = _expand_block(work.height, min(min(b.chunk, b.odd_chunk) for b in matrices), aligned)
+    variant = expand_variant(out.dtype, work.height, work.rank_step, len(modules), block, aligned, interpreting())
+    tiles = sum(-(-b.cols // block) for b in matrices)
+    variant.launch(
+        num_programs(work.row_blocks.shape[0] * tiles, out.device),
+        h,
+        *h.stride()[:3],
+        h.shape[0],
+        pool.view(torch.int32),
+        pool.view(out.dtype),
+        work.row_blocks,
+        work.counts,
+        segments.directories,
+        out,
+        out.stride(0),
+        (layer * segments.num_modules + modules[0].index) * HEADER_FIELDS,
+        tuple(b.cols for b in matrices),
+        tuple(b.chunk for b in matrices),
+        tuple(b.odd_chunk for b in matrices),
+    )
+
+
+# The most modules that share an input: q, k, v.
+_MAX_MODULES = 3
+_TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_WORK = {"row_blocks_ptr": "*i32:16", "counts_ptr": "*i32:16", "directories_ptr": "*i32:16", "words_ptr": "*i32:16"}
+_H_STRIDES = {"split_stride": "i32", "module_stride": "i32", "row_stride": "i32"}
+
+
+@lru_cache
+def shrink_variant(
+    dtype: torch.dtype,
+    height: int,
+    rank_step: int,
+    num_modules: int,
+    block_k: int,
+    aligned: bool,  # rows of x and of tiles begin at multiples of 16 bytes
+    widen: bool,
+) -> Variant:
+    decode = height == DECODE_HEIGHT
+    group = 1 if decode else num_modules
+    block_n = triton.next_power_of_2(group * rank_step)
+    element = _TRITON_TYPES[dtype]
+    return Variant(
+        kernel=_shrink_kernel,
+        arguments={
+            "x_ptr": f"*{element}:16",
+            "x_stride": "i32",
+            "elems_ptr": f"*{element}:16",
+            **_WORK,
+            "rank_blocks_ptr": "*i32:16",
+            "scales_ptr": "*fp32:16",
+            "out_ptr": "*fp32:16",
+            **_H_STRIDES,
+            **dict.fromkeys(("first_header", "in_features", "chunk", "odd_chunk", "split_cols", "num_splits"), "i32"),
+        },
+        constexprs={
+            "NUM_MODULES": num_modules,
+            "GROUP": group,
+            "HEIGHT": height,
+            "RANK_STEP": rank_step,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+            "ALIGN": 16 // dtype.itemsize if aligned else 1,
+            "ADDRESS_ELEMS": ADDRESS_BYTES // dtype.itemsize,
+            "WIDEN": widen,
+        },
+        num_warps=8 if block_n > 64 or not (decode or aligned) else 4,
+        num_stages=4,
+        tensor_cores=dtype != torch.float32,
+    )
+
+
+@lru_cache
+def expand_variant(
+    dtype: torch.dtype,
+    height: int,
+    rank_step: int,
+    num_modules: int,
+    block_c: int,
+    aligned: bool,  # rows of out and of tiles begin at multiples of 16 bytes
+    widen: bool,
+) -> Variant:
+    element = _TRITON_TYPES[dtype]
+    return Variant(
+        kernel=_expand_kernel,
+        arguments={
+            "h_ptr": "*fp32:16",
+            **_H_STRIDES,
+            "num_splits": "i32",
+            "elems_ptr": f"*{element}:16",
+            **_WORK,
+            "out_ptr": f"*{element}:16",
+            "out_stride": "i32",
+            "first_header": "i32",
+            **dict.fromkeys(("cols", "chunks", "odd_chunks"), ("i32",) * num_modules),
+        },
+        constexprs={
+            "HEIGHT": height,
+            "BLOCK_R": rank_step,
+            "BLOCK_C": block_c,
+            "ALIGN": 16 // dtype.itemsize if aligned else 1,
+            "ADDRESS_ELEMS": ADDRESS_BYTES // dtype.itemsize,
+            "WIDEN": widen,
+        },
+        num_warps=8 if block_c * height > 4096 or block_c == 256 else 4,
+        num_stages=3,
+        tensor_cores=dtype != torch.float32,
+    )
+
+
+def _shrink_block(height: int, chunk: int, aligned: bool) -> int:
+    if height == DECODE_HEIGHT:
+        return min(chunk, 128) if aligned else 64
+    return 64 if aligned else 32
+
+
+def _expand_block(height: int, chunk: int, aligned: bool) -> int:
+    return min(chunk, 256 if height == DECODE_HEIGHT else 128) if aligned else 64
+
+
+def variants() -> Iterator[Variant]:
+    """Everything that the launchers can choose on a GPU."""
+    steps = ((DECODE_HEIGHT, 16), (PREFILL_HEIGHT, 16), (PREFILL_HEIGHT, 32))
+    for dtype, aligned, num_modules, (height, step) in product(
+        _TRITON_TYPES, (True, False), range(1, _MAX_MODULES + 1), steps
+    ):
+        for block in {_shrink_block(height, chunk, aligned) for chunk in (64, 128)}:
+            yield shrink_variant(dtype, height, step, num_modules, block, aligned, widen=False)
+        for block in {_expand_block(height, chunk, aligned) for chunk in (64, 128, 256)}:
+            yield expand_variant(dtype, height, step, num_modules, block, aligned, widen=False)
+
+
+def _check_adjacent(modules: tuple[Module, ...]) -> None:
+    first = modules[0].index
+    assert [module.index for module in modules] == list(range(first, first + len(modules))), modules
+    assert len(modules) <= _MAX_MODULES, modules
