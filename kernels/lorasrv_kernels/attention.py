@@ -12,14 +12,27 @@ tile. Short rows' keys are cut to splits whose partial results, the fp32 triple
 What the programs do stands in an `AttentionWork`; no program waits for another, and none asks the host.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import lru_cache
+from itertools import product
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorasrv_kernels.attention_work import ITEM_FIELDS, MAX_SPLITS, MERGE_FIELDS, AttentionWork, Tile
+from lorasrv_kernels.attention_work import ITEM_FIELDS, MAX_SPLITS, MERGE_FIELDS, AttentionWork, Tile, tiling
+from lorasrv_kernels.variant import Variant, interpreting, num_programs
 
 _LOG2_E = 1.4426950408889634
+_TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@triton.jit
+def _readable(position, low, end, WINDOWED: tl.constexpr):
+    return ((position >= low) & (position < end)) if WINDOWED else position < end
 
 
 @triton.jit
@@ -32,7 +45,6 @@ def _blocks(
     keys,  # pointer to the kv head in place 0 of page 0
     table,  # pointer to the sequence's first page
     stride_page,
-    stride_value,  # from a key to its value
     scale,  # of scores, to units of log 2
     first,  # a multiple of WIDTH
     end,
@@ -49,26 +61,26 @@ def _blocks(
 ):
     column = tl.arange(0, WIDTH)
     dim = tl.arange(0, BLOCK_DIM)
+    # A block's pages are looked up one block ahead, so that the loads behind them can start early.
+    page = tl.load(
+        table + (first + column) // BLOCK_TOKENS, mask=_readable(first + column, low, end, WINDOWED), other=0
+    )
     for block in range(first, end, WIDTH):
         key_position = block + column
-        if MASKED:
-            there = key_position < end
-            if WINDOWED:
-                there = there & (key_position >= low)
-            page = tl.load(table + key_position // BLOCK_TOKENS, mask=there, other=0)
-        else:
-            page = tl.load(table + key_position // BLOCK_TOKENS)
         at = page.to(tl.int64) * stride_page + key_position % BLOCK_TOKENS * STRIDE_TOKEN
         pointers = keys + at[:, None] + dim[None, :]
+        ahead = key_position + WIDTH
+        page = tl.load(table + ahead // BLOCK_TOKENS, mask=_readable(ahead, low, end, WINDOWED), other=0)
+        there = _readable(key_position, low, end, WINDOWED)
         if MASKED or HEAD_DIM != BLOCK_DIM:
             readable = dim[None, :] < HEAD_DIM
             if MASKED:
                 readable = readable & there[:, None]
             key = tl.load(pointers, mask=readable, other=0.0)
-            value = tl.load(pointers + stride_value, mask=readable, other=0.0)
+            value = tl.load(pointers + BLOCK_TOKENS * STRIDE_TOKEN, mask=readable, other=0.0)
         else:
             key = tl.load(pointers)
-            value = tl.load(pointers + stride_value)
+            value = tl.load(pointers + BLOCK_TOKENS * STRIDE_TOKEN)
         if WIDEN:
             key, value = key.to(tl.float32), value.to(tl.float32)
         else:
@@ -129,7 +141,7 @@ def attend_kernel(
     for unit in range(tl.program_id(0), tl.load(counts) * KV_HEADS, tl.num_programs(0)):
         # The heads of an item are neighbours, in programs as in memory.
         item = items + unit // KV_HEADS * FIELDS
-        kv_head = unit % KV_HEADS
+        kv_head = unit % KV_HEADS  # pyright: ignore[reportOperatorIssue]
         sequence, first_row, num_rows = tl.load(item), tl.load(item + 1), tl.load(item + 2)
         first_position, first_key, end_key = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
         low = first_key
@@ -151,25 +163,23 @@ def attend_kernel(
             total = tl.zeros([HEIGHT], tl.float32)
             acc = tl.zeros([HEIGHT, BLOCK_DIM], tl.float32)
             begin = low // WIDTH * WIDTH
-            if not WINDOWED:
-                # Up to here every row sees all.
+            if not (SPLIT or WINDOWED):
+                # Up to here every row sees all. A split is read in one loop: a second would start its loads anew.
                 whole = tl.maximum(begin, tl.minimum((first_position + 1) // WIDTH * WIDTH, end_key))
                 top, total, acc = _blocks(
-                    top, total, acc, q, position, keys, table, stride_page, BLOCK_TOKENS * STRIDE_TOKEN, scale,
-                    begin, whole, low, window,
-                    False, False, WIDTH, HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS, STRIDE_TOKEN, WIDEN,
-                )
+                    top, total, acc, q, position, keys, table, stride_page, scale, begin, whole, low, window,
+                    False, WINDOWED, WIDTH, HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS, STRIDE_TOKEN, WIDEN,
+                )  # fmt: skip
                 begin = whole
             top, total, acc = _blocks(
-                top, total, acc, q, position, keys, table, stride_page, BLOCK_TOKENS * STRIDE_TOKEN, scale,
-                begin, end_key, low, window,
+                top, total, acc, q, position, keys, table, stride_page, scale, begin, end_key, low, window,
                 True, WINDOWED, WIDTH, HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS, STRIDE_TOKEN, WIDEN,
-            )
+            )  # fmt: skip
             alone = True
             if SPLIT:
                 alone = tl.load(item + 7) == 1
             if alone:
-                result = acc / total[:, None]
+                result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
                 tl.store(out + at[:, None] * stride_out + offset, result.to(out.dtype.element_ty), mask=live)
             else:
                 place = (tl.load(item + 6) + row).to(tl.int64) * (KV_HEADS * GROUP) + head
@@ -184,7 +194,7 @@ def merge_kernel(
     stats,  # float32 [num_slots, HEADS, 2]
     out,  # [num_tokens, HEADS, HEAD_DIM]
     merges,  # int32 [capacity, FIELDS]
-    counts,  # int32 [3]
+    counts,  # int32 [at least 1], how many merges
     stride_out,
     window,
     WINDOWED: tl.constexpr,
@@ -195,7 +205,7 @@ def merge_kernel(
     FIELDS: tl.constexpr,
 ):
     index = tl.program_id(0)
-    if index < tl.load(counts + 2):
+    if index < tl.load(counts):
         merge = merges + index * FIELDS
         row, slot, step, num_splits = tl.load(merge), tl.load(merge + 1), tl.load(merge + 2), tl.load(merge + 3)
         head = tl.program_id(1)
@@ -230,12 +240,19 @@ def paged_attention(
     work: AttentionWork,  # of these starts and lengths, on the device
 ) -> None:
     """As `reference.paged_attention`; rows of no item are not written."""
-    num_slots = max(1, work.num_slots)
     heads, head_dim = query.shape[1:]
+    block_tokens, kv_heads = kv.shape[3:5]
+    assert heads == kv_heads * work.tiling.group, (heads, kv_heads, work.tiling)
+    for tensor in (query, out, kv[:, 0]):
+        assert tensor[0].is_contiguous(), tensor.stride()
+    num_slots = max(1, work.num_slots)
     sums = torch.empty(num_slots, heads, head_dim, dtype=torch.float32, device=query.device)
     stats = torch.empty(num_slots, heads, 2, dtype=torch.float32, device=query.device)
+    windowed, widen = window is not None, interpreting()
 
     def attend(items: Tensor, count: Tensor, tile: Tile, num_programs: int, split: bool) -> None:
+        shape = (query.dtype, work.tiling.group, kv_heads, head_dim, block_tokens)
+        variant = attend_variant(*shape, tile, split, windowed, widen)
         attend_kernel[(num_programs,)](
             query,
             kv,
@@ -253,51 +270,130 @@ def paged_attention(
             block_tables.stride(0),
             window or 0,
             head_dim**-0.5 * _LOG2_E,
-            WINDOWED=window is not None,
-            SPLIT=split,
-            GROUP=work.tiling.group,
-            KV_HEADS=kv.shape[4],
-            HEAD_DIM=head_dim,
-            BLOCK_DIM=_block_dim(head_dim),
-            BLOCK_TOKENS=kv.shape[3],
-            HEIGHT=tile.height,
-            WIDTH=tile.width,
-            FIELDS=ITEM_FIELDS,
-            WIDEN=not query.is_cuda,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **_launch(variant),
         )
 
     if len(work.tiles):
-        # Tiles differ in length: the chip's own scheduler balances them.
-        attend(work.tiles, work.counts, work.tiling.tall, len(work.tiles) * kv.shape[4], False)
+        # They differ in length, and more programs than fit are balanced by the device.
+        attend(work.tiles, work.counts, work.tiling.tall, len(work.tiles) * kv_heads, False)
     if len(work.splits):
-        tile = work.tiling.short
-        assert tile is not None, "splits without a tile for them"
-        num_programs = min(len(work.splits) * kv.shape[4], tile.programs_per_processor * _num_processors(query.device))
-        attend(work.splits, work.counts[1:], tile, num_programs, True)
+        assert work.tiling.short is not None, "splits without a tile for them"
+        programs = num_programs(len(work.splits) * kv_heads, query.device)
+        attend(work.splits, work.counts[1:], work.tiling.short, programs, True)
     if len(work.merges):
+        variant = merge_variant(query.dtype, heads, head_dim, windowed)
         merge_kernel[(len(work.merges), heads)](
             sums,
             stats,
             out,
             work.merges,
-            work.counts,
+            work.counts[2:],
             out.stride(0),
             window or 0,
-            WINDOWED=window is not None,
-            HEADS=heads,
-            HEAD_DIM=head_dim,
-            BLOCK_DIM=_block_dim(head_dim),
-            MOST=MAX_SPLITS,
-            FIELDS=MERGE_FIELDS,
-            num_warps=4,
+            **_launch(variant),
         )
+
+
+def _launch(variant: Variant) -> dict[str, Any]:
+    return {**variant.constexprs, "num_warps": variant.num_warps, "num_stages": variant.num_stages}
+
+
+@lru_cache
+def attend_variant(
+    dtype: torch.dtype,
+    group: int,
+    kv_heads: int,
+    head_dim: int,
+    block_tokens: int,
+    tile: Tile,
+    split: bool,
+    windowed: bool,
+    widen: bool,
+) -> Variant:
+    element = "*" + _TRITON_TYPES[dtype] + ":16"
+    aligned = {"query": element, "kv": element, "out": element, "sums": "*fp32:16", "stats": "*fp32:16"}
+    numbers = dict.fromkeys(("stride_query", "stride_out", "stride_page", "stride_layer"), "i32:16")
+    return Variant(
+        kernel=attend_kernel,
+        arguments={
+            **aligned,
+            **dict.fromkeys(("block_tables", "items", "counts"), "*i32"),
+            **numbers,
+            **dict.fromkeys(("layer", "stride_table", "window"), "i32"),
+            "scale": "fp32",
+        },
+        constexprs={
+            "WINDOWED": windowed,
+            "SPLIT": split,
+            "GROUP": group,
+            "KV_HEADS": kv_heads,
+            "HEAD_DIM": head_dim,
+            "BLOCK_DIM": _block_dim(head_dim),
+            "BLOCK_TOKENS": block_tokens,
+            "HEIGHT": tile.height,
+            "WIDTH": tile.width,
+            "FIELDS": ITEM_FIELDS,
+            "WIDEN": widen,
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        tensor_cores=dtype.itemsize == 2,
+    )
+
+
+@lru_cache
+def merge_variant(dtype: torch.dtype, heads: int, head_dim: int, windowed: bool) -> Variant:
+    return Variant(
+        kernel=merge_kernel,
+        arguments={
+            "sums": "*fp32:16",
+            "stats": "*fp32:16",
+            "out": "*" + _TRITON_TYPES[dtype] + ":16",
+            "merges": "*i32",
+            "counts": "*i32",
+            "stride_out": "i32:16",
+            "window": "i32",
+        },
+        constexprs={
+            "WINDOWED": windowed,
+            "HEADS": heads,
+            "HEAD_DIM": head_dim,
+            "BLOCK_DIM": _block_dim(head_dim),
+            "MOST": MAX_SPLITS,
+            "FIELDS": MERGE_FIELDS,
+        },
+        num_warps=4,
+        num_stages=1,
+        tensor_cores=False,
+    )
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel of the table for models of these shapes, at 16 tokens a block."""
+    for dtype, group, head_dim in _SHAPES:
+        tiles: dict[tuple[Tile, bool], int] = {}  # with the least capability that takes it
+        for capability, deterministic in product((80, 90), (False, True)):
+            table = tiling(head_dim, group, dtype, capability=capability, deterministic=deterministic)
+            for tile in (table.tall, table.short):
+                if tile is not None:
+                    tiles.setdefault((tile, tile is table.short), capability)
+        for windowed in (False, True):
+            for (tile, split), since in tiles.items():
+                found = attend_variant(dtype, group, 8, head_dim, 16, tile, split, windowed, False)
+                yield replace(found, since=since)
+            yield merge_variant(dtype, 8 * group, head_dim, windowed)
+
+
+# (dtype, query heads of a kv head, head_dim): Llama 3 8B, Qwen 2 0.5B, Phi 3, Gemma 2, Llama 3 70B, and parity tests.
+_SHAPES = (
+    (torch.bfloat16, 4, 128),
+    (torch.bfloat16, 7, 64),
+    (torch.bfloat16, 1, 96),
+    (torch.bfloat16, 2, 256),
+    (torch.float16, 8, 128),
+    (torch.float32, 4, 128),
+)
 
 
 def _block_dim(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
-
-
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

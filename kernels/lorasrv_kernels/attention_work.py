@@ -34,7 +34,6 @@ class Tile:
     width: int
     num_warps: int
     num_stages: int
-    programs_per_processor: int  # that fit at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,20 +47,20 @@ class Tiling:
     min_split: int = MIN_SPLIT
 
 
-def tiling(head_dim: int, group: int, dtype: torch.dtype, *, deterministic: bool = False) -> Tiling:
-    """The launcher's table. `dtype` is the query's."""
+def tiling(head_dim: int, group: int, dtype: torch.dtype, *, capability: int, deterministic: bool = False) -> Tiling:
+    """The launcher's table. `dtype` is the query's; `capability` is 80 for an sm_80 (0 for none)."""
+    wide = head_dim > 128
     if dtype.itemsize == 4:  # no tensor cores: for parity, not for speed
-        tall = Tile(height=_at_least(group, 32), width=16, num_warps=8, num_stages=1, programs_per_processor=1)
-        short = Tile(height=_at_least(group, 16), width=32, num_warps=4, num_stages=1, programs_per_processor=2)
-    elif head_dim > 128:
-        tall = Tile(height=_at_least(group, 64), width=64, num_warps=8, num_stages=2, programs_per_processor=1)
-        short = Tile(height=_at_least(group, 16), width=32, num_warps=4, num_stages=3, programs_per_processor=2)
-    elif deterministic:
-        tall = Tile(height=_at_least(group, 64), width=64, num_warps=4, num_stages=3, programs_per_processor=2)
-        short = None
+        tall = Tile(height=_at_least(group, 32), width=16 if wide else 32, num_warps=8, num_stages=1)
+        short = Tile(height=_at_least(group, 16), width=16 if wide else 32, num_warps=4, num_stages=1)
     else:
-        tall = Tile(height=_at_least(group, 128), width=64, num_warps=8, num_stages=3, programs_per_processor=1)
-        short = Tile(height=_at_least(group, 16), width=64, num_warps=4, num_stages=3, programs_per_processor=2)
+        # Before Hopper both operands pass through registers, which 128 rows would spill. A tile of few live rows, as
+        # in deterministic decode, computes all of its height.
+        height = 64 if wide or deterministic or capability < 90 else 128
+        width = 32 if wide else 64
+        warps = 4 if height == 64 and head_dim <= 64 else 8
+        tall = Tile(height=_at_least(group, height), width=width, num_warps=warps, num_stages=3)
+        short = Tile(height=_at_least(group, 16), width=width, num_warps=4, num_stages=3)
     return Tiling(group=group, tall=tall, short=None if deterministic else short)
 
 
@@ -112,8 +111,24 @@ def build_attention_work(
     tiles = _tiles(tall_ids, starts, rows, contexts, tiling.tall.height // tiling.group)
     splits, merges, num_slots = _splits(short_ids, starts, rows, contexts, tiling.min_split)
     counts = torch.tensor([len(tiles), len(splits), len(merges)], dtype=torch.int32)
+    return AttentionWork(tiling=tiling, tiles=tiles, splits=splits, merges=merges, counts=counts, num_slots=num_slots)
+
+
+def empty_attention_work(num_sequences: int, max_context: int, tiling: Tiling, device: torch.device) -> AttentionWork:
+    """What a CUDA graph of decode steps is captured with: room for one row each of so many sequences."""
+    num_splits = min(MAX_SPLITS, -(-max_context // tiling.min_split))
+    room = num_sequences * num_splits if tiling.short else 0
+
+    def empty(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32, device=device)
+
     return AttentionWork(
-        tiling=tiling, tiles=tiles, splits=splits, merges=merges, counts=counts, num_slots=num_slots
+        tiling=tiling,
+        tiles=empty(0 if tiling.short else num_sequences, ITEM_FIELDS),
+        splits=empty(room, ITEM_FIELDS),
+        merges=empty(num_sequences if tiling.short and num_splits > 1 else 0, MERGE_FIELDS),
+        counts=empty(3),
+        num_slots=room,
     )
 
 
@@ -127,9 +142,7 @@ def _tiles(ids: Tensor, starts: Tensor, rows: Tensor, contexts: Tensor, height: 
     return items[end.argsort(descending=True, stable=True)]
 
 
-def _splits(
-    ids: Tensor, starts: Tensor, rows: Tensor, contexts: Tensor, min_split: int
-) -> tuple[Tensor, Tensor, int]:
+def _splits(ids: Tensor, starts: Tensor, rows: Tensor, contexts: Tensor, min_split: int) -> tuple[Tensor, Tensor, int]:
     size = torch.full_like(contexts, min_split)
     while bool((size * MAX_SPLITS < contexts).any()):
         size = torch.where(size * MAX_SPLITS < contexts, size * 2, size)
@@ -143,9 +156,7 @@ def _splits(
     first = split * size[sequence]
     end = torch.minimum(first + size[sequence], contexts[sequence])
     slot = first_slot[sequence] + split * rows[sequence]
-    items = _table(
-        sequence, starts[sequence], rows[sequence], oldest[sequence], first, end, slot, num_splits[sequence]
-    )
+    items = _table(sequence, starts[sequence], rows[sequence], oldest[sequence], first, end, slot, num_splits[sequence])
 
     sequence, row = _each(ids, torch.where(num_splits[ids] > 1, rows[ids], 0))
     merges = _table(

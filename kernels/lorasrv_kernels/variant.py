@@ -1,0 +1,45 @@
+"""What a launcher chooses at compile time. A kernel module lists all it can choose in `variants()`, for `gate`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton import knobs
+
+ArgumentType = str | tuple[str, ...]  # "*bf16:16" points to bf16 and is divisible by 16, as is the number "i32:16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A kernel with all that a launcher chooses at compile time.
+
+    `arguments` are the others, as the launcher passes them: an address or a number that is always divisible by 16 says
+    so, and the vectors in which memory is read follow from that.
+    """
+
+    kernel: triton.JITFunction
+    arguments: Mapping[str, ArgumentType]
+    constexprs: Mapping[str, object]
+    num_warps: int
+    num_stages: int
+    tensor_cores: bool  # a product of bf16 or fp16 is among what it computes
+    since: int = 80  # the least compute capability that it is chosen for
+
+    @property
+    def name(self) -> str:
+        values = ",".join(f"{name}={value}" for name, value in self.constexprs.items())
+        elements = "/".join(sorted({str(t)[1:].split(":")[0] for t in self.arguments.values() if str(t)[0] == "*"}))
+        return f"{self.kernel.__name__}[{elements}]({values}) w{self.num_warps} s{self.num_stages}"
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on a CPU: TRITON_INTERPRET=1 when it was imported."""
+    return knobs.runtime.interpret
+
+
+def num_programs(num_items: int, device: torch.device) -> int:
+    """Programs of a persistent kernel that has at most `num_items` to do."""
+    if device.type != "cuda":
+        return max(1, min(num_items, 3))
+    return max(1, min(num_items, 4 * torch.cuda.get_device_properties(device).multi_processor_count))
