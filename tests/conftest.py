@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-import kernel_device as kernel_device  # asks for Triton's interpreter before anything imports Triton
+import kernel_device  # asks for Triton's interpreter before anything imports Triton
 
 # The suite's models are tiny: a second thread costs more than it gives, and far more on a busy machine.
 torch.set_num_threads(1)
@@ -21,3 +21,11 @@ if any(find_spec(package) is None for package in ("msgspec", "zmq", "grpc_status
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "row(*numbers): rows of the table in test_bad_inputs.py that a test is about")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Kernels' tests run in Triton's interpreter where there is no GPU, and are GPU tests where there is one."""
+    if kernel_device.DEVICE.type == "cuda":
+        for item in items:
+            if item.path.name.startswith("test_gpu_"):
+                item.add_marker(pytest.mark.gpu)

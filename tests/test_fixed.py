@@ -201,10 +201,15 @@ def test_sampling_and_log_probabilities(threads: int) -> None:
             "positions": torch.arange(rows),
         }
         wanted = torch.arange(rows)
-        together, scored = reference.sample(logits, **arguments), reference.token_logprobs(logits, wanted, 5)
+        whole, cut = torch.tensor([], dtype=torch.int64), torch.arange(rows)
+        together, scored = (
+            reference.sample(logits, **arguments, whole=whole, cut=cut),
+            reference.token_logprobs(logits, wanted, 5),
+        )
         for row in range(rows):
             one = slice(row, row + 1)
-            alone = reference.sample(logits[one], **{name: value[one] for name, value in arguments.items()})
+            own = {name: value[one] for name, value in arguments.items()}
+            alone = reference.sample(logits[one], **own, whole=whole, cut=cut[:1])
             assert all(torch.equal(a, t[one]) for a, t in zip(alone, together, strict=True))
             for got, want in zip(reference.token_logprobs(logits[one], wanted[one], 5), scored, strict=True):
                 assert torch.equal(got, want[one])

@@ -387,7 +387,7 @@ def token_logprobs(
 
 
 def sample(
-    logits: Tensor,  # float32 [num_rows, vocab_size]
+    logits: Tensor,  # [num_rows, vocab_size]
     temperature: Tensor,  # float32 [num_rows], >= 0
     top_p: Tensor,  # float32 [num_rows], in (0, 1]
     top_k: Tensor,  # int64 [num_rows], >= 1; vocab_size or more keeps all
@@ -395,6 +395,8 @@ def sample(
     seeds: Tensor,  # int64 [num_rows], the 64 bits of the seed
     samples: Tensor,  # int64 [num_rows], the number of the row's sample among those of its seed
     positions: Tensor,  # int64 [num_rows], of the token that is drawn
+    whole: Tensor,  # int64 [num_whole], the rows of a temperature above 0 whose top_p and top_k keep all tokens
+    cut: Tensor,  # int64 [num_cut], the other rows of a temperature above 0
 ) -> tuple[Tensor, Tensor]:  # int64 [num_rows], bool [num_rows]
     """The token drawn for every row, and whether the row's logits allowed it: a row that holds NaN or +inf, or
     nothing but -inf, is False and its token means nothing.
@@ -402,46 +404,47 @@ def sample(
     Temperature 0 takes the largest logit, the lowest id of equal ones. Otherwise, on logits / temperature, the top_k
     most likely tokens are kept, of those the fewest whose share reaches top_p (equal ones by lowest id), of those the
     ones at least min_p times as likely as the likeliest, and the draw is Gumbel-max: the largest
-    logit / temperature - log(-log(u)), u in (0, 1) from `philox` keyed by the seed at the counter
-    (token id // 4, position, sample, 0), word token id % 4. So a row's draw depends on nothing else in the batch.
+    logit / temperature - log(-log(u)), the lowest id of equal ones, u in (0, 1) from `philox` keyed by the seed at the
+    counter (token id // 4, position, sample, 0), word token id % 4. So a row's draw depends on nothing else in the
+    batch. Which rows need which work the caller knows before, so that nobody waits for the device.
     """
     valid = logits.amax(-1).isfinite()
     tokens = logits.argmax(-1)
-    drawn = (valid & (temperature > 0)).nonzero().squeeze(1)
-    if drawn.numel():
-        own = logits[drawn].double()
-        # From the largest one, beside which the noise would be lost where the temperature is tiny.
-        scaled = (own - own.amax(-1, keepdim=True)) / temperature[drawn].double().unsqueeze(1)
-        scaled = _mask_unlikely(scaled, top_p[drawn], top_k[drawn])
-        if min_p is not None:
-            _mask_below(scaled, min_p[drawn])
-        tokens[drawn] = (scaled + _gumbel(seeds[drawn], samples[drawn], positions[drawn], logits.shape[1])).argmax(-1)
+    for rows, keep in ((whole, None), (cut, keep_likeliest)):
+        if len(rows):
+            scaled = scale_logits(logits[rows], temperature[rows])
+            if keep is not None:
+                scaled = keep(scaled, top_p[rows], top_k[rows])
+            if min_p is not None:
+                # The likeliest token, whose number is 0, always stays, whatever top_k and top_p have left out.
+                scaled.masked_fill_(scaled < min_p[rows].double().log().unsqueeze(1), float("-inf"))
+            noise = _gumbel(seeds[rows], samples[rows], positions[rows], logits.shape[1])
+            tokens[rows] = scaled.add_(noise).argmax(-1)
     return tokens, valid
 
 
-def _mask_unlikely(scaled: Tensor, top_p: Tensor, top_k: Tensor) -> Tensor:
-    """-inf in place of the tokens that top_k and top_p leave out."""
-    cut = ((top_p < 1) | (top_k < scaled.shape[1])).nonzero().squeeze(1)
-    if not cut.numel():
-        return scaled
-    ordered, ids = scaled[cut].sort(dim=-1, descending=True, stable=True)
+def scale_logits(
+    logits: Tensor,  # [num_rows, vocab_size]
+    temperature: Tensor,  # float32 [num_rows], > 0
+) -> Tensor:  # float64 [num_rows, vocab_size]
+    """Logits / temperature, less the largest one, beside which noise would be lost where the temperature is tiny."""
+    own = logits.double()
+    return (own - own.amax(-1, keepdim=True)) / temperature.double().unsqueeze(1)
+
+
+def keep_likeliest(
+    scaled: Tensor,  # float64 [num_rows, vocab_size]
+    top_p: Tensor,  # float32 [num_rows]
+    top_k: Tensor,  # int64 [num_rows]
+) -> Tensor:  # float64 [num_rows, vocab_size]
+    """-inf in place of the tokens that `sample`'s top_k and top_p leave out."""
+    ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(scaled.shape[1], device=scaled.device)
-    ordered = ordered.masked_fill(rank >= top_k[cut].unsqueeze(1), float("-inf"))
+    ordered = ordered.masked_fill(rank >= top_k.unsqueeze(1), float("-inf"))
     probs = ordered.softmax(-1)
     before = probs.cumsum(-1) - probs
-    ordered = ordered.masked_fill((before >= top_p[cut].double().unsqueeze(1)) & (rank > 0), float("-inf"))
-    masked = scaled.clone()
-    masked[cut] = torch.empty_like(ordered).scatter_(-1, ids, ordered)
-    return masked
-
-
-def _mask_below(scaled: Tensor, min_p: Tensor) -> None:
-    """-inf, in place, for the tokens that min_p leaves out. The likeliest token always stays, so it does not matter
-    what top_k and top_p have left out before."""
-    cut = (min_p > 0).nonzero().squeeze(1)
-    kept = scaled[cut]
-    floor = kept.amax(-1, keepdim=True) + min_p[cut].double().log().unsqueeze(1)
-    scaled[cut] = kept.masked_fill(kept < floor, float("-inf"))
+    ordered = ordered.masked_fill((before >= top_p.double().unsqueeze(1)) & (rank > 0), float("-inf"))
+    return torch.empty_like(ordered).scatter_(-1, ids, ordered)
 
 
 def _gumbel(seeds: Tensor, samples: Tensor, positions: Tensor, vocab_size: int) -> Tensor:

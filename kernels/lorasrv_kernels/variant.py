@@ -24,6 +24,7 @@ class Variant:
     num_warps: int
     num_stages: int
     tensor_cores: bool  # a product of bf16 or fp16 is among what it computes
+    since: int = 80  # the least compute capability that it is chosen for
 
     @property
     def name(self) -> str:

@@ -157,17 +157,31 @@ def _sample(logits: Tensor, rows: Sequence[SampleParams]) -> tuple[Tensor, Tenso
     edits = [(index, row.edits) for index, row in enumerate(rows) if row.edits is not None]
     if edits:
         _edit(logits, edits)
-    min_p = [row.min_p for row in rows]
-    return reference.sample(
-        logits,
-        temperature=torch.tensor([row.temperature for row in rows], dtype=torch.float32, device=device),
-        top_p=torch.tensor([row.top_p for row in rows], dtype=torch.float32, device=device),
-        top_k=torch.tensor([row.top_k or vocab_size for row in rows], dtype=torch.int64, device=device),
-        min_p=torch.tensor(min_p, dtype=torch.float32, device=device) if any(min_p) else None,
-        seeds=torch.tensor([_signed(row.seed) for row in rows], dtype=torch.int64, device=device),
-        samples=torch.tensor([row.sample for row in rows], dtype=torch.int64, device=device),
-        positions=torch.tensor([row.position for row in rows], dtype=torch.int64, device=device),
-    )
+    drawn = [index for index, row in enumerate(rows) if row.temperature > 0]
+    cut = [index for index in drawn if rows[index].top_p < 1 or (rows[index].top_k or vocab_size) < vocab_size]
+    integers = [
+        [row.top_k or vocab_size for row in rows],
+        [_signed(row.seed) for row in rows],
+        [row.sample for row in rows],
+        [row.position for row in rows],
+        sorted(set(drawn).difference(cut)),
+        cut,
+    ]
+    numbers = [[row.temperature for row in rows], [row.top_p for row in rows], [row.min_p for row in rows]]
+    (top_k, seeds, samples, positions, *drawing), (temperature, top_p, min_p) = _tensors(integers, numbers, device)
+    some_min_p = min_p if any(numbers[2]) else None
+    return reference.sample(logits, temperature, top_p, top_k, some_min_p, seeds, samples, positions, *drawing)
+
+
+def _tensors(
+    integers: Sequence[Sequence[int]], numbers: Sequence[Sequence[float]], device: torch.device
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """int64 and float32 tensors of these lists, in one copy to the device."""
+    wide = torch.tensor([value for values in integers for value in values], dtype=torch.int64)
+    narrow = torch.tensor([value for values in numbers for value in values], dtype=torch.float32)
+    packed = torch.cat((wide.view(torch.uint8), narrow.view(torch.uint8))).to(device)
+    own, others = packed[: wide.nbytes].view(torch.int64), packed[wide.nbytes :].view(torch.float32)
+    return own.split([len(values) for values in integers]), others.split([len(values) for values in numbers])
 
 
 def _edit(logits: Tensor, edits: Sequence[tuple[int, LogitEdits]]) -> None:
