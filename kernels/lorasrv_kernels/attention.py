@@ -237,9 +237,10 @@ def paged_attention(
     window: int | None,
     out: Tensor,  # [num_tokens, num_heads, head_dim]
     *,
-    work: AttentionWork,  # of these starts and lengths, on the device
+    work: AttentionWork | None,  # of these starts and lengths, on the device
 ) -> None:
     """As `reference.paged_attention`; rows of no item are not written."""
+    assert work is not None, "attention without its lists"
     heads, head_dim = query.shape[1:]
     block_tokens, kv_heads = kv.shape[3:5]
     assert heads == kv_heads * work.tiling.group, (heads, kv_heads, work.tiling)

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lorasrv_kernels import reference
+from lorasrv_kernels.attention_work import AttentionWork
 from lorasrv_kernels.tiles import Delta
 
 # A decode step pays for whole tiles, a prefill for calls. On a CPU a call over LoRA's thin matrices costs more than its
@@ -121,6 +122,8 @@ def paged_attention(
     context_lengths: Tensor,  # int32 [num_sequences]
     window: int | None,
     out: Tensor,  # [num_tokens, num_heads, head_dim]
+    *,
+    work: AttentionWork | None = None,  # not read here
 ) -> None:
     starts, contexts = query_starts.tolist(), context_lengths.tolist()
     for sequence, context in enumerate(contexts):

@@ -1,10 +1,11 @@
-"""What a forward pass calls, as a type: the modules `reference` and `fixed` are its implementations."""
+"""What a forward pass calls, as a type: the modules `reference`, `fixed` and `gpu` are its implementations."""
 
 from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
 
+from lorasrv_kernels.attention_work import AttentionWork
 from lorasrv_kernels.tiles import Delta, Module, Segments
 
 
@@ -62,6 +63,8 @@ class ForwardKernels(Protocol):
         window: int | None,
         out: Tensor,
         /,
+        *,
+        work: AttentionWork | None,
     ) -> None: ...
     @staticmethod
     def sgmv_shrink(

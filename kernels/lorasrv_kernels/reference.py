@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lorasrv_kernels.attention_work import AttentionWork
 from lorasrv_kernels.tiles import ADDRESS_BYTES, HEADER_FIELDS, TILE_ROWS, Delta, Matrix, Module, Segments
 from lorasrv_kernels.work import split_cols
 
@@ -239,6 +240,8 @@ def rope(
 def silu_mul(
     gate_up: Tensor,  # [num_tokens, 2 * intermediate], of a linear module; may be written
     delta: Delta | None = None,
+    *,
+    expand: Callable[[Delta | None, Tensor], None] = expand,
 ) -> Tensor:  # [num_tokens, intermediate]
     """silu(gate) * up of the two halves, with what the adapters add to them."""
     expand(delta, gate_up)
@@ -295,6 +298,8 @@ def paged_attention(
     context_lengths: Tensor,  # int32 [num_sequences], tokens in the pages, those of this step included
     window: int | None,  # >= 1, the last positions that a row sees; None for all
     out: Tensor,  # [num_tokens, num_heads, head_dim]
+    *,
+    work: AttentionWork | None = None,  # the same in lists, for kernels; not read here
 ) -> None:
     """Causal attention of each sequence's last query rows over all its tokens, in fp32, rounded once.
 

@@ -21,7 +21,9 @@ from lorasrv.model.families import Architecture, read_architecture
 from lorasrv.model.loader import dummy_weights, load_weights
 from lorasrv.model.sampler import Drawn, Fence, Scores, draw, position_logprobs
 from lorasrv.types import EngineInfo
-from lorasrv_kernels import fixed, reference
+from lorasrv_kernels import fixed
+from lorasrv_kernels.attention_work import AttentionWork, Tiling
+from lorasrv_kernels.dispatch import attention_tiling, forward_kernels
 from lorasrv_kernels.tiles import Segments
 from lorasrv_kernels.work import DECODE_HEIGHT, Work
 
@@ -32,9 +34,11 @@ _SCORED_ROWS = 64
 class ModelRunner:
     """Implements `engine.batch.Runner` on a decoder and a pool. Used by the engine's thread alone."""
 
-    def __init__(self, decoder: Decoder, storage: PageStorage) -> None:
+    def __init__(self, decoder: Decoder, storage: PageStorage, tiling: Tiling | None = None) -> None:
+        """`tiling` is how the decoder's kernels want attention cut, if they ask."""
         self._decoder = decoder
         self._storage = storage
+        self._tiling = tiling
         self._staging = Staging(storage.bytes.device)
         self._graphs: DecodeGraphs | None = None
         self._drawn: Drawn | None = None
@@ -55,7 +59,7 @@ class ModelRunner:
         if graph is None:
             forwarded = self._forward(self.build_batch(ordered))
         else:
-            self.load(graph.step, StepPlan.of(ordered, DECODE_HEIGHT))
+            self.load(graph.step, StepPlan.of(ordered, self._tiling, DECODE_HEIGHT))
             forwarded = graph.replay()
         self.num_forwards += 1
         return ModelStep(self, chunks, order, forwarded)
@@ -65,7 +69,8 @@ class ModelRunner:
         up to `max_rank` and sequences of up to `max_blocks` blocks."""
 
         def static_step(num_rows: int, lora: bool) -> StaticStep:
-            return self.static_step(Room.of_decodes(num_rows, max_blocks, max_rank if lora else 0))
+            rank, block_tokens = max_rank if lora else 0, self._storage.layout.block_tokens
+            return self.static_step(Room.of_decodes(num_rows, max_blocks, rank, block_tokens, self._tiling))
 
         def forward(batch: ForwardBatch) -> Forwarded:
             hidden = self._forward(batch).hidden
@@ -75,7 +80,7 @@ class ModelRunner:
 
     def static_step(self, room: Room) -> StaticStep:
         """A step without rows of its own, in arrays of fixed places."""
-        plan = StepPlan.of((), DECODE_HEIGHT)
+        plan = StepPlan.of((), self._tiling, DECODE_HEIGHT)
         arrays = self._arrays(plan, room)
         buffer = torch.zeros(num_bytes(arrays), dtype=torch.uint8, device=self._storage.bytes.device)
         tensors = self._staging.upload(arrays, buffer)
@@ -126,7 +131,7 @@ class ModelRunner:
 
     def build_batch(self, chunks: Sequence[ChunkInput]) -> ForwardBatch:
         """The tensors of a step whose chunks stand in segment order."""
-        plan = StepPlan.of(chunks)
+        plan = StepPlan.of(chunks, self._tiling)
         room = plan.room()
         tensors = self._staging.upload(self._arrays(plan, room))
         self._take_drawn(tensors["token_ids"], chunks)
@@ -166,6 +171,16 @@ class ModelRunner:
                     counts=tensors["work_counts"],
                 ),
             )
+        attention = None
+        if self._tiling is not None:
+            attention = AttentionWork(
+                tiling=self._tiling,
+                tiles=tensors["tiles"],
+                splits=tensors["splits"],
+                merges=tensors["merges"],
+                counts=tensors["attention_counts"],
+                num_slots=room.num_slots,
+            )
         return ForwardBatch(
             token_ids=tensors["token_ids"],
             positions=tensors["positions"],
@@ -174,6 +189,7 @@ class ModelRunner:
             query_starts=tensors["query_starts"],
             context_lengths=tensors["context_lengths"],
             segments=segments,
+            attention=attention,
         )
 
     def _tensor(self, values: Sequence[int]) -> Tensor:  # int64
@@ -243,7 +259,7 @@ def build_runner(config: EngineConfig) -> tuple[ModelRunner, PageStorage, Archit
     else:
         weights = load_weights(config.model.path, architecture, dtype, device)
     storage = PageStorage(layout, num_pages, dtype, device)
-    kernels = fixed if config.model.deterministic else reference
+    kernels = forward_kernels(device, deterministic=config.model.deterministic)
     decoder = Decoder(architecture, weights, module_geometry(layout, architecture.module_shapes()), kernels)
     info = EngineInfo(
         device=config.model.device,
@@ -254,7 +270,9 @@ def build_runner(config: EngineConfig) -> tuple[ModelRunner, PageStorage, Archit
         page_bytes=layout.page_bytes,
         num_pages=num_pages,
     )
-    return ModelRunner(decoder, storage), storage, architecture, info
+    group = architecture.num_heads // architecture.num_kv_heads
+    tiling = attention_tiling(kernels, device, dtype, architecture.head_dim, group)
+    return ModelRunner(decoder, storage, tiling), storage, architecture, info
 
 
 def _adapter_key(adapter: AdapterInput | None) -> tuple[bool, int, float]:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+import torch
 from numpy.typing import DTypeLike
 
 from lorasrv.engine.batch import AdapterInput, ChunkInput
 from lorasrv.memory.staging import Array
+from lorasrv_kernels.attention_work import AttentionWork, Tiling, build_attention_work, empty_attention_work
 from lorasrv_kernels.tiles import TILE_ROWS
 from lorasrv_kernels.work import WorkPlan, plan_work
 
@@ -28,11 +30,18 @@ class Room:
     num_row_blocks: int = 0
     num_rank_blocks: int = 0
     max_rank: int = 0
+    num_tiles: int = 0
+    num_splits: int = 0
+    num_merges: int = 0
+    num_slots: int = 0
 
     @staticmethod
-    def of_decodes(num_rows: int, max_blocks: int, max_rank: int) -> "Room":
+    def of_decodes(num_rows: int, max_blocks: int, max_rank: int, block_tokens: int, tiling: Tiling | None) -> "Room":
         """For any step of so many rows, one of each sequence; `max_rank` 0 for one without adapters."""
         num_segments = num_rows if max_rank else 0
+        attention = None
+        if tiling is not None:
+            attention = empty_attention_work(num_rows, max_blocks * block_tokens, tiling, torch.device("cpu"))
         return Room(
             num_tokens=num_rows,
             num_sequences=num_rows,
@@ -41,6 +50,7 @@ class Room:
             num_row_blocks=num_segments,
             num_rank_blocks=num_segments * -(-max_rank // TILE_ROWS),
             max_rank=max_rank,
+            **_attention_room(attention),
         )
 
 
@@ -51,10 +61,11 @@ class StepPlan:
     chunks: tuple[ChunkInput, ...]
     segments: tuple[tuple[int, int, AdapterInput], ...]  # (start, end, adapter)
     work: WorkPlan
+    attention: AttentionWork | None  # on the host
 
     @staticmethod
-    def of(chunks: Sequence[ChunkInput], height: int | None = None) -> "StepPlan":
-        """`height` bounds the rows of a block of work; None takes what suits the chunks."""
+    def of(chunks: Sequence[ChunkInput], tiling: Tiling | None = None, height: int | None = None) -> "StepPlan":
+        """`height` bounds the rows of a block of LoRA's work; None takes what suits the chunks."""
         segments = _segments(chunks)
         work = plan_work(
             [start for start, _, _ in segments],
@@ -63,7 +74,11 @@ class StepPlan:
             sum(chunk.num_tokens for chunk in chunks),
             height,
         )
-        return StepPlan(chunks=tuple(chunks), segments=segments, work=work)
+        attention = None
+        if tiling is not None:
+            lengths = [chunk.num_tokens for chunk in chunks], [chunk.start + chunk.num_tokens for chunk in chunks]
+            attention = build_attention_work(*lengths, tiling)
+        return StepPlan(chunks=tuple(chunks), segments=segments, work=work, attention=attention)
 
     def room(self) -> Room:
         """Just what the step needs."""
@@ -75,11 +90,13 @@ class StepPlan:
             num_row_blocks=len(self.work.row_blocks),
             num_rank_blocks=len(self.work.rank_blocks),
             max_rank=max((adapter.max_rank for _, _, adapter in self.segments), default=0),
+            **_attention_room(self.attention),
         )
 
 
 def step_arrays(plan: StepPlan, room: Room, block_tokens: int, scratch_page: int) -> dict[str, Array]:
-    """The arrays by name, as `model.decoder.ForwardBatch`, `lorasrv_kernels.tiles.Segments` and its `Work` have them.
+    """The arrays by name, as `model.decoder.ForwardBatch`, `lorasrv_kernels.tiles.Segments`, its `Work` and
+    `AttentionWork` have them.
 
     Those of segments are left out where there is room for none.
     """
@@ -102,7 +119,11 @@ def step_arrays(plan: StepPlan, room: Room, block_tokens: int, scratch_page: int
         "query_starts": _padded([0, *ends], room.num_sequences + 1, np.int32, behind=ends[-1] if ends else 0),
         "context_lengths": _padded([c.start + c.num_tokens for c in chunks], room.num_sequences, np.int32),
     }
-    return arrays | _lora_arrays(plan, room) if room.num_segments else arrays
+    if room.num_segments:
+        arrays |= _lora_arrays(plan, room)
+    if plan.attention is not None:
+        arrays |= _attention_arrays(plan.attention, room)
+    return arrays
 
 
 def drawn_rows(chunks: Sequence[ChunkInput]) -> dict[str, Array]:
@@ -140,8 +161,30 @@ def _lora_arrays(plan: StepPlan, room: Room) -> dict[str, Array]:
     }
 
 
-def _padded(values: Sequence[float], size: int, dtype: DTypeLike, behind: int = 0) -> Array:
-    padded = np.full(size, behind, dtype=dtype)
+def _attention_room(work: AttentionWork | None) -> dict[str, int]:
+    if work is None:
+        return {}
+    return {
+        "num_tiles": len(work.tiles),
+        "num_splits": len(work.splits),
+        "num_merges": len(work.merges),
+        "num_slots": work.num_slots,
+    }
+
+
+def _attention_arrays(work: AttentionWork, room: Room) -> dict[str, Array]:
+    assert work.num_slots <= room.num_slots, (work.num_slots, room)
+    return {
+        "tiles": _padded(work.tiles.numpy(), room.num_tiles, np.int32),
+        "splits": _padded(work.splits.numpy(), room.num_splits, np.int32),
+        "merges": _padded(work.merges.numpy(), room.num_merges, np.int32),
+        "attention_counts": work.counts.numpy(),
+    }
+
+
+def _padded(values: Sequence[float] | Array, size: int, dtype: DTypeLike, behind: int = 0) -> Array:
+    """`size` entries along the first dimension."""
+    padded = np.full((size, *np.shape(values)[1:]), behind, dtype=dtype)
     padded[: len(values)] = values
     return padded
 

@@ -14,6 +14,7 @@ from lorasrv.model.families import Architecture
 from lorasrv.model.loader import LayerWeights, ModelWeights
 from lorasrv.model.rope import Rotation
 from lorasrv_kernels import reference
+from lorasrv_kernels.attention_work import AttentionWork
 from lorasrv_kernels.forward import ForwardKernels
 from lorasrv_kernels.tiles import Delta, Module, Segments
 
@@ -29,6 +30,7 @@ class ForwardBatch:
     query_starts: Tensor  # int32 [num_sequences + 1]
     context_lengths: Tensor  # int32 [num_sequences]
     segments: Segments | None  # None when no row has an adapter
+    attention: AttentionWork | None = None  # the sequences in lists, for kernels that ask for them
 
 
 class Decoder:
@@ -103,7 +105,15 @@ class Decoder:
         out = torch.empty_like(query)
         window = self.architecture.windows[index]
         kernels.paged_attention(
-            query, kv, index, batch.block_tables, batch.query_starts, batch.context_lengths, window, out
+            query,
+            kv,
+            index,
+            batch.block_tables,
+            batch.query_starts,
+            batch.context_lengths,
+            window,
+            out,
+            work=batch.attention,
         )
         return kernels.project(out.flatten(1), layer.o, layer.o_bias, pool, segments, index, self._o_module)
 

@@ -1,0 +1,28 @@
+"""Picks what computes: the oracles, their batch-invariant forms, or the kernels of a GPU."""
+
+import torch
+
+from lorasrv_kernels import fixed, reference
+from lorasrv_kernels.attention_work import Tiling, tiling
+from lorasrv_kernels.forward import ForwardKernels
+
+
+def forward_kernels(device: torch.device, *, deterministic: bool) -> ForwardKernels:
+    """What a decoder on this device calls. Triton is loaded on a GPU only."""
+    if deterministic:
+        return fixed
+    if device.type == "cuda":
+        from lorasrv_kernels import gpu
+
+        return gpu
+    return reference
+
+
+def attention_tiling(
+    kernels: ForwardKernels, device: torch.device, dtype: torch.dtype, head_dim: int, group: int
+) -> Tiling | None:
+    """How these kernels want attention cut, `group` being the query heads of a kv head; None where they do not ask."""
+    if kernels is reference or kernels is fixed:
+        return None
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    return tiling(head_dim, group, dtype, capability=10 * major + minor)

@@ -1,0 +1,55 @@
+"""What a forward pass calls on a GPU, under the names and signatures of `reference`.
+
+Products of the base model are the library's; what reads their output next is ours and adds what adapters add.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lorasrv_kernels import reference
+from lorasrv_kernels.attention import paged_attention as paged_attention
+from lorasrv_kernels.sgmv import sgmv_expand, sgmv_shrink
+from lorasrv_kernels.tiles import Delta, Module, Segments
+from lorasrv_kernels.work import num_splits
+
+pack_linear = reference.pack_linear
+linear = reference.linear
+by_rows = reference.by_rows
+rms_norm = reference.rms_norm
+
+
+def project(
+    x: Tensor,  # [num_tokens, in_features]
+    weight: Tensor,  # [sum of out_features, in_features]
+    bias: Tensor | None,  # [sum of out_features]
+    pool: Tensor,  # [num_bytes], uint8
+    segments: Segments | None,
+    layer: int,
+    modules: tuple[Module, ...],
+) -> tuple[Tensor, Delta | None]:  # [num_tokens, sum of out_features]
+    """In a captured graph the shrink is a branch of its own beside the product, which leaves room on the device where
+    few rows are read by many weights."""
+    if segments is None:
+        return linear(x, weight, bias), None
+    shape = (num_splits(x.shape[1], x.shape[0]), len(modules), x.shape[0], segments.max_rank)
+    h = torch.empty(shape, dtype=torch.float32, device=x.device)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        current, branch = torch.cuda.current_stream(x.device), torch.cuda.Stream(x.device)
+        branch.wait_stream(current)
+        with torch.cuda.stream(branch):
+            sgmv_shrink(x, pool, segments, layer, modules, h)
+        out = linear(x, weight, bias)
+        current.wait_stream(branch)
+    else:
+        sgmv_shrink(x, pool, segments, layer, modules, h)
+        out = linear(x, weight, bias)
+    return out, Delta(h=h, pool=pool, segments=segments, layer=layer, modules=modules)
+
+
+expand = partial(reference.expand, sgmv=sgmv_expand)
+add = partial(reference.add, expand=expand)
+add_rms_norm = partial(reference.add_rms_norm, expand=expand)
+rope_write_kv = partial(reference.rope_write_kv, expand=expand)
+silu_mul = partial(reference.silu_mul, expand=expand)
