@@ -1,9 +1,12 @@
 """The commands of a Markdown page, and a shell that runs them as a reader would."""
 
+import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ CODE_SPAN = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
 # The first line of a program that is to be saved, and not yet run.
 FILE_NAME = re.compile(r"# ([\w.-]+\.py)\n")
 DEADLINE_S = 120.0
+STOP_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +75,25 @@ class Shell:
         self._output = folder / "stdout.txt"
         with self._errors.open("w") as errors, self._output.open("w") as output:
             self._process: Any = subprocess.Popen(
-                ["bash", "--norc"], stdin=subprocess.PIPE, stdout=output, stderr=errors, cwd=folder, env=env, text=True
+                ["bash", "--norc"],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=errors,
+                cwd=folder,
+                env=env,
+                text=True,
+                start_new_session=True,
             )
 
     def close(self) -> None:
-        """Servers are told to stop, and waited for."""
-        self._process.stdin.write("kill $(jobs -p); wait\n")
-        self._process.stdin.close()
-        self._process.wait(DEADLINE_S)
+        """Servers are told to stop, and waited for; nothing is left, whatever a command did."""
+        try:
+            with suppress(BrokenPipeError):
+                self._process.communicate("kill $(jobs -p); wait\n", timeout=STOP_S)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
     def run(self, block: Block) -> None:
         """A block as its language says; raises AssertionError for a command that fails, or shows something else."""

@@ -53,6 +53,16 @@ async def test_adapters_of_the_server_complete(running: Running, env: dict[str, 
     )
     assert both == ["upper", "uppish"]
     assert (option, one) == (["lower"], ["uppish"])
+    env["LORASRV_URL"] = free_address()
+    assert bash(f"lorasrv context add here {running.address}", env).returncode == 0
+    url, context, neither = await asyncio.to_thread(
+        completed,
+        env,
+        f"lorasrv generate --url {running.address} -a upp",
+        "lorasrv --context here adapters rm lo",
+        "lorasrv adapters rm lo",
+    )
+    assert (url, context, neither) == (["upper", "uppish"], ["lower"], [])
 
 
 def test_without_a_server_there_is_nothing_and_no_word(env: dict[str, str]) -> None:

@@ -64,6 +64,7 @@ def test_a_kept_key_is_for_its_owner_alone(config: Path) -> None:
     config.chmod(0o600)
     bad = run("context", "add", "lab", "lab:1", "--api-key-stdin", stdin="not a-key\n")
     assert_fails(bad, 2, "visible ASCII")
+    assert_fails(run("context", "add", "lab", "lab:1", "--api-key-stdin", stdin="\n"), 2, "the API key is empty")
     assert "a-key" not in bad.stderr
     assert api_key_of(resolve(None)) == "of-the-lab"
 

@@ -16,6 +16,7 @@ from keyed import KeyRing, keyed_server
 from lorasrv import __version__
 from lorasrv.cli import diagnosis
 from lorasrv.cli.diagnosis import Finding, data_dir, devices, model, port
+from lorasrv.keys import Role
 from lorasrv_adapters.database import SCHEMA_VERSION, Database
 from running_server import running_server
 from test_cli import in_thread, own_config, run
@@ -70,10 +71,13 @@ async def test_a_port_with_a_server_tells_its_status(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].startswith("a server cannot start")
 
 
-async def test_a_port_with_a_server_that_wants_a_key(tmp_path: Path) -> None:
-    async with keyed_server(tmp_path, KeyRing(tmp_path / "keys.toml")) as running:
+async def test_a_port_with_a_server_that_wants_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = KeyRing(tmp_path / "keys.toml")
+    # Not for whoever happens to have the port.
+    monkeypatch.setenv("LORASRV_API_KEY", ring.add("acme", [Role.READ]))
+    async with keyed_server(tmp_path, ring) as running:
         done = await in_thread("doctor", "--port", running.address.rpartition(":")[2], "--data-dir", tmp_path / "other")
-    assert "taken by a lorasrv server (UNAUTHENTICATED)" in done.stdout
+    assert "taken by a lorasrv server, which says UNAUTHENTICATED" in done.stdout
 
 
 def test_a_port_with_another_program(monkeypatch: pytest.MonkeyPatch) -> None:

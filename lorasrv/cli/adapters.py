@@ -119,7 +119,10 @@ def show(name: NameArgument, url: UrlOption = None, as_json: JsonOption = False)
 
 @app.command()
 def rm(
-    reference: Annotated[str, typer.Argument(help="NAME, or one untagged version: NAME@sha256:HEX.")],
+    reference: Annotated[
+        str,
+        typer.Argument(help="NAME, or one untagged version: NAME@sha256:HEX.", autocompletion=complete_adapter),
+    ],
     purge: Annotated[bool, typer.Option("--purge", help="For good: `restore` cannot bring it back.")] = False,
     url: UrlOption = None,
     as_json: JsonOption = False,

@@ -84,6 +84,8 @@ def check_context(context: Context) -> Context:
     """Raises ValueError, which shows no key."""
     target_of(context.url)
     if context.api_key is not None:
+        if not context.api_key:
+            raise ValueError("the API key is empty")
         credentials(context.api_key)
         if context.api_key_file is not None:
             raise ValueError("api_key and api_key_file exclude each other")

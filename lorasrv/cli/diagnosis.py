@@ -172,13 +172,12 @@ def _registry(folder: Path) -> Iterator[Finding]:
 def _listener(number: int) -> str:
     """Who answers at a port of this machine."""
     try:
-        with Client(f"127.0.0.1:{number}", timeout_s=ANSWER_TIMEOUT_S) as client:
+        # Without a key: who listens there is not known yet.
+        with Client(f"127.0.0.1:{number}", api_key="", timeout_s=ANSWER_TIMEOUT_S) as client:
             info, status = client.info(), client.status()
     except ClientError as error:
         # Only lorasrv servers give reasons.
-        return "another program" if error.reason is None else f"a lorasrv server ({error.reason})"
-    except ValueError as error:
-        return f"a program that was not asked: {error}"
+        return "another program" if error.reason is None else f"a lorasrv server, which says {error.reason}"
     state = server_pb2.EngineState.Name(status.state).removeprefix("ENGINE_STATE_").lower()
     return (
         f"a lorasrv server {info.version} of {info.base_model.name}, {state}: "
