@@ -4,7 +4,7 @@ import asyncio
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lorasrv.client.batch import Job, Outcome, generate_all
 from lorasrv.client.errors import (
     Aborted,
     AlreadyExists,
+    DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
     NotFound,
@@ -25,8 +26,9 @@ from lorasrv.client.errors import (
     Unavailable,
 )
 from lorasrv.client.messages import generate_request, target_of
+from lorasrv.client.transfer import differing_files
 from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
-from running_server import Running, running_server, subprocess_env
+from running_server import Running, running_server, subprocess_env, until
 
 
 @pytest.fixture
@@ -107,6 +109,71 @@ async def test_every_verb_of_the_registry(running: Running, tmp_path: Path) -> N
                 client.import_adapter("runs/upper", "upper")
 
     await asyncio.to_thread(session)
+
+
+async def test_warm_and_verify(running: Running, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "upper")
+
+    def session() -> None:
+        with Client(running.address) as client:
+            version = client.push(folder)
+            assert client.warm("upper").tier == adapter_pb2.TIER_DEVICE
+            assert client.warm(f"upper@sha256:{version.digest[:8]}", "host").tier == adapter_pb2.TIER_HOST
+            with pytest.raises(ValueError, match="'disk' is not one of host, device"):
+                client.warm("upper", "disk")  # pyright: ignore[reportArgumentType]
+            with pytest.raises(NotFound):
+                client.warm("lower")
+            found = client.verify("upper")
+            assert found.version.digest == version.digest
+            assert differing_files(folder, found.files) == []
+            assert differing_files(write_adapter(tmp_path / "other", seed=1), found.files) == [
+                "adapter_model.safetensors"
+            ]
+            (folder / "serving.json").write_text("{}")
+            assert differing_files(folder, found.files) == ["serving.json"]
+            with pytest.raises(NotFound):
+                client.verify("upper@prod")
+            running.engine.warm_gate.clear()
+            with pytest.raises(DeadlineExceeded):
+                client.warm("upper", timeout_s=0.05)
+
+    await asyncio.to_thread(session)
+    await until(lambda: not running.engine.warming)
+
+
+async def test_the_async_client_has_what_a_service_asks_for_while_it_runs(running: Running, tmp_path: Path) -> None:
+    folders = [write_adapter(tmp_path / name, seed=seed) for seed, name in enumerate(("upper", "lower"))]
+
+    def session(call: Callable[[Client], Any]) -> Any:
+        with Client(running.address) as client:
+            return call(client)
+
+    for folder in folders:
+        await asyncio.to_thread(session, lambda client, folder=folder: client.push(folder))
+    async with AsyncClient(running.address) as client:
+        assert (await client.warm("upper")).tier == adapter_pb2.TIER_DEVICE
+        calls: tuple[Callable[[Any], Any], ...] = (
+            lambda each: each.tokenize("hi", with_offsets=True, with_text=True),
+            lambda each: each.tokenize("hi", adapter="base"),
+            lambda each: each.detokenize([72, 73]),
+            lambda each: each.adapters(),
+            lambda each: each.adapters(name_prefix="u"),
+        )
+        for call in calls:
+            same, other = await call(client), await asyncio.to_thread(session, call)
+            assert same and same == other
+        assert (await client.status()).state == server_pb2.ENGINE_STATE_READY
+        running.engine.warm_gate.clear()
+        waiting = asyncio.create_task(client.warm("upper"))
+        await until(lambda: bool(running.engine.warming))
+        waiting.cancel()
+        await until(lambda: not running.engine.warming)
+        for failing in (client.warm("nobody"), client.tokenize("hi", adapter="nobody")):
+            with pytest.raises(NotFound) as missing:
+                await failing
+            assert missing.value.reason == "ADAPTER_NOT_FOUND"
+        with pytest.raises(DeadlineExceeded):
+            await client.warm("upper", timeout_s=0.05)
 
 
 async def test_a_stream_in_both_clients(running: Running) -> None:

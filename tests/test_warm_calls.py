@@ -14,6 +14,7 @@ from adapter_folders import write_adapter
 from keyed import TENANT_ROLES, Keyed, KeyRing, keyed_server
 from lorasrv.client.messages import upload_files, write_requests
 from lorasrv.errors import AdapterCorrupt, AdapterLoadFailed, DeadlineExceeded, ResourceExhausted
+from lorasrv.keys import Role
 from lorasrv.server.adapters import MAX_VERIFYING
 from lorasrv.server.frontdesk import WARM_S
 from lorasrv.types import Tier
@@ -266,6 +267,24 @@ async def test_warming_is_a_tenants_own(tmp_path: Path) -> None:
         (shown,) = (await rival.server.GetStatus(status)).adapters
         assert shown.adapter_id == "mine"
         await nothing_left(running)
+
+
+async def test_who_may_generate_may_warm_and_who_may_read_may_verify(tmp_path: Path) -> None:
+    ring = KeyRing(tmp_path / "keys.toml")
+    publisher = ring.add("acme", TENANT_ROLES)
+    keys = {role: ring.add("acme", [role]) for role in Role}
+    async with keyed_server(tmp_path, ring) as running:
+        digest = await keyed_push(Keyed(running.channel, publisher), write_adapter(tmp_path / "upper"), "upper")
+        for role, key in keys.items():
+            caller = Keyed(running.channel, key).adapters
+            for may, call in (
+                (Role.GENERATE, warm(caller, parent="tenants/-")),
+                (Role.READ, verify(caller, digest, "tenants/-/adapters/upper")),
+            ):
+                if role is may:
+                    await call
+                else:
+                    await refused(call, Code.PERMISSION_DENIED, "PERMISSION_DENIED")
 
 
 async def keyed_push(caller: Keyed, folder: Path, adapter_id: str) -> str:
