@@ -6,8 +6,8 @@ from types import TracebackType
 from typing import Self
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-HEADERS, RST_STREAM, SETTINGS, PING = 1, 3, 4, 6
-END_HEADERS = 4
+DATA, HEADERS, RST_STREAM, SETTINGS, PING = 0, 1, 3, 4, 6
+END_STREAM, END_HEADERS = 1, 4
 CANCEL = 8
 
 
@@ -27,6 +27,11 @@ def call_headers(stream: int, path: str, **metadata: str) -> bytes:
     return frame(HEADERS, END_HEADERS, stream, header_block(fields))
 
 
+def call_message(stream: int, message: bytes) -> bytes:
+    """The frame that a gRPC call's only message goes in."""
+    return frame(DATA, END_STREAM, stream, b"\0" + struct.pack(">I", len(message)) + message)
+
+
 class Connection:
     """A socket that has said hello."""
 
@@ -41,6 +46,11 @@ class Connection:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._socket.close()
+
+    def reset(self) -> None:
+        """End the connection with a TCP reset."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self._socket.close()
 
     def send(self, data: bytes) -> bool:

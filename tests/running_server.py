@@ -75,9 +75,10 @@ def asked(text: str | None = "hé>", adapter: str = "base", **sampling: Any) -> 
 
 
 async def refused(call: Any, code: grpc.StatusCode, reason: str, what: str = "") -> grpc.aio.AioRpcError:
-    """The error of a call that has to fail so; `what` says which it was."""
+    """The error of a call that has to fail so; `what` says which it was. One that is not refused may well wait."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
+        async with asyncio.timeout(30):
+            await call
     assert (caught.value.code(), reason_of(caught.value)) == (code, reason), f"{what}: {caught.value.details()}"
     return caught.value
 

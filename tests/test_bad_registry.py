@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -322,6 +323,20 @@ async def test_another_base_models_version_is_refused_until_it_is_pushed_again(t
             assert (version.digest, version.state) == (digest, adapter_pb2.VERSION_STATE_INCOMPATIBLE)
             assert await push(adapters, folder, "upper") == digest
         assert (await generation.Generate(asked("upper"))).started.version_digest == digest
+
+
+@pytest.mark.row(33)
+async def test_a_locked_catalogue_is_told_and_streams_go_on(running: Running, adapters: Any, tmp_path: Path) -> None:
+    async with innocent_neighbour(running, tmp_path):
+        await push(adapters, write_adapter(tmp_path / "upper"), "upper")
+        running.server._registry._catalogue._database._db.execute("PRAGMA busy_timeout=50")
+        with sqlite3.connect(tmp_path / "data" / "catalogue.sqlite3", isolation_level=None) as other:
+            other.execute("BEGIN EXCLUSIVE")
+            error = await refused(update(adapters, labels={"a": "b"}), Code.UNAVAILABLE, "REGISTRY_UNAVAILABLE")
+            assert str(tmp_path) not in str(error.details())
+            other.execute("ROLLBACK")
+        other.close()
+        assert dict((await update(adapters, labels={"a": "b"})).labels) == {"a": "b"}
 
 
 @pytest.mark.row(35)

@@ -473,6 +473,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(
     assert registry.uploads.finish("acme", upload.upload_id).state is UploadState.PUBLISHED
 
 
+@pytest.mark.row(33)
 def test_one_process_owns_a_data_directory(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(err.RegistryUnavailable, match="another process"):
         Registry(tmp_path / "data", BASE)
@@ -516,6 +517,7 @@ def test_a_catalogue_of_an_older_schema_is_brought_up_to_date(tmp_path: Path, sc
         registry.close()
 
 
+@pytest.mark.row(33)
 def test_damaged_or_newer_catalogues_are_refused(tmp_path: Path) -> None:
     Registry(tmp_path / "data", BASE).close()
     catalogue = tmp_path / "data" / "catalogue.sqlite3"

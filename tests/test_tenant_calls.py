@@ -223,6 +223,19 @@ async def test_what_another_tenant_has_is_what_nobody_has(stranger: Stranger) ->
     assert await owned() == before
 
 
+@pytest.mark.row(28)
+@pytest.mark.parametrize("what", ["{0.adapter_id}", "{0.adapter_id}@{0.tag}", "{0.adapter_id}@sha256:{0.digest}"])
+async def test_warming_finds_what_generating_finds(stranger: Stranger, what: str) -> None:
+    """By another tenant's reference in one's own tenant; its parent is compared above."""
+    told: set[Answer] = set()
+    for names in (stranger.theirs, stranger.nobodys):
+        request = adapter_pb2.WarmAdapterRequest(parent="tenants/-", reference=what.format(names))
+        got = await answer(stranger.rival, "WarmAdapter", request)
+        told.add(replace(got, data=names.masked(got.data)))
+    assert {each.code for each in told} == {Code.NOT_FOUND}
+    assert len(told) == 1
+
+
 async def test_the_owner_finds_what_others_do_not(stranger: Stranger) -> None:
     """So that the test above says something: the names are right."""
     stranger.running.engine.gate.set()
