@@ -15,6 +15,7 @@ from lorasrv.engine.fitting import page_layout
 from lorasrv.engine.packer import Packer
 from lorasrv.engine.runner import ModelRunner, build_runner
 from lorasrv.engine.step_arrays import Room, StepPlan
+from lorasrv.engine.warm_up import warm_up
 from lorasrv.memory.packing import module_geometry
 from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder
@@ -99,10 +100,22 @@ def test_prompts_chunks_and_decodes_of_many_adapters_are_the_oracles(rig: Rig) -
 
     step = [rig.chunk(sequence, length + 1, length + 2) for sequence, length in enumerate(lengths)]
     step.sort(key=lambda chunk: (chunk.adapter is None, chunk.adapter.directory if chunk.adapter else 0))
-    static = rig.runner.static_step(Room.of_decodes(8, 8, 64, BLOCK_TOKENS, rig.runner._tiling))
+    room = Room.of_decodes(8, 8, 64, BLOCK_TOKENS, rig.runner._tiling)
+    static = rig.runner.static_step(room, torch.full((8, 8), 10**6, dtype=torch.int32, device=DEVICE))
     rig.runner.load(static, StepPlan.of(step, rig.runner._tiling, 16))
     hidden = rig.runner._decoder.forward(static.batch, rig.storage.bytes, rig.storage.kv)[: len(step)]
     torch.testing.assert_close(rig.runner._decoder.logits(hidden).cpu(), logits(rig.oracle, step), atol=2e-4, rtol=1e-4)
+
+
+def test_a_runner_is_warmed_up_and_right_behind_it(rig: Rig, tmp_path: Path) -> None:
+    other = Rig(tmp_path)
+    architecture = read_architecture(tmp_path)
+    warm_up(other.oracle, other.oracle._storage, architecture.module_shapes(), 64, 20)
+    step = other.oracle.forward((other.chunk(0, 0, 21),))
+    step.draw((Draw(chunk=0, how=GREEDY),))
+    again = rig.oracle.forward((rig.chunk(0, 0, 21),))
+    again.draw((Draw(chunk=0, how=GREEDY),))
+    assert step.output().tokens == again.output().tokens
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="graphs are CUDA's")

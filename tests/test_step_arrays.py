@@ -127,7 +127,8 @@ def test_rows_that_fill_up_a_step_change_none_of_its_own(tmp_path: Path) -> None
     want = rig.logits(rig.runner.build_batch(step))
     written = rig.storage.bytes.clone()
     rig.storage.bytes.copy_(before)
-    static = rig.runner.static_step(Room(num_tokens=8, num_sequences=8, max_blocks=12))
+    room = Room(num_tokens=8, num_sequences=8, max_blocks=12)
+    static = rig.runner.static_step(room, torch.full((8, 12), 10**6, dtype=torch.int32))
     rig.runner.load(static, StepPlan.of(step))
     torch.testing.assert_close(rig.logits(static.batch)[:3], want, atol=1e-4, rtol=0)  # a product of another shape
     kv, scratch = rig.storage.kv, rig.storage.scratch_page

@@ -9,6 +9,7 @@ from lorasrv.engine.core import EngineCore, Limits
 from lorasrv.engine.packer import Packer
 from lorasrv.engine.runner import build_runner
 from lorasrv.engine.tiers import Tiers
+from lorasrv.engine.warm_up import warm_up
 from lorasrv.errors import ConfigurationError
 from lorasrv.memory.packing import PackedAdapter
 from lorasrv.model.base_shapes import base_shapes
@@ -41,7 +42,13 @@ def build_core(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
 def assemble(config: EngineConfig, read: Callable[[str, Packer], PackedAdapter]) -> Assembly:
     """An engine whose adapters' page images come from `read(digest, packer)`, called in worker threads."""
     runner, storage, architecture, info = build_runner(config)
-    packer = Packer(layout=storage.layout, module_shapes=architecture.module_shapes(), dtype=storage.kv.dtype)
+    modules = architecture.module_shapes()
+    if storage.bytes.is_cuda:
+        if not config.model.deterministic:
+            max_blocks = min(info.num_pages, storage.layout.pages_for_tokens(info.context_tokens))
+            runner.capture_graphs(config.scheduler.max_running, max_blocks, config.max_rank)
+        warm_up(runner, storage, modules, info.context_tokens, config.max_rank)
+    packer = Packer(layout=storage.layout, module_shapes=modules, dtype=storage.kv.dtype, pinned=storage.bytes.is_cuda)
     limits = Limits(
         num_pages=info.num_pages,
         block_tokens=info.block_tokens,

@@ -16,11 +16,13 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True, kw_only=True)
 class Packer:
-    """Packs for one pool; `module_shapes` is (path, in_features, out_features) in directory order."""
+    """Packs for one pool; `module_shapes` is (path, in_features, out_features) in directory order. Images that are
+    `pinned` are copied to a GPU beside its steps."""
 
     layout: PageLayout
     module_shapes: tuple[tuple[str, int, int], ...]
     dtype: torch.dtype
+    pinned: bool = False
 
     def pack(self, files: AdapterFiles) -> PackedAdapter:
         """Read and pack a version. Raises AdapterLoadFailed when it cannot be laid out, OSError or MalformedFile when
@@ -37,7 +39,7 @@ class Packer:
                 )
                 for spec in files.spec.modules
             ]
-        return pack_adapter(modules, self.layout, self.module_shapes, self.dtype)
+        return pack_adapter(modules, self.layout, self.module_shapes, self.dtype, pinned=self.pinned)
 
 
 def _read(file: BinaryIO, entry: TensorEntry) -> Tensor:

@@ -1,6 +1,7 @@
 """Turns a step's chunks into tensors, runs the one forward pass, and draws the tokens."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate
 
 import numpy as np
@@ -67,10 +68,13 @@ class ModelRunner:
     def capture_graphs(self, max_rows: int, max_blocks: int, max_rank: int) -> None:
         """On CUDA, before the first step: from now on decode steps of up to so many rows are replayed, for adapters of
         up to `max_rank` and sequences of up to `max_blocks` blocks."""
+        device, block_tokens = self._storage.bytes.device, self._storage.layout.block_tokens
+        # Only a corner of it is ever written, and one graph runs at a time.
+        block_tables = torch.zeros(max_rows, max_blocks, dtype=torch.int32, device=device)
 
         def static_step(num_rows: int, lora: bool) -> StaticStep:
-            rank, block_tokens = max_rank if lora else 0, self._storage.layout.block_tokens
-            return self.static_step(Room.of_decodes(num_rows, max_blocks, rank, block_tokens, self._tiling))
+            room = Room.of_decodes(num_rows, max_blocks, max_rank if lora else 0, block_tokens, self._tiling)
+            return self.static_step(room, block_tables[:num_rows])
 
         def forward(batch: ForwardBatch) -> Forwarded:
             hidden = self._forward(batch).hidden
@@ -78,17 +82,27 @@ class ModelRunner:
 
         self._graphs = DecodeGraphs(graph_sizes(max_rows), static_step, forward)
 
-    def static_step(self, room: Room) -> StaticStep:
+    def static_step(
+        self,
+        room: Room,
+        block_tables: Tensor,  # int32 [room.num_sequences, room.max_blocks]
+    ) -> StaticStep:
         """A step without rows of its own, in arrays of fixed places."""
         plan = StepPlan.of((), self._tiling, DECODE_HEIGHT)
-        arrays = self._arrays(plan, room)
+        arrays = self._arrays(plan, replace(room, max_blocks=0))
+        del arrays["block_tables"]
         buffer = torch.zeros(num_bytes(arrays), dtype=torch.uint8, device=self._storage.bytes.device)
         tensors = self._staging.upload(arrays, buffer)
-        return StaticStep(room=room, buffer=buffer, batch=self._batch(tensors, plan, room))
+        batch = self._batch(tensors | {"block_tables": block_tables}, plan, room)
+        return StaticStep(room=room, buffer=buffer, batch=batch)
 
     def load(self, step: StaticStep, plan: StepPlan) -> None:
         """Put a step into these places."""
-        tensors = self._staging.upload(self._arrays(plan, step.room), step.buffer)
+        longest = max(len(chunk.block_table) for chunk in plan.chunks)
+        arrays = self._arrays(plan, replace(step.room, max_blocks=longest))
+        tables = self._staging.upload({"block_tables": arrays.pop("block_tables")})["block_tables"]
+        step.batch.block_tables[:, :longest].copy_(tables)
+        tensors = self._staging.upload(arrays, step.buffer)
         self._take_drawn(tensors["token_ids"], plan.chunks)
 
     def _graph_for(self, chunks: Sequence[ChunkInput]) -> DecodeGraph | None:

@@ -78,6 +78,8 @@ def pack_adapter(
     layout: PageLayout,
     module_shapes: tuple[tuple[str, int, int], ...],
     dtype: torch.dtype,
+    *,
+    pinned: bool = False,
 ) -> PackedAdapter:
     """Cast to the serving dtype, transpose B, cut and place; values are otherwise untouched.
 
@@ -92,7 +94,7 @@ def pack_adapter(
     if placed is None:
         raise AdapterLoadFailed(f"the adapter's tile directory exceeds a page of {layout.page_bytes} bytes")
     return PackedAdapter(
-        image=_fill_pages(ordered, placed, layout, dtype),
+        image=_fill_pages(ordered, placed, layout, dtype, pinned),
         headers=_headers(ordered, placed, num_headers, len(module_shapes)),
         tile_pages=torch.tensor([tile.local_page for tile in placed.tiles], dtype=torch.int64),
         tile_offsets=torch.tensor([tile.offset_bytes for tile in placed.tiles], dtype=torch.int64),
@@ -106,8 +108,10 @@ def _check_shapes(module: PackedModule, module_shapes: tuple[tuple[str, int, int
     assert module.b.shape == (out_features, module.rank), (module.layer, module.module, module.b.shape)
 
 
-def _fill_pages(modules: list[PackedModule], placed: AdapterImage, layout: PageLayout, dtype: torch.dtype) -> Tensor:
-    image = torch.zeros(placed.num_pages, layout.page_bytes, dtype=torch.uint8)
+def _fill_pages(
+    modules: list[PackedModule], placed: AdapterImage, layout: PageLayout, dtype: torch.dtype, pinned: bool
+) -> Tensor:
+    image = torch.zeros(placed.num_pages, layout.page_bytes, dtype=torch.uint8, pin_memory=pinned)
     elems = image.view(-1).view(dtype)
     bounds = (*placed.first_tile, len(placed.tiles))
     matrices = (matrix for module in modules for matrix in (module.a, module.b.T))
