@@ -175,12 +175,7 @@ def expand_tile(
     lora,  # what `_expand_kernel` makes of its arguments
     directory,  # word of the adapter's directory, int64
     module,
-    rows,  # int64 [HEIGHT]
-    in_rows,
-    col,
-    cols,
-    chunk,
-    odd_chunk,
+    tile,  # (rows int64 [HEIGHT], which of them, first column, columns of the module, its chunk, its odd chunk)
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -189,6 +184,7 @@ def expand_tile(
 ):
     """acc + h @ B[:, col : col + BLOCK_C] of one module. Unless GATHER, the columns lie in one chunk."""
     h_ptr, split_stride, module_stride, row_stride, num_splits, words_ptr, elems_ptr, first_header = lora
+    rows, in_rows, col, cols, chunk, odd_chunk = tile
     c = tl.arange(0, BLOCK_C)
     in_cols = (c < tl.multiple_of(tl.minimum(cols - col, BLOCK_C), ALIGN))[None, :]
     # Short row blocks wait for h, high ones lack registers.
@@ -281,23 +277,8 @@ def _expand_kernel(
                 limit = tl.multiple_of(tl.minimum(own_cols - col, BLOCK_C), ALIGN)
                 mask = in_rows[:, None] & (c < limit)[None, :]
                 acc = tl.load(out, mask=mask, other=0.0).to(tl.float32)
-                acc = expand_tile(
-                    acc,
-                    lora,
-                    directory,
-                    module,
-                    rows,
-                    in_rows,
-                    col,
-                    own_cols,
-                    chunk,
-                    odd_chunk,
-                    BLOCK_R,
-                    BLOCK_C,
-                    ALIGN,
-                    WIDEN,
-                    False,
-                )
+                own = (rows, in_rows, col, own_cols, chunk, odd_chunk)
+                acc = expand_tile(acc, lora, directory, module, own, BLOCK_R, BLOCK_C, ALIGN, WIDEN, False)
                 tl.store(out, acc, mask=mask)
 
 
