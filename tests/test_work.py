@@ -70,4 +70,4 @@ def test_splits_cover_the_columns(cols: int) -> None:
     of_rows = [num_splits(cols, num_rows) for num_rows in (1, 16, 256, 512, 1024, 8192)]
     assert of_rows[0] == of_rows[1] == of_rows[2] >= 1
     assert of_rows == sorted(of_rows, reverse=True) and of_rows[-1] == 1
-    assert (num_splits(4096, 1), num_splits(14336, 1)) == (8, 16)
+    assert (num_splits(4096, 1), num_splits(14336, 1)) == (4, 8)

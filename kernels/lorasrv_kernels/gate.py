@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from lorasrv_kernels.variant import Variant
 
-KERNEL_MODULES = ("sgmv", "fused", "attention", "sampling")  # those of them that are there
+KERNEL_MODULES = ("sgmv", "fused", "norm", "attention", "sampling")  # those of them that are there
 # Compute capability and the shared memory, in bytes, that a block may have there.
 ARCHS = {80: 163 * 1024, 90: 227 * 1024}
 
@@ -112,7 +112,9 @@ def _source(variant: Variant) -> ASTSource:
         for place, part in enumerate(parts):
             if part.endswith(":16"):
                 divisible[(index, place) if isinstance(kind, tuple) else (index,)] = [["tt.divisibility", 16]]
-    constexprs = {(names.index(name),): value for name, value in variant.constexprs.items()}
+    absent = [name for name, kind in variant.arguments.items() if kind == "none"]
+    constexprs = {(names.index(n),): v for n, v in [*variant.constexprs.items(), *((name, None) for name in absent)]}
+    signature |= dict.fromkeys(absent, "constexpr")
     return ASTSource(variant.kernel, signature, constexprs, divisible)
 
 

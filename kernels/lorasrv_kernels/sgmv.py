@@ -25,10 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorasrv_kernels.tiles import ADDRESS_BYTES, HEADER_FIELDS, Module, Segments
-from lorasrv_kernels.variant import Variant, interpreting, num_programs
+from lorasrv_kernels.tiles import ADDRESS_BYTES, HEADER_FIELDS, Delta, Module, Segments
+from lorasrv_kernels.variant import ArgumentType, Variant, interpreting, num_programs
 from lorasrv_kernels.work import DECODE_HEIGHT, PREFILL_HEIGHT, split_cols
 
+# Numbers that differ between batches and layers, of which no kernel is to be compiled anew.
+LORA_NUMBERS = ("split_stride", "module_stride", "row_stride", "num_splits", "first_header")
+ADDRESS_BITS = tl.constexpr(ADDRESS_BYTES * 8)
 ADDRESS_WORDS = tl.constexpr(ADDRESS_BYTES // 4)
 HEADER_WORDS = tl.constexpr(HEADER_FIELDS)
 
@@ -42,9 +45,7 @@ def multiply(a, b, acc, WIDEN: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(
-    words_ptr, first, rank, rows, wanted, col, cols, chunk, odd_chunk, ADDRESS_ELEMS: tl.constexpr, ALIGN: tl.constexpr
-):
+def tile_offsets(words_ptr, first, rank, rows, wanted, col, cols, chunk, odd_chunk, elems_ptr, ALIGN: tl.constexpr):
     """Elements from the pool's start to column `col` of the rank rows `rows` of a matrix, int64.
 
     `first` is the word where the matrix's tile addresses begin. Offsets of rows not `wanted` mean nothing.
@@ -56,25 +57,20 @@ def tile_offsets(
     place = block * tl.cdiv(cols, chunk) + col // width
     address = tl.load(words_ptr + first + place, mask=wanted, other=0).to(tl.int64)
     in_tile = col % width
-    offsets = address * ADDRESS_ELEMS + (rows % 16) * tl.minimum(width, cols - (col - in_tile)) + in_tile
-    return tl.multiple_of(offsets, ALIGN)
+    address_elems: tl.constexpr = ADDRESS_BITS // elems_ptr.dtype.element_ty.primitive_bitwidth
+    offsets = address * address_elems + (rows % 16) * tl.minimum(width, cols - (col - in_tile)) + in_tile
+    return tl.multiple_of(offsets, ALIGN) if ALIGN > 1 else offsets
 
 
-# Numbers that differ between layers and batches would otherwise have kernels compiled for what divides them.
-@triton.jit(
-    do_not_specialize=(
-        "x_stride",
-        "split_stride",
-        "module_stride",
-        "row_stride",
-        "first_header",
-        "in_features",
-        "chunk",
-        "odd_chunk",
-        "split_cols",
-        "num_splits",
-    )
-)
+@triton.jit
+def share(num_items):
+    """This program's items: neighbours, which have an adapter and its rows in common."""
+    most = tl.cdiv(num_items, tl.num_programs(0))
+    begin = tl.program_id(0) * most
+    return begin, tl.minimum(begin + most, num_items)
+
+
+@triton.jit(do_not_specialize=(*LORA_NUMBERS, "x_stride", "in_features", "chunk", "odd_chunk", "split_cols"))
 def _shrink_kernel(
     x_ptr,
     x_stride,
@@ -102,7 +98,6 @@ def _shrink_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ALIGN: tl.constexpr,
-    ADDRESS_ELEMS: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     NUM_GROUPS: tl.constexpr = NUM_MODULES // GROUP
@@ -110,7 +105,8 @@ def _shrink_kernel(
     k = tl.arange(0, BLOCK_K)
     step = tl.minimum(chunk, odd_chunk)  # columns that no chunk's border divides
     num_items = tl.load(counts_ptr + 1) * (NUM_GROUPS * num_splits)
-    for item in range(tl.program_id(0), num_items, tl.num_programs(0)):
+    begin_item, end_item = share(num_items)  # pyright: ignore[reportGeneralTypeIssues]
+    for item in range(begin_item, end_item):
         split = item % num_splits
         group = item // num_splits % NUM_GROUPS
         rank_block = rank_blocks_ptr + item // (num_splits * NUM_GROUPS) * 2
@@ -156,7 +152,7 @@ def _shrink_kernel(
                     in_features,
                     chunk,
                     odd_chunk,
-                    ADDRESS_ELEMS,
+                    elems_ptr,
                     ALIGN,
                 )
                 x_block = x_ptr + row_offsets + (low + k)[None, :]
@@ -176,47 +172,45 @@ def _shrink_kernel(
 @triton.jit
 def expand_tile(
     acc,  # float32 [HEIGHT, BLOCK_C]
-    h_ptr,  # of the module
-    split_stride,
-    row_stride,
-    num_splits,
-    words_ptr,
-    elems_ptr,
+    lora,  # what `_expand_kernel` makes of its arguments
     directory,  # word of the adapter's directory, int64
-    header,  # of the module, in words from there
-    rows,  # int64 [HEIGHT]
-    in_rows,
-    col,
-    cols,
-    chunk,
-    odd_chunk,
+    module,
+    tile,  # (rows int64 [HEIGHT], which of them, first column, columns of the module, its chunk, its odd chunk)
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,
-    ADDRESS_ELEMS: tl.constexpr,
     WIDEN: tl.constexpr,
+    GATHER: tl.constexpr,
 ):
-    """acc + h @ B[:, col : col + BLOCK_C] of one module; the columns lie in one chunk."""
+    """acc + h @ B[:, col : col + BLOCK_C] of one module. Unless GATHER, the columns lie in one chunk."""
+    h_ptr, split_stride, module_stride, row_stride, num_splits, words_ptr, elems_ptr, first_header = lora
+    rows, in_rows, col, cols, chunk, odd_chunk = tile
     c = tl.arange(0, BLOCK_C)
     in_cols = (c < tl.multiple_of(tl.minimum(cols - col, BLOCK_C), ALIGN))[None, :]
-    header_ptr = words_ptr + directory + header
+    # Short row blocks wait for h, high ones lack registers.
+    UNROLL: tl.constexpr = 4 if rows.shape[0] == 16 else 1  # pyright: ignore[reportAssignmentType]
+    header_ptr = words_ptr + directory + first_header + module * HEADER_WORDS
     rank = tl.load(header_ptr)
     first = directory + tl.load(header_ptr + 2)
+    row_offsets = rows[:, None] * row_stride
+    if ALIGN > 1:
+        row_offsets = tl.multiple_of(row_offsets, [1, 4])
     for first_rank in range(0, rank, BLOCK_R):
         r = first_rank + tl.arange(0, BLOCK_R)
         wanted = r < rank
-        offsets = tile_offsets(words_ptr, first, rank, r, wanted, col, cols, chunk, odd_chunk, ADDRESS_ELEMS, ALIGN)
-        b = tl.load(elems_ptr + offsets[:, None] + c[None, :], mask=wanted[:, None] & in_cols, other=0.0)
+        mask = wanted[:, None] & in_cols
+        if GATHER:
+            at = (col + c)[None, :]
+            offsets = tile_offsets(words_ptr, first, rank, r[:, None], mask, at, cols, chunk, odd_chunk, elems_ptr, 1)
+            b = tl.load(elems_ptr + offsets, mask=mask, other=0.0)
+        else:
+            offsets = tile_offsets(words_ptr, first, rank, r, wanted, col, cols, chunk, odd_chunk, elems_ptr, ALIGN)
+            b = tl.load(elems_ptr + offsets[:, None] + c[None, :], mask=mask, other=0.0)
         h = tl.zeros([rows.shape[0], BLOCK_R], tl.float32)
-        row_offsets = rows[:, None] * row_stride
-        if ALIGN > 1:
-            row_offsets = tl.multiple_of(row_offsets, [1, 4])
-        part_ptr = h_ptr
-        for _ in tl.range(
-            0, num_splits, loop_unroll_factor=2 if ALIGN > 1 and rows.shape[0] == 16 else 1, num_stages=1
-        ):
-            h += tl.load(part_ptr + row_offsets + r[None, :], mask=in_rows[:, None] & wanted[None, :], other=0.0)
-            part_ptr += split_stride
+        split_ptr = h_ptr + module_stride.to(tl.int64) * module
+        for _ in tl.range(0, num_splits, loop_unroll_factor=UNROLL, num_stages=1):
+            h += tl.load(split_ptr + row_offsets + r[None, :], mask=in_rows[:, None] & wanted[None, :], other=0.0)
+            split_ptr += split_stride
         if b.dtype == tl.bfloat16:
             acc = multiply(h.to(tl.bfloat16), b, acc, WIDEN)
         elif b.dtype == tl.float16:
@@ -226,10 +220,10 @@ def expand_tile(
     return acc
 
 
-@triton.jit(
-    do_not_specialize=("split_stride", "module_stride", "row_stride", "num_splits", "out_stride", "first_header")
-)
+@triton.jit(do_not_specialize=(*LORA_NUMBERS, "out_stride"))
 def _expand_kernel(
+    out_ptr,
+    out_stride,
     h_ptr,
     split_stride,
     module_stride,
@@ -237,12 +231,10 @@ def _expand_kernel(
     num_splits,
     words_ptr,
     elems_ptr,
+    first_header,
     row_blocks_ptr,
     counts_ptr,
     directories_ptr,
-    out_ptr,
-    out_stride,
-    first_header,
     cols,
     chunks,
     odd_chunks,
@@ -250,13 +242,14 @@ def _expand_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,
-    ADDRESS_ELEMS: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
+    lora = (h_ptr, split_stride, module_stride, row_stride, num_splits, words_ptr, elems_ptr, first_header)
     tiles_per_block = 0
     for m in tl.static_range(len(cols)):  # pyright: ignore[reportGeneralTypeIssues]
         tiles_per_block += tl.cdiv(cols[m], BLOCK_C)
-    for item in range(tl.program_id(0), tl.load(counts_ptr) * tiles_per_block, tl.num_programs(0)):
+    begin, end = share(tl.load(counts_ptr) * tiles_per_block)  # pyright: ignore[reportGeneralTypeIssues]
+    for item in range(begin, end):
         row_block = row_blocks_ptr + item // tiles_per_block * 4
         if tl.load(row_block + 3) > 0:
             # The module that this column tile belongs to.
@@ -273,42 +266,20 @@ def _expand_kernel(
                 odd_chunk = tl.where(behind, odd_chunks[m], odd_chunk)
                 tiles_before += tl.cdiv(cols[m], BLOCK_C)
                 cols_before += cols[m]
-            header = first_header + module * HEADER_WORDS
             directory = tl.load(directories_ptr + tl.load(row_block + 2)).to(tl.int64) * ADDRESS_WORDS
-            if tl.load(words_ptr + directory + header) > 0:
+            if tl.load(words_ptr + directory + first_header + module * HEADER_WORDS) > 0:
                 rows = tl.arange(0, HEIGHT)
                 in_rows = rows < tl.load(row_block + 1)
                 rows = (tl.load(row_block) + rows).to(tl.int64)
                 c = tl.arange(0, BLOCK_C)
                 row_offsets = tl.multiple_of(rows[:, None] * out_stride + (first_col + col), [1, ALIGN])
                 out = out_ptr + row_offsets + c[None, :]
-                end = tl.multiple_of(tl.minimum(own_cols - col, BLOCK_C), ALIGN)
-                mask = in_rows[:, None] & (c < end)[None, :]
-                base = tl.load(out, mask=mask, other=0.0)
-                acc = tl.zeros([HEIGHT, BLOCK_C], tl.float32)
-                acc = expand_tile(
-                    acc,
-                    h_ptr + module_stride.to(tl.int64) * module,
-                    split_stride,
-                    row_stride,
-                    num_splits,
-                    words_ptr,
-                    elems_ptr,
-                    directory,
-                    header,
-                    rows,
-                    in_rows,
-                    col,
-                    own_cols,
-                    chunk,
-                    odd_chunk,
-                    BLOCK_R,
-                    BLOCK_C,
-                    ALIGN,
-                    ADDRESS_ELEMS,
-                    WIDEN,
-                )
-                tl.store(out, base.to(tl.float32) + acc, mask=mask)
+                limit = tl.multiple_of(tl.minimum(own_cols - col, BLOCK_C), ALIGN)
+                mask = in_rows[:, None] & (c < limit)[None, :]
+                acc = tl.load(out, mask=mask, other=0.0).to(tl.float32)
+                own = (rows, in_rows, col, own_cols, chunk, odd_chunk)
+                acc = expand_tile(acc, lora, directory, module, own, BLOCK_R, BLOCK_C, ALIGN, WIDEN, False)
+                tl.store(out, acc, mask=mask)
 
 
 def sgmv_shrink(
@@ -323,7 +294,7 @@ def sgmv_shrink(
     a, work, num_splits = modules[0].a, segments.work, out.shape[0]
     assert all(module.a == a for module in modules) and x.shape[1] == a.cols, (modules, x.shape)
     assert x.stride(1) == 1 and out.stride(3) == 1, (x.stride(), out.stride())
-    aligned = a.cols % 8 == 0 and x.stride(0) % 8 == 0
+    aligned = a.cols % 16 == 0 and x.stride(0) % 16 == 0
     block = _shrink_block(work.height, min(a.chunk, a.odd_chunk), aligned)
     variant = shrink_variant(x.dtype, work.height, work.rank_step, len(modules), block, aligned, interpreting())
     groups = len(modules) if work.height == DECODE_HEIGHT else 1
@@ -357,37 +328,71 @@ def sgmv_expand(
     modules: tuple[Module, ...],  # side by side in the directory
     out: Tensor,  # [num_tokens, sum of out_features], the modules' outputs side by side
 ) -> None:
-    _check_adjacent(modules)
-    assert h.stride(3) == 1 and out.stride(1) == 1, (h.stride(), out.stride())
-    work, matrices = segments.work, [module.b for module in modules]
-    aligned = all(b.cols % 8 == 0 for b in matrices) and out.stride(0) % 8 == 0 and h.stride(2) % 4 == 0
-    block = _expand_block(work.height, min(min(b.chunk, b.odd_chunk) for b in matrices), aligned)
+    delta, work = Delta(h=h, pool=pool, segments=segments, layer=layer, modules=modules), segments.work
+    assert out.stride(1) == 1, out.stride()
+    aligned = is_aligned(delta) and out.stride(0) % 16 == 0
+    block = _expand_block(work.height, least_chunk(modules), aligned)
     variant = expand_variant(out.dtype, work.height, work.rank_step, len(modules), block, aligned, interpreting())
-    tiles = sum(-(-b.cols // block) for b in matrices)
+    tiles = sum(-(-module.b.cols // block) for module in modules)
     variant.launch(
         num_programs(work.row_blocks.shape[0] * tiles, out.device),
+        out,
+        out.stride(0),
+        *lora_arguments(delta, out.dtype),
+    )
+
+
+def is_aligned(delta: Delta) -> bool:
+    """Whether rows of h and of B's tiles begin at multiples of 16 bytes."""
+    return all(module.b.cols % 16 == 0 for module in delta.modules) and delta.h.stride(2) % 4 == 0
+
+
+def least_chunk(modules: tuple[Module, ...]) -> int:
+    """Columns of the modules' outputs that no border of a chunk divides, from any multiple of them on."""
+    return min(min(module.b.chunk, module.b.odd_chunk) for module in modules)
+
+
+def lora_arguments(delta: Delta, dtype: torch.dtype) -> tuple[object, ...]:
+    """What a kernel that expands takes from `h_ptr` to `odd_chunks`."""
+    h, pool, segments, modules = delta.h, delta.pool, delta.segments, delta.modules
+    _check_adjacent(modules)
+    assert h.stride(3) == 1, h.stride()
+    return (
         h,
         *h.stride()[:3],
         h.shape[0],
         pool.view(torch.int32),
-        pool.view(out.dtype),
-        work.row_blocks,
-        work.counts,
+        pool.view(dtype),
+        (delta.layer * segments.num_modules + modules[0].index) * HEADER_FIELDS,
+        segments.work.row_blocks,
+        segments.work.counts,
         segments.directories,
-        out,
-        out.stride(0),
-        (layer * segments.num_modules + modules[0].index) * HEADER_FIELDS,
-        tuple(b.cols for b in matrices),
-        tuple(b.chunk for b in matrices),
-        tuple(b.odd_chunk for b in matrices),
+        tuple(module.b.cols for module in modules),
+        tuple(module.b.chunk for module in modules),
+        tuple(module.b.odd_chunk for module in modules),
     )
 
 
 # The most modules that share an input: q, k, v.
 _MAX_MODULES = 3
-_TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_WORK = {"row_blocks_ptr": "*i32:16", "counts_ptr": "*i32:16", "directories_ptr": "*i32:16", "words_ptr": "*i32:16"}
-_H_STRIDES = {"split_stride": "i32", "module_stride": "i32", "row_stride": "i32"}
+TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_WORDS = "*i32:16"
+
+
+def lora_types(dtype: torch.dtype, num_modules: int, aligned: bool) -> dict[str, ArgumentType]:
+    """Those of `lora_arguments`."""
+    return {
+        "h_ptr": "*fp32:16",
+        **dict.fromkeys(LORA_NUMBERS, "i32"),
+        "words_ptr": _WORDS,
+        "elems_ptr": f"*{TRITON_TYPES[dtype]}:16",
+        "row_blocks_ptr": _WORDS,
+        "counts_ptr": _WORDS,
+        "directories_ptr": _WORDS,
+        "cols": ("i32:16" if aligned else "i32",) * num_modules,
+        "chunks": ("i32:16",) * num_modules,
+        "odd_chunks": ("i32:16",) * num_modules,
+    }
 
 
 @lru_cache
@@ -403,19 +408,18 @@ def shrink_variant(
     decode = height == DECODE_HEIGHT
     group = 1 if decode else num_modules
     block_n = triton.next_power_of_2(group * rank_step)
-    element = _TRITON_TYPES[dtype]
+    element = TRITON_TYPES[dtype]
+    tables = ("words_ptr", "row_blocks_ptr", "rank_blocks_ptr", "counts_ptr", "directories_ptr")
     return Variant(
         kernel=_shrink_kernel,
         arguments={
             "x_ptr": f"*{element}:16",
             "x_stride": "i32",
             "elems_ptr": f"*{element}:16",
-            **_WORK,
-            "rank_blocks_ptr": "*i32:16",
+            **dict.fromkeys(tables, _WORDS),
             "scales_ptr": "*fp32:16",
             "out_ptr": "*fp32:16",
-            **_H_STRIDES,
-            **dict.fromkeys(("first_header", "in_features", "chunk", "odd_chunk", "split_cols", "num_splits"), "i32"),
+            **dict.fromkeys((*LORA_NUMBERS, "in_features", "chunk", "odd_chunk", "split_cols"), "i32"),
         },
         constexprs={
             "NUM_MODULES": num_modules,
@@ -425,7 +429,6 @@ def shrink_variant(
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
             "ALIGN": 16 // dtype.itemsize if aligned else 1,
-            "ADDRESS_ELEMS": ADDRESS_BYTES // dtype.itemsize,
             "WIDEN": widen,
         },
         num_warps=8 if block_n > 64 or not (decode or aligned) else 4,
@@ -444,26 +447,18 @@ def expand_variant(
     aligned: bool,  # rows of out and of tiles begin at multiples of 16 bytes
     widen: bool,
 ) -> Variant:
-    element = _TRITON_TYPES[dtype]
     return Variant(
         kernel=_expand_kernel,
         arguments={
-            "h_ptr": "*fp32:16",
-            **_H_STRIDES,
-            "num_splits": "i32",
-            "elems_ptr": f"*{element}:16",
-            **_WORK,
-            "out_ptr": f"*{element}:16",
+            "out_ptr": f"*{TRITON_TYPES[dtype]}:16",
             "out_stride": "i32",
-            "first_header": "i32",
-            **dict.fromkeys(("cols", "chunks", "odd_chunks"), ("i32",) * num_modules),
+            **lora_types(dtype, num_modules, aligned),
         },
         constexprs={
             "HEIGHT": height,
             "BLOCK_R": rank_step,
             "BLOCK_C": block_c,
             "ALIGN": 16 // dtype.itemsize if aligned else 1,
-            "ADDRESS_ELEMS": ADDRESS_BYTES // dtype.itemsize,
             "WIDEN": widen,
         },
         num_warps=8 if block_c * height > 4096 or block_c == 256 else 4,
@@ -486,7 +481,7 @@ def variants() -> Iterator[Variant]:
     """Everything that the launchers can choose on a GPU."""
     steps = ((DECODE_HEIGHT, 16), (PREFILL_HEIGHT, 16), (PREFILL_HEIGHT, 32))
     for dtype, aligned, num_modules, (height, step) in product(
-        _TRITON_TYPES, (True, False), range(1, _MAX_MODULES + 1), steps
+        TRITON_TYPES, (True, False), range(1, _MAX_MODULES + 1), steps
     ):
         for block in {_shrink_block(height, chunk, aligned) for chunk in (64, 128)}:
             yield shrink_variant(dtype, height, step, num_modules, block, aligned, widen=False)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from triton import knobs
 
-ArgumentType = str | tuple[str, ...]  # "*bf16:16" points to bf16 and is divisible by 16, as is the number "i32:16"
+# "*bf16:16" points to bf16 and is divisible by 16, as is the number "i32:16"; "none" is None.
+ArgumentType = str | tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class Variant:
 
     kernel: Any  # what triton.jit made
     arguments: Mapping[str, ArgumentType]
-    constexprs: Mapping[str, object]
+    constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int
     tensor_cores: bool  # a product of bf16 or fp16 is among what it computes

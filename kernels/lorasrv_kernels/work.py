@@ -14,7 +14,7 @@ from torch import Tensor
 DECODE_HEIGHT = 16
 PREFILL_HEIGHT = 64
 # Partial sums shorter than this cost more to write and read than another program saves; more of them, too.
-_SPLIT_COLS, _MAX_SPLITS = 512, 16
+_SPLIT_COLS, _MAX_SPLITS = 1024, 8
 
 
 @dataclass(frozen=True, kw_only=True)
