@@ -3,7 +3,10 @@
 import signal
 from importlib.util import find_spec
 
+import pytest
 import torch
+
+import kernel_device  # asks for Triton's interpreter before anything imports Triton
 
 # The suite's models are tiny: a second thread costs more than it gives, and far more on a busy machine.
 torch.set_num_threads(1)
@@ -14,3 +17,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A bare GPU box holds torch and transformers only: what it can run there is in test_gpu_*.py.
 if any(find_spec(package) is None for package in ("msgspec", "zmq", "grpc_status", "pytest_asyncio", "peft")):
     collect_ignore_glob = ["test_[!g]*.py", "test_g[!p]*.py"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "row(*numbers): rows of the table in test_bad_inputs.py that a test is about")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Kernels' tests run in Triton's interpreter where there is no GPU, and are GPU tests where there is one."""
+    if kernel_device.DEVICE.type == "cuda":
+        for item in items:
+            if item.path.name.startswith("test_gpu_"):
+                item.add_marker(pytest.mark.gpu)

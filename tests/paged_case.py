@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernel_device import DEVICE
 from lorasrv_kernels import reference
-from triton_interpreter import DEVICE
 
 LAYERS = 2
 NOWHERE = 10**6

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import triton
 from triton import knobs
 
 ArgumentType = str | tuple[str, ...]  # "*bf16:16" points to bf16 and is divisible by 16, as is the number "i32:16"
@@ -18,7 +18,7 @@ class Variant:
     so, and the vectors in which memory is read follow from that.
     """
 
-    kernel: triton.JITFunction
+    kernel: Any  # what triton.jit made
     arguments: Mapping[str, ArgumentType]
     constexprs: Mapping[str, object]
     num_warps: int
@@ -31,6 +31,12 @@ class Variant:
         values = ",".join(f"{name}={value}" for name, value in self.constexprs.items())
         elements = "/".join(sorted({str(t)[1:].split(":")[0] for t in self.arguments.values() if str(t)[0] == "*"}))
         return f"{self.kernel.__name__}[{elements}]({values}) w{self.num_warps} s{self.num_stages}"
+
+    def launch(self, num_programs: int, *arguments: object) -> None:
+        """`arguments` in the kernel's order, as its first parameters."""
+        self.kernel[(num_programs,)](
+            *arguments, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
+        )
 
 
 def interpreting() -> bool:

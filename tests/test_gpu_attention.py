@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernel_device import DEVICE
 from paged_case import NOWHERE, Case, Shape, random_case
-from triton_interpreter import DEVICE
 
 from lorasrv_kernels.attention import paged_attention  # isort: skip
 from lorasrv_kernels.attention_work import (
