@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorasrv_kernels.attention_work import ITEM_FIELDS, MAX_SPLITS, MERGE_FIELDS, AttentionWork, Tile, tiling
-from lorasrv_kernels.variant import Variant, interpreting, num_programs
+from lorasrv_kernels.variant import Variant, interpreting
 
 _LOG2_E = 1.4426950408889634
 _TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -278,7 +278,8 @@ def paged_attention(
         attend(work.tiles, work.counts, work.tiling.tall, len(work.tiles) * kv_heads, False)
     if len(work.splits):
         assert work.tiling.short is not None, "splits without a tile for them"
-        programs = num_programs(len(work.splits) * kv_heads, query.device)
+        # They are of one length, and every program takes its share: as many as run at a time.
+        programs = min(len(work.splits) * kv_heads, work.tiling.short.per_processor * _num_processors(query.device))
         attend(work.splits, work.counts[1:], work.tiling.short, programs, True)
     if len(work.merges):
         variant = merge_variant(query.dtype, heads, head_dim, windowed)
@@ -390,6 +391,10 @@ _SHAPES = (
     (torch.float16, 2, 256),
     (torch.float32, 4, 128),
 )
+
+
+def _num_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _block_dim(head_dim: int) -> int:
