@@ -60,7 +60,8 @@ def random_case(
     shape = shape or Shape()
     generator = torch.Generator().manual_seed(seed)
     num_blocks = [-(-context // shape.block_tokens) for _, context in sequences]
-    pages = torch.randperm(sum(num_blocks) + 1, generator=generator)[1:].to(torch.int32)
+    # Page 0, which a masked look-up may name, is nobody's.
+    pages = (torch.randperm(sum(num_blocks), generator=generator) + 1).to(torch.int32)
     page = (LAYERS, 2, shape.block_tokens, shape.kv_heads, shape.head_dim)
     kv = torch.full((len(pages) + 1, *page), float("nan"), dtype=shape.dtype)
     tables = torch.full((len(sequences), max(num_blocks)), NOWHERE, dtype=torch.int32)

@@ -18,8 +18,8 @@ from lorasrv_kernels.attention_work import (
 
 
 def table(group: int, *, deterministic: bool = False) -> Tiling:
-    tall = Tile(height=64, width=16, num_warps=4, num_stages=1)
-    short = Tile(height=16, width=16, num_warps=4, num_stages=1)
+    tall = Tile(height=64, width=16, num_warps=4, num_stages=1, per_processor=2)
+    short = Tile(height=16, width=16, num_warps=4, num_stages=1, per_processor=2)
     return Tiling(group=group, tall=tall, short=None if deterministic else short, min_split=32)
 
 

@@ -28,7 +28,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 def small_tiling(group: int, *, min_split: int = 32, deterministic: bool = False) -> Tiling:
     """Tiles so small that few positions make many of them."""
-    tile = Tile(height=max(16, 1 << (group - 1).bit_length()), width=16, num_warps=4, num_stages=1)
+    tile = Tile(height=max(16, 1 << (group - 1).bit_length()), width=16, num_warps=4, num_stages=1, per_processor=2)
     return Tiling(group=group, tall=tile, short=None if deterministic else tile, min_split=min_split)
 
 

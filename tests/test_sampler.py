@@ -9,6 +9,7 @@ from torch import Tensor
 
 from drawing import draw, position_logprobs, sample_tokens
 from lorasrv.engine.batch import SampleInput
+from lorasrv.model import sampler
 from lorasrv.model.logit_edits import LogitEdits
 from lorasrv_kernels.reference import philox
 
@@ -186,3 +187,24 @@ def test_philox_takes_numbers_beside_tensors_of_another_device() -> None:
     quads, rows = torch.arange(5, device="meta"), torch.zeros(3, 1, dtype=torch.int64, device="meta")
     for word in philox((quads, rows, rows, 0), (rows, rows)):
         assert word.device.type == "meta" and word.shape == (3, 5)
+
+
+@pytest.mark.parametrize("vocab_size", [50, 333])
+def test_nothing_waits_for_the_device(vocab_size: int) -> None:
+    """On a device whose tensors have no values: whatever asks for one raises."""
+    edits = LogitEdits(repetition_penalty=2.0, repeated=(0, 5, 7), added=((0, 1.0), (5, 2.0)), masked=(4,))
+    rows = [
+        row(
+            temperature=(0.0, 0.7)[i % 2],
+            top_p=(1.0, 0.9)[i // 2 % 2],
+            top_k=(None, 20)[i // 4 % 2],
+            min_p=0.1 * (i % 3),
+        )
+        for i in range(12)
+    ]
+    rows += [row(logprobs=3, edits=edits), row(logprobs=0), row(logprobs=3, temperature=0.0)]
+    logits = torch.empty(len(rows), vocab_size, device="meta")
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        (logits > 0).nonzero()
+    drawn = sampler.draw(logits, rows)
+    assert drawn.tokens.shape == (len(rows),) and drawn.tokens.device.type == "meta"

@@ -34,6 +34,7 @@ class Tile:
     width: int
     num_warps: int
     num_stages: int
+    per_processor: int  # programs that a processor holds at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,24 +50,23 @@ class Tiling:
 
 def tiling(head_dim: int, group: int, dtype: torch.dtype, *, capability: int, deterministic: bool = False) -> Tiling:
     """The launcher's table. `dtype` is the query's; `capability` is 80 for an sm_80 (0 for none)."""
-    wide = head_dim > 128
+    wide, hopper = head_dim > 128, capability >= 90
+
+    def tile(height: int, width: int, *, num_warps: int, num_stages: int = 3, per_processor: int = 1) -> Tile:
+        height = max(height, 1 << (group - 1).bit_length())  # one row's heads fit
+        return Tile(height=height, width=width, num_warps=num_warps, num_stages=num_stages, per_processor=per_processor)
+
     if dtype.itemsize == 4:  # no tensor cores: for parity, not for speed
-        tall = Tile(height=_at_least(group, 32), width=16 if wide else 32, num_warps=8, num_stages=1)
-        short = Tile(height=_at_least(group, 16), width=16 if wide else 32, num_warps=4, num_stages=1)
+        tall = tile(32, 16 if wide else 32, num_warps=8, num_stages=1)
+        short = tile(16, 16 if wide else 32, num_warps=4, num_stages=1, per_processor=2)
     else:
         # Before Hopper both operands pass through registers, which 128 rows would spill. A tile of few live rows, as
         # in deterministic decode, computes all of its height.
-        height = 64 if wide or deterministic or capability < 90 else 128
-        width = 32 if wide else 64
-        warps = 4 if height == 64 and head_dim <= 64 else 8
-        tall = Tile(height=_at_least(group, height), width=width, num_warps=warps, num_stages=3)
-        short = Tile(height=_at_least(group, 16), width=width, num_warps=4, num_stages=3)
+        height, width = 128 if hopper and not wide and not deterministic else 64, 32 if wide else 64
+        tall = tile(height, width, num_warps=4 if height == 64 and head_dim <= 64 else 8)
+        # By shared memory, and where head_dim is wide by registers.
+        short = tile(16, width, num_warps=4, per_processor=3 if hopper and not wide else 2)
     return Tiling(group=group, tall=tall, short=None if deterministic else short)
-
-
-def _at_least(group: int, height: int) -> int:
-    """One row's heads fit."""
-    return max(height, 1 << (group - 1).bit_length())
 
 
 @dataclass(frozen=True, kw_only=True)

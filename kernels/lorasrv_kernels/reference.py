@@ -415,11 +415,11 @@ def sample(
     """
     valid = logits.amax(-1).isfinite()
     tokens = logits.argmax(-1)
-    for rows, keep in ((whole, None), (cut, keep_likeliest)):
+    for rows in (whole, cut):
         if len(rows):
             scaled = scale_logits(logits[rows], temperature[rows])
-            if keep is not None:
-                scaled = keep(scaled, top_p[rows], top_k[rows])
+            if rows is cut:
+                scaled = keep_likeliest(scaled, top_p[rows], top_k[rows])
             if min_p is not None:
                 # The likeliest token, whose number is 0, always stays, whatever top_k and top_p have left out.
                 scaled.masked_fill_(scaled < min_p[rows].double().log().unsqueeze(1), float("-inf"))

@@ -14,7 +14,7 @@ The order of operations on a row of logits, stated here once:
 those of the model's own logits, before all of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -126,17 +126,16 @@ def draw(
     rows: Sequence[SampleParams],
 ) -> Drawn:
     """Draw the token of every row. Rows are not affected by each other."""
-    asking = [index for index, row in enumerate(rows) if row.logprobs is not None]
-    own = logits[asking] if asking else None  # a copy, from before the edits
-    tokens, valid = _sample(logits, rows)
-    if own is None:
-        return Drawn(tokens, valid, ())
-    scores: list[tuple[list[int], Scores]] = []
     # One call for each number asked for, so that which of equal ones it tells does not depend on the batch.
-    for num_top in sorted({rows[index].logprobs or 0 for index in asking}):
-        places = [place for place, index in enumerate(asking) if (rows[index].logprobs or 0) == num_top]
-        group = [asking[place] for place in places]
-        scores.append((group, position_logprobs(own[places], tokens[group], num_top)))
+    asked = sorted({row.logprobs for row in rows if row.logprobs is not None})
+    groups = [[index for index, row in enumerate(rows) if row.logprobs == num_top] for num_top in asked]
+    places, _ = _tensors(groups, (), logits.device)
+    own = [logits[group] for group in places]  # copies, from before the edits
+    tokens, valid = _sample(logits, rows)
+    scores = [
+        (group, position_logprobs(before, tokens[at], num_top))
+        for group, before, at, num_top in zip(groups, own, places, asked, strict=True)
+    ]
     return Drawn(tokens, valid, scores)
 
 
@@ -170,7 +169,16 @@ def _sample(logits: Tensor, rows: Sequence[SampleParams]) -> tuple[Tensor, Tenso
     numbers = [[row.temperature for row in rows], [row.top_p for row in rows], [row.min_p for row in rows]]
     (top_k, seeds, samples, positions, *drawing), (temperature, top_p, min_p) = _tensors(integers, numbers, device)
     some_min_p = min_p if any(numbers[2]) else None
-    return reference.sample(logits, temperature, top_p, top_k, some_min_p, seeds, samples, positions, *drawing)
+    return _sample_on(device)(logits, temperature, top_p, top_k, some_min_p, seeds, samples, positions, *drawing)
+
+
+def _sample_on(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`reference.sample`, or what computes the same on a GPU; Triton is loaded there only."""
+    if device.type != "cuda":
+        return reference.sample
+    from lorasrv_kernels import sampling
+
+    return sampling.sample
 
 
 def _tensors(
@@ -185,27 +193,20 @@ def _tensors(
 
 
 def _edit(logits: Tensor, edits: Sequence[tuple[int, LogitEdits]]) -> None:
-    device = logits.device
-    rows = torch.tensor([row for row, _ in edits], device=device)
-
-    def each_of(values: Tensor, lists: Sequence[Sequence[object]]) -> Tensor:
-        """Each row's value, once for each thing in the row's list."""
-        return values.repeat_interleave(torch.tensor([len(found) for found in lists], device=device))
-
-    def pairs(lists: Sequence[Sequence[int]]) -> Tensor:
-        flat = torch.tensor([token_id for found in lists for token_id in found], dtype=torch.int64, device=device)
-        return torch.stack((each_of(rows, lists), flat))
-
-    repeated = [each.repeated for _, each in edits]
-    penalties = torch.tensor([each.repetition_penalty for _, each in edits], dtype=torch.float32, device=device)
+    repeated = [(row, token_id) for row, each in edits for token_id in each.repeated]
+    penalties = [each.repetition_penalty for _, each in edits for _ in each.repeated]
+    added = [(row, token_id) for row, each in edits for token_id, _ in each.added]
     amounts = [amount for _, each in edits for _, amount in each.added]
+    masked = [(row, token_id) for row, each in edits for token_id in each.masked]
+    columns = [[pair[column] for pair in pairs] for pairs in (repeated, added, masked) for column in (0, 1)]
+    places, (factors, terms) = _tensors(columns, (penalties, amounts), logits.device)
     reference.edit_logits(
         logits,
-        repeated=pairs(repeated),
-        penalties=each_of(penalties, repeated),
-        added=pairs([[token_id for token_id, _ in each.added] for _, each in edits]),
-        amounts=torch.tensor(amounts, dtype=torch.float32, device=device),
-        masked=pairs([each.masked for _, each in edits]),
+        repeated=torch.stack(places[0:2]),
+        penalties=factors,
+        added=torch.stack(places[2:4]),
+        amounts=terms,
+        masked=torch.stack(places[4:6]),
     )
 
 
