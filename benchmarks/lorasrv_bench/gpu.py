@@ -123,9 +123,7 @@ def _run_child(options: Options, name: str, limit_s: float) -> None:
     log = options.folder / f"{name}.txt"
     try:
         with log.open("w") as errors:
-            done = subprocess.run(
-                options.child(name, limit_s - grace_s), stderr=errors, check=False, timeout=limit_s
-            )
+            done = subprocess.run(options.child(name, limit_s - grace_s), stderr=errors, check=False, timeout=limit_s)
     except subprocess.TimeoutExpired:
         failed(f"ended after its {limit_s:.0f} s")
         return

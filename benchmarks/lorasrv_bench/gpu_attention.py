@@ -56,9 +56,7 @@ def _run_case(section: Section, labels: dict[str, object], numbers: tuple[int, i
     layers = load.kv.shape[1]
 
     def call(layer: int) -> Callable[[], None]:
-        return lambda: paged(
-            load.query, load.kv, layer, load.tables, load.starts, load.lengths, None, load.out
-        )
+        return lambda: paged(load.query, load.kv, layer, load.tables, load.starts, load.lengths, None, load.out)
 
     calls = [call(layer) for layer in range(layers)]
     error = max(_error(load, layer, calls[layer]) for layer in {0, layers - 1})
@@ -81,9 +79,7 @@ def lay_load(section: Section, sequences: int, rows: int, context: int) -> Load:
     layers = min(4 * model.num_layers, max(2, -(-3 * section.size.cache_bytes // layer_bytes)))
     if blocks * page_layout(model, layers).page_bytes > section.size.pool_bytes:
         raise NotRun(f"{layers} layers of {layer_bytes} bytes do not fit {section.size.pool_bytes} bytes")
-    kv = torch.empty(
-        blocks, layers, 2, BLOCK_TOKENS, model.num_kv_heads, model.head_dim, dtype=DTYPE, device=device
-    )
+    kv = torch.empty(blocks, layers, 2, BLOCK_TOKENS, model.num_kv_heads, model.head_dim, dtype=DTYPE, device=device)
     fill_random(kv.view(torch.uint8), 1.0, section.seed)
     pages = torch.randperm(blocks, generator=torch.Generator().manual_seed(section.seed))
     query = torch.randn(sequences * rows, model.num_heads, model.head_dim, dtype=DTYPE, device=device)

@@ -1,4 +1,4 @@
-"""Who may take how long: a section gets its share of the time that is left, so what one leaves over, the others have."""
+"""Who may take how long: a section gets its share of the time that is left, so what one leaves over the others have."""
 
 import time
 from collections.abc import Callable, Mapping

@@ -1,5 +1,5 @@
-"""The engine's steps against the bytes they touch: decode at a few batches and numbers of adapters, long prompts, copies
-of adapters beside the steps, and what `deterministic` costs."""
+"""The engine's steps against the bytes they touch: decode at a few batches and numbers of adapters, long prompts,
+copies of adapters beside the steps, and what `deterministic` costs."""
 
 import time
 from collections import deque
@@ -156,8 +156,7 @@ def _copies(section: Section, rig: Rig, case: dict[str, object]) -> None:
     used = {page for chunk in chunks for page in chunk.block_table}
     spare = [page for page in rig.free_pages if page not in used]
     targets = [
-        spare[first : first + form.num_pages]
-        for first in range(0, len(spare) - form.num_pages + 1, form.num_pages)
+        spare[first : first + form.num_pages] for first in range(0, len(spare) - form.num_pages + 1, form.num_pages)
     ][: 2 * _COPIES_IN_FLIGHT]
     if not targets:
         raise NotRun(f"no {form.num_pages} pages are left to copy an adapter to")

@@ -57,7 +57,7 @@ class Rig:
         """Pages of their own for so many sequences. Raises NotRun where there are too few."""
         blocks = -(-num_tokens // BLOCK_TOKENS)
         if num_sequences * blocks > len(self.free_pages):
-            raise NotRun(f"{num_sequences * blocks} KV pages are more than the {len(self.free_pages)} there is room for")
+            raise NotRun(f"{num_sequences * blocks} KV pages are more than the {len(self.free_pages)} that there are")
         return [self.free_pages[first : first + blocks] for first in range(0, num_sequences * blocks, blocks)]
 
 
@@ -69,9 +69,9 @@ def build(section: Section, *, deterministic: bool = False) -> Rig:
     forms = {rank: adapter_form(size.model, layout, rank, every, size.model.num_layers) for rank in _ranks(size)}
     counts = {rank: max((n for n, _ in size.decodes), default=1) if rank == RANK else 1 for rank in forms}
     adapter_pages = sum(forms[rank].num_pages * counts[rank] for rank in forms)
-    most = adapter_pages + max(
-        size.prefill_tokens // BLOCK_TOKENS + 1, *(batch * _blocks(size) for _, batch in size.decodes)
-    )
+    # Beside the KV of the largest batch there is room to copy an adapter in.
+    kv_pages = max(size.prefill_tokens // BLOCK_TOKENS + 1, *(batch * _blocks(size) for _, batch in size.decodes))
+    most = adapter_pages + kv_pages + 2 * forms[RANK].num_pages
     num_pages = min(most, _room_bytes(size.model, device) // layout.page_bytes)
     if num_pages <= adapter_pages:
         raise NotRun(f"{num_pages} pages have no room for {adapter_pages} pages of adapters and KV beside them")

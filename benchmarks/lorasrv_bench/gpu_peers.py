@@ -40,8 +40,9 @@ class Peer(Protocol):
     @property
     def name(self) -> str: ...
 
-    def prepare(self, load: PeerLoad) -> Callable[[], None]:
-        """What computes it, everything that is done once a step or at start-up being done."""
+    def prepare(self, loads: Sequence[PeerLoad]) -> list[Callable[[], None]]:
+        """What computes each of them, everything that is done once a step or at start-up being done. All loads have
+        the same shapes and rows."""
         ...
 
 

@@ -12,6 +12,9 @@ import torch
 from lorasrv_bench.gpu_timing import Timing
 
 DONE, NOT_RUN, WRONG = "done", "not run", "wrong"
+# Says how many cases a section means to run, so that those it never came to are known.
+PLANNED = "planned"
+NO_TIME = "no time left"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +74,11 @@ class Results:
         self._about = about
 
     def add(self, record: Record) -> None:
-        line = asdict(record) | {"ratio": record.ratio, "checked": record.error is not None} | self._about
+        line = {**asdict(record), "ratio": record.ratio, "checked": record.error is not None, **self._about}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        print(_line(record), flush=True)
+        if record.why != NO_TIME:
+            print(_line(record), flush=True)
 
     def records(self) -> Iterator[Record]:
         names = Record.__dataclass_fields__
@@ -85,6 +89,8 @@ class Results:
 
 def _line(record: Record) -> str:
     case = " ".join(f"{name}={value}" for name, value in record.case.items())
+    if record.status == PLANNED:
+        return f"[{record.section}] {record.values['cases']:.0f} cases"
     if record.status != DONE:
         return f"[{record.section}] {case}: {record.status}: {record.why}"
     parts = [] if record.median_s is None else [f"{record.median_s * 1e6:.2f} us"]

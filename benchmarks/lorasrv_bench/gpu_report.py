@@ -1,11 +1,10 @@
 """The short table at the end of a run."""
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from lorasrv_bench.gpu_records import DONE, NOT_RUN, WRONG, Record
-from lorasrv_bench.gpu_targets import Found, targets
+from lorasrv_bench.gpu_records import DONE, NOT_RUN, PLANNED, WRONG, Record
+from lorasrv_bench.gpu_targets import Found, geometric_mean, targets
 
 
 def report(records: Sequence[Record], about: Mapping[str, object], *, on_gpu: bool) -> str:
@@ -35,32 +34,44 @@ def _about(about: Mapping[str, object], on_gpu: bool) -> str:
 
 def _counts(records: Sequence[Record]) -> str:
     """Of each section, what came of its cases, and why those that did not run did not."""
-    lines = ["| section | done | not run | wrong | reasons |", "|---|---|---|---|---|"]
+    lines = ["| section | done | not run | never reached | wrong | reasons |", "|---|---|---|---|---|---|"]
     for section in dict.fromkeys(record.section for record in records):
-        own = [record for record in records if record.section == section]
-        counts = [sum(record.status == status for record in own) for status in (DONE, NOT_RUN, WRONG)]
+        own = [record for record in records if record.section == section and record.status != PLANNED]
+        done, not_run, wrong = (sum(record.status == status for record in own) for status in (DONE, NOT_RUN, WRONG))
         reasons: dict[str, int] = defaultdict(int)
         for record in own:
-            if record.status != DONE or section == "tests":
+            if record.why:
                 reasons[record.why] += 1
         text = "; ".join(f"{why} ({count})" for why, count in reasons.items())
-        lines.append(f"| {section} | {' | '.join(map(str, counts))} | {text} |")
+        lines.append(f"| {section} | {done} | {not_run} | {_unreached(records, section)} | {wrong} | {text} |")
     return "\n".join(lines)
+
+
+def _unreached(records: Sequence[Record], section: str) -> int:
+    """Cases planned of which nothing is known: their process was ended, or the device failed."""
+    known, planned = 0, 0
+    for record in records:
+        if record.section == section and record.status == PLANNED:
+            planned += int(record.values["cases"])
+        elif record.section == section and record.case.get("peer", "ours") == "ours" and "what" not in record.case:
+            known += 1
+    return max(0, planned - known)
 
 
 def _ceilings(found: Found) -> str:
     rates = {str(r.case["what"]): r.values["rate"] for r in found.all("ceilings")}
     units = {"read": (1e9, "GB/s read"), "copy": (1e9, "GB/s copied, read plus written")}
     units |= {"to_device": (1e9, "GB/s from host memory"), "matmul": (1e12, "TFLOP/s in bf16")}
-    return "Ceilings: " + ", ".join(f"{rates[name] / per:.4g} {unit}" for name, (per, unit) in units.items() if name in rates)
+    known = [f"{rates[name] / per:.4g} {unit}" for name, (per, unit) in units.items() if name in rates]
+    return "Ceilings: " + (", ".join(known) or "none")
 
 
-def _groups(found: Found) -> str:
+def _groups(records: Found) -> str:
     """Geometric means over LoRA's products and over attention: ours to the floor, every peer to ours."""
     lines: list[str] = []
     for section, by in (("sgmv", ("model", "group")), ("attention", ("rows",))):
         groups: dict[tuple[object, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for record in found.all(section):
+        for record in records.all(section):
             peer = str(record.case.get("peer"))
             value = record.ratio if peer == "ours" else record.values.get("over_ours")
             if value:
@@ -68,8 +79,9 @@ def _groups(found: Found) -> str:
         for key, peers in groups.items():
             own = " ".join(f"{name} {value}" for name, value in zip(by, key, strict=True))
             text = ", ".join(
-                f"{'ours over the floor' if peer == 'ours' else peer + ' over ours'} {_mean(values):.2f} ({len(values)})"
-                for peer, values in peers.items()
+                f"{'ours over the floor' if peer == 'ours' else f'{peer} over ours'} {geometric_mean(found):.2f} "
+                f"({len(found)})"
+                for peer, found in peers.items()
             )
             lines.append(f"| {section} | {own} | {text} |")
     if not lines:
@@ -90,7 +102,3 @@ def _steps(found: Found) -> str:
         return ""
     header = ["| | step | ms | over the floor | the same again differs by |", "|---|---|---|---|---|"]
     return "\n".join([*header, *lines])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.exp(sum(math.log(value) for value in values) / len(values))

@@ -9,7 +9,7 @@ import torch
 
 from lorasrv_bench.gpu_budget import Deadline
 from lorasrv_bench.gpu_floors import Ceilings
-from lorasrv_bench.gpu_records import DONE, NOT_RUN, WRONG, Record, Results
+from lorasrv_bench.gpu_records import DONE, NO_TIME, NOT_RUN, PLANNED, WRONG, Record, Results
 from lorasrv_bench.gpu_sizes import Size
 
 
@@ -64,11 +64,16 @@ class Section:
     def skip(self, case: Mapping[str, object], why: str) -> None:
         self.add(Record(section=self.name, case=case, status=NOT_RUN, why=why))
 
+    def plan(self, num_cases: int) -> None:
+        """Say that so many cases follow."""
+        self.add(Record(section=self.name, case={}, status=PLANNED, values={"cases": num_cases}))
+
     def each(self, cases: Mapping[str, Mapping[str, object]], run: Callable[[str], None], estimate_s: float) -> None:
         """Run cases in order while there is time; those that do not fit are recorded as not run."""
+        self.plan(len(cases))
         for key, case in cases.items():
             if not self.deadline.remains(estimate_s):
-                self.skip(case, "no time left")
+                self.skip(case, NO_TIME)
                 continue
             with self.case(case):
                 run(key)

@@ -57,9 +57,7 @@ class SgmvCase:
 
     @property
     def floor(self) -> Floor:
-        return sgmv_floor(
-            self.in_features, self.out_features, [self.rank] * self.adapters, self.rows, DTYPE.itemsize
-        )
+        return sgmv_floor(self.in_features, self.out_features, [self.rank] * self.adapters, self.rows, DTYPE.itemsize)
 
 
 def sgmv_cases(size: Size) -> list[SgmvCase]:
@@ -130,16 +128,16 @@ def lay_case(case: SgmvCase, size: Size, pool: Tensor, seed: int) -> LaidCase:
             len(case.model.module_shapes),
             pool.device,
         )
-        for layer in range(min(num_layers, wanted - index * num_layers)):
-            variants.append(
-                Variant(
-                    adapters=adapters,
-                    segments=step,
-                    layer=layer,
-                    x=_normal(case.tokens, case.in_features, pool.device),
-                    out=_normal(case.tokens, sum(case.out_features), pool.device),
-                )
+        variants += [
+            Variant(
+                adapters=adapters,
+                segments=step,
+                layer=layer,
+                x=_normal(case.tokens, case.in_features, pool.device),
+                out=_normal(case.tokens, sum(case.out_features), pool.device),
             )
+            for layer in range(min(num_layers, wanted - index * num_layers))
+        ]
     geometry = module_geometry(layout, case.model.module_shapes)
     return LaidCase(
         case=case,

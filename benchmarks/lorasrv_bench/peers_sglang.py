@@ -56,21 +56,26 @@ class SegmentedPeer(_SglangPeer):
         self._expand_qkv = self._kernels("qkv_lora_b").qkv_lora_b_fwd
         self._expand_gate_up = self._kernels("gate_up_lora_b").gate_up_lora_b_fwd
 
-    def prepare(self, load: PeerLoad) -> Callable[[], None]:
-        info = self._info(load, load.rows, range(len(load.rows)), max_len=max(load.rows))
-        a, b, num_modules = torch.cat(load.a, 1), torch.cat(load.b, 1), len(load.a)
-        offsets = _ints(_offsets(load), load.x.device)
+    def prepare(self, loads: Sequence[PeerLoad]) -> list[Callable[[], None]]:
+        first = loads[0]
+        info = self._info(first, first.rows, range(len(first.rows)), max_len=max(first.rows))
+        num_modules, offsets = len(first.a), _ints(_offsets(first), first.x.device)
 
-        def run() -> None:
-            h = self._shrink(load.x, a, info, stack_num=num_modules)
-            if num_modules == 3:
-                self._expand_qkv(h, b, info, offsets, max(load.out_features), load.out)
-            elif num_modules == 2:
-                self._expand_gate_up(h, b, info, load.out_features[0], load.out)
-            else:
-                self._expand(h, b, info, load.out)
+        def call(load: PeerLoad) -> Callable[[], None]:
+            a, b = torch.cat(load.a, 1), torch.cat(load.b, 1)
 
-        return run
+            def run() -> None:
+                h = self._shrink(load.x, a, info, stack_num=num_modules)
+                if num_modules == 3:
+                    self._expand_qkv(h, b, info, offsets, max(load.out_features), load.out)
+                elif num_modules == 2:
+                    self._expand_gate_up(h, b, info, load.out_features[0], load.out)
+                else:
+                    self._expand(h, b, info, load.out)
+
+            return run
+
+        return [call(load) for load in loads]
 
 
 class ChunkedPeer(_SglangPeer):
@@ -84,43 +89,48 @@ class ChunkedPeer(_SglangPeer):
         self._shrink = self._kernels("chunked_sgmv_shrink").chunked_sgmv_lora_shrink_forward
         self._expand = self._kernels("chunked_sgmv_expand").chunked_sgmv_lora_expand_forward
 
-    def prepare(self, load: PeerLoad) -> Callable[[], None]:
-        device, num_tokens = load.x.device, load.x.shape[0]
+    def prepare(self, loads: Sequence[PeerLoad]) -> list[Callable[[], None]]:
+        first = loads[0]
+        device, num_tokens = first.x.device, first.x.shape[0]
         # ChunkedSgmvLoRABackend._determine_chunk_size_for_tokens
         chunk = min(self._max_chunk, 128 if num_tokens >= 256 else 32 if num_tokens >= 64 else 16)
-        pieces = [(n, min(chunk, rows - at)) for n, rows in enumerate(load.rows) for at in range(0, rows, chunk)]
+        pieces = [(n, min(chunk, rows - at)) for n, rows in enumerate(first.rows) for at in range(0, rows, chunk)]
         info = self._info(
-            load,
+            first,
             [length for _, length in pieces],
             [adapter for adapter, _ in pieces],
             max_len=chunk,
             permutation=_ints(range(num_tokens), device),
             seg_lens=None,
         )
-        a, b, num_modules = torch.cat(load.a, 1), torch.cat(load.b, 1), len(load.a)
-        offsets = _ints(_offsets(load), device)
+        offsets = _ints(_offsets(first), device)
         # Newer versions know the offsets on the host too.
-        extra = {}
+        extra: dict[str, object] = {}
         if "slice_offsets_cpu" in inspect.signature(self._expand).parameters:
-            extra = {"slice_offsets_cpu": torch.tensor(_offsets(load))}
+            extra = {"slice_offsets_cpu": torch.tensor(_offsets(first))}
 
-        def run() -> None:
-            h = self._shrink(x=load.x, weights=a, batch_info=info, num_slices=num_modules)
-            self._expand(
-                x=h,
-                weights=b,
-                batch_info=info,
-                slice_offsets=offsets,
-                max_slice_size=max(load.out_features),
-                base_output=load.out,
-                **extra,
-            )
+        def call(load: PeerLoad) -> Callable[[], None]:
+            a, b = torch.cat(load.a, 1), torch.cat(load.b, 1)
 
-        return run
+            def run() -> None:
+                h = self._shrink(x=load.x, weights=a, batch_info=info, num_slices=len(load.a))
+                self._expand(
+                    x=h,
+                    weights=b,
+                    batch_info=info,
+                    slice_offsets=offsets,
+                    max_slice_size=max(load.out_features),
+                    base_output=load.out,
+                    **extra,
+                )
+
+            return run
+
+        return [call(load) for load in loads]
 
 
 class PlannedPeer(_SglangPeer):
-    """The back end `triton_v2`: plans by shape, out of its tables. Its routes, built once a step, are not in the time."""
+    """The back end `triton_v2`: plans by shape, from its tables. Its routes, built once a step, are not in the time."""
 
     name = "sglang-v2"
 
@@ -131,27 +141,28 @@ class PlannedPeer(_SglangPeer):
         self._workspace = self._checkout.load("sglang.srt.lora.workspace").LoraWorkspace
         self._phase = self._checkout.load("sglang.srt.lora.utils").Phase
 
-    def prepare(self, load: PeerLoad) -> Callable[[], None]:
-        device, num_tokens, num_adapters = load.x.device, load.x.shape[0], len(load.rows)
+    def prepare(self, loads: Sequence[PeerLoad]) -> list[Callable[[], None]]:
+        first = loads[0]
+        device, num_tokens, num_adapters = first.x.device, first.x.shape[0], len(first.rows)
         runner = self._runners.DenseLoraRunner(self._workspace(), max_loras=num_adapters, device=device)
-        slots = torch.arange(num_adapters).repeat_interleave(torch.tensor(load.rows))
+        slots = torch.arange(num_adapters).repeat_interleave(torch.tensor(first.rows))
         runner.begin_batch(
             token_slots=_ints(slots, device),
-            lora_ranks=_ints([load.rank] * num_adapters, device),
+            lora_ranks=_ints([first.rank] * num_adapters, device),
             scalings=torch.ones(num_adapters, device=device),
             num_tokens=num_tokens,
             phase=self._phase.PREFILL if num_tokens > 256 else self._phase.DECODE,
             graph_mode=True,
         )
-        a, b, offsets = torch.cat(load.a, 1), torch.cat(load.b, 1), tuple(_offsets(load))
-        plan = runner.plan_for(
-            self._plan.DenseLoraKind.LINEAR, load.rank, load.x.shape[1], offsets[-1], num_tokens=num_tokens
-        )
+        offsets, num_in = tuple(_offsets(first)), first.x.shape[1]
+        linear = self._plan.DenseLoraKind.LINEAR
+        plan = runner.plan_for(linear, first.rank, num_in, offsets[-1], num_tokens=num_tokens)
 
-        def run() -> None:
-            runner.apply(load.x, lambda: load.out, plan, a=a, b=b, offsets=offsets)
+        def call(load: PeerLoad) -> Callable[[], None]:
+            a, b = torch.cat(load.a, 1), torch.cat(load.b, 1)
+            return lambda: runner.apply(load.x, lambda: load.out, plan, a=a, b=b, offsets=offsets)
 
-        return run
+        return [call(load) for load in loads]
 
 
 def _offsets(load: PeerLoad) -> list[int]:

@@ -1,6 +1,6 @@
 """vLLM's Triton LoRA kernels, called as its Punica wrapper calls them; see docs/gpu-benchmarks.md."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ _OPS = "vllm.lora.ops.triton_ops"
 
 
 class VllmPeer:
-    """`lora_shrink` and `lora_expand` with the metadata of `LoRAKernelMeta`, made for the adapters of the load alone."""
+    """`lora_shrink` and `lora_expand` with the metadata of `LoRAKernelMeta`, made for just the adapters of the load."""
 
     name = "vllm"
 
@@ -22,21 +22,26 @@ class VllmPeer:
         self._expand = checkout.load(f"{_OPS}.lora_expand_op").lora_expand
         self._meta = checkout.load(f"{_OPS}.lora_kernel_metadata").LoRAKernelMeta
 
-    def prepare(self, load: PeerLoad) -> Callable[[], None]:
-        device, num_tokens, num_adapters = load.x.device, load.x.shape[0], len(load.rows)
-        mapping = torch.arange(num_adapters, dtype=torch.int32).repeat_interleave(torch.tensor(load.rows))
+    def prepare(self, loads: Sequence[PeerLoad]) -> list[Callable[[], None]]:
+        first = loads[0]
+        device, num_tokens, num_adapters = first.x.device, first.x.shape[0], len(first.rows)
+        mapping = torch.arange(num_adapters, dtype=torch.int32).repeat_interleave(torch.tensor(first.rows))
         meta = self._meta.make(num_adapters, num_tokens, device)
         meta.prepare_tensors(mapping.to(device))
         args = meta.meta_args(num_tokens, True)
-        # As `add_lora_linear` makes it for every call; the shrink zeroes it.
-        h = torch.empty(len(load.a), num_tokens, load.rank, dtype=torch.float32, device=device)
-        a, b = list(load.a), list(load.b)
+        # `add_lora_linear` makes one for every call; the shrink zeroes it.
+        h = torch.empty(len(first.a), num_tokens, first.rank, dtype=torch.float32, device=device)
 
-        def run() -> None:
-            self._shrink(load.x, a, h, *args, 1.0)
-            self._expand(h, b, load.out, *args, offset_start=0, add_inputs=True)
+        def call(load: PeerLoad) -> Callable[[], None]:
+            a, b = list(load.a), list(load.b)
 
-        return run
+            def run() -> None:
+                self._shrink(load.x, a, h, *args, 1.0)
+                self._expand(h, b, load.out, *args, offset_start=0, add_inputs=True)
+
+            return run
+
+        return [call(load) for load in loads]
 
 
 def _package(folder: Path) -> Path:
