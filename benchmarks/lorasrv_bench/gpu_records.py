@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -104,16 +105,9 @@ def _line(record: Record) -> str:
 
 def about(device: torch.device, seed: int, size: str) -> dict[str, object]:
     """What stands beside every number."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.processor()})"
     return {
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
         "device": name,
         "torch": torch.__version__,
         "triton": _triton_version(),
@@ -122,6 +116,15 @@ def about(device: torch.device, seed: int, size: str) -> dict[str, object]:
         "size": size,
         "dtype": "bfloat16",
     }
+
+
+def _commit() -> str:
+    """Unknown without git, or in a checkout without its history."""
+    if shutil.which("git") is None:
+        return "unknown"
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
 
 
 def _triton_version() -> str:

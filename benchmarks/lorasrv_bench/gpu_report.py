@@ -3,18 +3,20 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from lorasrv_bench.gpu_predict import table as predicted_table
 from lorasrv_bench.gpu_records import DONE, NOT_RUN, PLANNED, WRONG, Record
 from lorasrv_bench.gpu_targets import Found, geometric_mean, targets
+
+_REASONS = 6
 
 
 def report(records: Sequence[Record], about: Mapping[str, object], *, on_gpu: bool) -> str:
     found = Found(records)
     parts = [_about(about, on_gpu), _counts(records), _ceilings(found), _groups(found), _steps(found)]
-    if on_gpu:
-        parts.append(target_table(found))
     wrong = [f"- {record.section} {dict(record.case)}: {record.why}" for record in records if record.status == WRONG]
     if wrong:
         parts.append("WRONG:\n" + "\n".join(wrong))
+    parts.append(target_table(found) if on_gpu else predicted_table())
     return "\n\n".join(part for part in parts if part)
 
 
@@ -29,7 +31,9 @@ def target_table(found: Found) -> str:
 
 def _about(about: Mapping[str, object], on_gpu: bool) -> str:
     line = ", ".join(f"{name} {value}" for name, value in about.items())
-    return line if on_gpu else line + "\nOn a CPU: the torch path at small sizes. These times say nothing about a GPU."
+    if on_gpu:
+        return line
+    return f"{line}\nOn a CPU: the torch path at small sizes. This says nothing of a GPU: the H200 rows are unmeasured."
 
 
 def _counts(records: Sequence[Record]) -> str:
@@ -42,7 +46,9 @@ def _counts(records: Sequence[Record]) -> str:
         for record in own:
             if record.why:
                 reasons[record.why] += 1
-        text = "; ".join(f"{why} ({count})" for why, count in reasons.items())
+        most = sorted(reasons.items(), key=lambda item: -item[1])
+        text = "; ".join(f"{why} ({count})" for why, count in most[:_REASONS])
+        text += f"; {len(most) - _REASONS} more reasons" if len(most) > _REASONS else ""
         lines.append(f"| {section} | {done} | {not_run} | {_unreached(records, section)} | {wrong} | {text} |")
     return "\n".join(lines)
 

@@ -36,9 +36,16 @@ def run(section: Section) -> None:
     cases = {str(index): case for index, case in enumerate(sgmv_cases(section.size))}
     section.each(
         {key: case.labels for key, case in cases.items()},
-        lambda key: _run_case(section, cases[key], peers, pool),
+        lambda key: _run_and_free(section, cases[key], peers, pool),
         _ESTIMATE_S,
     )
+
+
+def _run_and_free(section: Section, case: SgmvCase, peers: Sequence[Peer], pool: Tensor) -> None:
+    try:
+        _run_case(section, case, peers, pool)
+    finally:
+        free_memory(section.device)
 
 
 def _run_case(section: Section, case: SgmvCase, peers: Sequence[Peer], pool: Tensor) -> None:

@@ -116,7 +116,7 @@ QUICK_SIZE = Size(
     ceiling_bytes=1 << 20,
     matmul_sizes=(128,),
     pool_bytes=4 << 20,
-    cache_bytes=8 << 10,
+    cache_bytes=32 << 10,
     case_s=0.01,
     checked_rows=2,
 )

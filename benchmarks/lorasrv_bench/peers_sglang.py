@@ -183,7 +183,8 @@ def _uncached(key: object = None) -> Callable[[object], object]:
 
 
 def _device_name(device: int = 0) -> str:
-    return torch.cuda.get_device_name(device)
+    """Names their tables of tuned blocks."""
+    return torch.cuda.get_device_name(device) if torch.cuda.is_available() else "no GPU"
 
 
 def _stubs() -> dict[str, dict[str, object]]:

@@ -21,8 +21,13 @@ class VllmPeer:
         self._shrink = checkout.load(f"{_OPS}.lora_shrink_op").lora_shrink
         self._expand = checkout.load(f"{_OPS}.lora_expand_op").lora_expand
         self._meta = checkout.load(f"{_OPS}.lora_kernel_metadata").LoRAKernelMeta
+        # What they remember of weights, by address: freed memory comes back with other shapes.
+        utils = checkout.load(f"{_OPS}.utils")
+        self._remembered = (utils._LORA_A_PTR_DICT, utils._LORA_B_PTR_DICT)
 
     def prepare(self, loads: Sequence[PeerLoad]) -> list[Callable[[], None]]:
+        for found in self._remembered:
+            found.clear()
         first = loads[0]
         device, num_tokens, num_adapters = first.x.device, first.x.shape[0], len(first.rows)
         mapping = torch.arange(num_adapters, dtype=torch.int32).repeat_interleave(torch.tensor(first.rows))
