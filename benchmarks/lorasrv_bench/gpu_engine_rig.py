@@ -29,9 +29,9 @@ from lorasrv_bench.gpu_sizes import Size
 from lorasrv_kernels import reference
 
 RANK = 16
-# Differences of log-probabilities over the deviation of the oracle's. bf16 alone gives about 0.015 after 32 layers of
-# random weights, an adapter left out more than 0.2.
-LIMIT = 6e-2
+# Differences of log-probabilities over the deviation of the oracle's. After 32 layers of random weights the order of
+# bf16 sums alone gives 0.02, an adapter left out 0.2, another one's in its place 0.3.
+LIMIT = 8e-2
 _TOP = 16
 _ORACLE_ROWS = 1024
 # Room for activations, workspaces of libraries and graphs.
@@ -99,7 +99,8 @@ def build(section: Section, *, deterministic: bool = False) -> Rig:
             for _ in range(counts[rank])
         ]
         adapters[rank] = tuple(AdapterInput(directory=a.directory, max_rank=rank, scale=1.0) for a in laid)
-    make_ready(runner, max(batch for _, batch in size.decodes), _blocks(size), max(forms), device)
+    max_rows = max(batch for _, batch in size.decodes)
+    make_ready(runner, max_rows, _blocks(size), max(forms), deterministic=deterministic)
     weights = dummy_weights(architecture, DTYPE, device, section.seed)
     return Rig(
         runner=runner,
@@ -166,7 +167,7 @@ def draws(chunks: Sequence[ChunkInput], *, temperature: float, logprobs: int | N
 
 def check_step(rig: Rig, chunks: Sequence[ChunkInput], numbers: Sequence[int]) -> float:
     """The error of a step's log-probabilities behind these chunks. Raises WrongOutput where it is too large, and where
-    the step's greedy token is not its likeliest."""
+    a greedy token is not among the likeliest."""
     step = rig.runner.forward(tuple(chunks))
     step.draw(draws(chunks, temperature=0.0, logprobs=_TOP))
     output = step.output()
@@ -175,8 +176,9 @@ def check_step(rig: Rig, chunks: Sequence[ChunkInput], numbers: Sequence[int]) -
         token, found = output.tokens[number], output.logprobs.get(number)
         if token is None or found is None:
             raise WrongOutput(f"the logits behind chunk {number} are not finite")
-        if token != found.top[0][0]:
-            raise WrongOutput(f"the greedy token {token} behind chunk {number} is not its likeliest, {found.top[0][0]}")
+        # In bf16 the likeliest are often equal.
+        if token != found.token_id or found.logprob < found.top[0][1]:
+            raise WrongOutput(f"the greedy token {token} behind chunk {number} is not as likely as {found.top[0][0]}")
         worst = max(worst, _logprob_error(found, _oracle_logprobs(rig, chunks[number])))
     return check(worst, LIMIT, "the log-probability")
 

@@ -1,4 +1,4 @@
-"""The one place where the benchmark takes the product's kernels: on a GPU the Triton ones, on a CPU their oracles."""
+"""The one place where the benchmark takes the product's kernels: those that the engine takes on the device."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lorasrv.engine.runner import ModelRunner
-from lorasrv_bench.gpu_section import NotRun
-from lorasrv_kernels import reference
+from lorasrv_kernels.attention_work import AttentionWork, build_attention_work
+from lorasrv_kernels.dispatch import attention_tiling, forward_kernels
 from lorasrv_kernels.tiles import Module, Segments
 from lorasrv_kernels.work import num_splits, plan_work
 
@@ -16,13 +16,8 @@ Sgmv = Callable[[Tensor, Tensor, Segments, int, tuple[Module, ...], Tensor], Non
 
 
 def sgmv(device: torch.device) -> tuple[Sgmv, Sgmv]:
-    """(shrink, expand) as the engine calls them on this device."""
-    if device.type != "cuda":
-        return reference.sgmv_shrink, reference.sgmv_expand
-    try:
-        from lorasrv_kernels import sgmv as kernels
-    except ImportError as error:
-        raise NotRun(f"there is no Triton SGMV: {error}") from error
+    """(shrink, expand)."""
+    kernels = forward_kernels(device, deterministic=False)
     return kernels.sgmv_shrink, kernels.sgmv_expand
 
 
@@ -63,19 +58,11 @@ def shrunk(
 def attention(
     rows: Sequence[int], contexts: Sequence[int], num_heads: int, kv: Tensor
 ) -> Callable[[Tensor, Tensor, int, Tensor, Tensor, Tensor, int | None, Tensor], None]:
-    """Paged attention as the engine calls it for a step of these sequences."""
-    if kv.device.type != "cuda":
-        return reference.paged_attention
-    try:
-        from lorasrv_kernels import attention as kernels
-        from lorasrv_kernels.attention_work import build_attention_work, tiling
-    except ImportError as error:
-        raise NotRun(f"there is no Triton attention: {error}") from error
+    """Paged attention for a step of these sequences, whose lists are made once."""
+    kernels = forward_kernels(kv.device, deterministic=False)
     kv_heads, head_dim = kv.shape[4:]
-    host = build_attention_work(rows, contexts, tiling(head_dim, num_heads // kv_heads, kv.dtype))
-    work = replace(
-        host, **{name: getattr(host, name).to(kv.device) for name in ("tiles", "splits", "merges", "counts")}
-    )
+    tiling = attention_tiling(kernels, kv.device, kv.dtype, head_dim, num_heads // kv_heads)
+    work = None if tiling is None else _on(kv.device, build_attention_work(rows, contexts, tiling))
 
     def run(
         query: Tensor,
@@ -92,7 +79,13 @@ def attention(
     return run
 
 
-def make_ready(runner: ModelRunner, max_rows: int, max_blocks: int, max_rank: int, device: torch.device) -> None:
-    """What the engine does before it is ready: on CUDA, capture decode steps."""
-    if device.type == "cuda":
+def _on(device: torch.device, work: AttentionWork) -> AttentionWork:
+    names = ("tiles", "splits", "merges", "counts")
+    return replace(work, **{name: getattr(work, name).to(device) for name in names})
+
+
+def make_ready(runner: ModelRunner, max_rows: int, max_blocks: int, max_rank: int, *, deterministic: bool) -> None:
+    """What the engine does before it is ready: where steps run beside the host, decode steps are captured. Those of
+    `deterministic` cannot be: its kernels ask the host."""
+    if runner.runs_ahead and not deterministic:
         runner.capture_graphs(max_rows, max_blocks, max_rank)
