@@ -1,6 +1,9 @@
 """Picks what computes: the oracles, their batch-invariant forms, or the kernels of a GPU."""
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from lorasrv_kernels import fixed, reference
 from lorasrv_kernels.attention_work import Tiling, tiling
@@ -26,3 +29,12 @@ def attention_tiling(
         return None
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     return tiling(head_dim, group, dtype, capability=10 * major + minor)
+
+
+def sampler(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
+    """`reference.sample`, or what computes the same on this device."""
+    if device.type == "cuda":
+        from lorasrv_kernels import sampling
+
+        return sampling.sample
+    return reference.sample

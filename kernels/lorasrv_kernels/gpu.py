@@ -3,21 +3,24 @@
 Products of the base model are the library's; what reads their output next is ours and adds what adapters add.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from lorasrv_kernels import reference
 from lorasrv_kernels.attention import paged_attention as paged_attention
-from lorasrv_kernels.sgmv import sgmv_expand, sgmv_shrink
+from lorasrv_kernels.fused import add as add
+from lorasrv_kernels.fused import rope_write_kv as rope_write_kv
+from lorasrv_kernels.fused import silu_mul as silu_mul
+from lorasrv_kernels.norm import add_rms_norm as add_rms_norm
+from lorasrv_kernels.norm import rms_norm as rms_norm
+from lorasrv_kernels.sgmv import sgmv_expand as sgmv_expand
+from lorasrv_kernels.sgmv import sgmv_shrink as sgmv_shrink
 from lorasrv_kernels.tiles import Delta, Module, Segments
 from lorasrv_kernels.work import num_splits
 
 pack_linear = reference.pack_linear
 linear = reference.linear
 by_rows = reference.by_rows
-rms_norm = reference.rms_norm
 
 
 def project(
@@ -46,10 +49,3 @@ def project(
         sgmv_shrink(x, pool, segments, layer, modules, h)
         out = linear(x, weight, bias)
     return out, Delta(h=h, pool=pool, segments=segments, layer=layer, modules=modules)
-
-
-expand = partial(reference.expand, sgmv=sgmv_expand)
-add = partial(reference.add, expand=expand)
-add_rms_norm = partial(reference.add_rms_norm, expand=expand)
-rope_write_kv = partial(reference.rope_write_kv, expand=expand)
-silu_mul = partial(reference.silu_mul, expand=expand)

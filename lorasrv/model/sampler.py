@@ -14,7 +14,7 @@ The order of operations on a row of logits, stated here once:
 those of the model's own logits, before all of it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from lorasrv.model.logit_edits import LogitEdits
 from lorasrv.types import PositionLogprobs
 from lorasrv_kernels import reference
+from lorasrv_kernels.dispatch import sampler
 
 
 class SampleParams(Protocol):
@@ -169,16 +170,7 @@ def _sample(logits: Tensor, rows: Sequence[SampleParams]) -> tuple[Tensor, Tenso
     numbers = [[row.temperature for row in rows], [row.top_p for row in rows], [row.min_p for row in rows]]
     (top_k, seeds, samples, positions, *drawing), (temperature, top_p, min_p) = _tensors(integers, numbers, device)
     some_min_p = min_p if any(numbers[2]) else None
-    return _sample_on(device)(logits, temperature, top_p, top_k, some_min_p, seeds, samples, positions, *drawing)
-
-
-def _sample_on(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`reference.sample`, or what computes the same on a GPU; Triton is loaded there only."""
-    if device.type != "cuda":
-        return reference.sample
-    from lorasrv_kernels import sampling
-
-    return sampling.sample
+    return sampler(device)(logits, temperature, top_p, top_k, some_min_p, seeds, samples, positions, *drawing)
 
 
 def _tensors(
