@@ -13,11 +13,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(READY)
 	$(BIN)/lorasrv demo
 
+# A test's module stays in one process; more of them than cores gain nothing.
+PYTEST := $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile
+
 test: lint proto-check
-	$(BIN)/pytest -q
+	$(PYTEST)
 
 test-all: lint proto-check
-	$(BIN)/pytest -q -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 lint: $(READY)
 	$(BIN)/ruff check

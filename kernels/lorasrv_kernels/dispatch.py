@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lorasrv_kernels import fixed, reference
 from lorasrv_kernels.attention_work import Tiling, tiling
-from lorasrv_kernels.forward import ForwardKernels
+from lorasrv_kernels.forward import ForwardKernels, LoraKernels
 
 
 def forward_kernels(device: torch.device, *, deterministic: bool) -> ForwardKernels:
@@ -18,6 +18,15 @@ def forward_kernels(device: torch.device, *, deterministic: bool) -> ForwardKern
         from lorasrv_kernels import gpu
 
         return gpu
+    return reference
+
+
+def lora_kernels(device: torch.device) -> LoraKernels:
+    """`sgmv_shrink` and `sgmv_expand` for this device."""
+    if device.type == "cuda":
+        from lorasrv_kernels import sgmv
+
+        return sgmv
     return reference
 
 

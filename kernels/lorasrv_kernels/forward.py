@@ -9,7 +9,20 @@ from lorasrv_kernels.attention_work import AttentionWork
 from lorasrv_kernels.tiles import Delta, Module, Segments
 
 
-class ForwardKernels(Protocol):
+class LoraKernels(Protocol):
+    """Those that meet adapters."""
+
+    @staticmethod
+    def sgmv_shrink(
+        x: Tensor, pool: Tensor, segments: Segments, layer: int, modules: tuple[Module, ...], out: Tensor, /
+    ) -> None: ...
+    @staticmethod
+    def sgmv_expand(
+        h: Tensor, pool: Tensor, segments: Segments, layer: int, modules: tuple[Module, ...], out: Tensor, /
+    ) -> None: ...
+
+
+class ForwardKernels(LoraKernels, Protocol):
     """Functions of `reference`, under its names and signatures; see there for what they mean."""
 
     @staticmethod
@@ -65,12 +78,4 @@ class ForwardKernels(Protocol):
         /,
         *,
         work: AttentionWork | None,
-    ) -> None: ...
-    @staticmethod
-    def sgmv_shrink(
-        x: Tensor, pool: Tensor, segments: Segments, layer: int, modules: tuple[Module, ...], out: Tensor, /
-    ) -> None: ...
-    @staticmethod
-    def sgmv_expand(
-        h: Tensor, pool: Tensor, segments: Segments, layer: int, modules: tuple[Module, ...], out: Tensor, /
     ) -> None: ...
