@@ -22,7 +22,7 @@ from lorasrv_kernels.variant import Variant
 
 _BLOCK = 1024
 _FEWEST = 128  # blocks that the second kernel is compiled for
-_ELEMENTS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
+_ELEMENTS = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def block_kernel(
     token = block * BLOCK + tl.arange(0, BLOCK)
     there = token < vocab_size
     own = tl.load(logits + row.to(tl.int64) * stride_row + token, mask=there, other=float("-inf")).to(tl.float64)
-    # In a row that holds NaN or infinity it matters only that nothing is raised.
+    # A row that holds NaN has a token too: the next step may look it up before anybody knows.
     own = tl.where(own == own, own, float("-inf"))
     top = tl.load(tops + row).to(tl.float64)
     heat = tl.load(temperature + row).to(tl.float64)
@@ -80,13 +80,12 @@ def block_kernel(
     tl.store(tokens + tl.program_id(0), _lowest(score, best, token))
 
 
-@triton.jit(do_not_specialize=["num_blocks", "vocab_size"])
+@triton.jit(do_not_specialize=["num_blocks"])
 def row_kernel(
     scores,  # float64 [num_rows, num_blocks]
     tokens,  # int32 [num_rows, num_blocks]
     out,  # int64 [num_rows]
     num_blocks,
-    vocab_size,
     MOST: tl.constexpr,  # at least as many blocks
 ):
     row = tl.program_id(0)
@@ -95,8 +94,7 @@ def row_kernel(
     score = tl.load(scores + place, mask=block < num_blocks, other=float("-inf"))
     token = tl.load(tokens + place, mask=block < num_blocks, other=0x7FFFFFFF)
     best = _lowest(score, tl.max(score, 0), token)
-    # The next step may look up the token of a row that is not valid before anybody knows.
-    tl.store(out + row, tl.where(best < vocab_size, best, 0).to(tl.int64))
+    tl.store(out + row, best.to(tl.int64))
 
 
 def sample(
@@ -152,7 +150,7 @@ def _draw(
         logits.stride(0),
         vocab_size,
     )
-    row_variant(num_blocks).launch(num_rows, scores, best, tokens, num_blocks, vocab_size)
+    row_variant(num_blocks).launch(num_rows, scores, best, tokens, num_blocks)
     return tokens
 
 
@@ -188,7 +186,6 @@ def row_variant(num_blocks: int) -> Variant:
             "tokens": "*i32:16",
             "out": "*i64:16",
             "num_blocks": "i32",
-            "vocab_size": "i32",
         },
         constexprs={"MOST": max(_FEWEST, 1 << (num_blocks - 1).bit_length())},
         num_warps=1,
