@@ -60,7 +60,7 @@ def test_the_whole_script_runs_and_writes_its_table(tmp_path: Path, capsys: pyte
         "ceilings": 4,
         "engine": 6,
         "sgmv": 8,
-        "attention": 4,
+        "attention": 5,
         "deterministic": 3,
     }
     assert all(line["checked"] for found in done.values() for line in found)
@@ -91,6 +91,37 @@ def test_a_wrong_product_is_not_timed(tmp_path: Path, monkeypatch: pytest.Monkey
     found = [r for r in given.results.records() if r.case.get("tokens") == 4]
     assert {r.status for r in found} == {WRONG}
     assert {r.median_s for r in found} == {None}
+
+
+class TorchPeer:
+    """LoRA on the dense tensors that peers are given."""
+
+    def __init__(self, name: str, scale: float) -> None:
+        self.name = name
+        self._scale = scale
+
+    def prepare(self, loads):
+        return [lambda load=load: self._add(load) for load in loads]
+
+    def _add(self, load) -> None:
+        row = 0
+        for adapter, num_rows in enumerate(load.rows):
+            x, out = load.x[row : row + num_rows].float(), load.out[row : row + num_rows]
+            gained = [x @ a[adapter].float().T @ b[adapter].float().T for a, b in zip(load.a, load.b, strict=True)]
+            out += (self._scale * torch.cat(gained, 1)).to(out.dtype)
+            row += num_rows
+
+
+def test_a_right_peer_is_scored_and_a_wrong_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    peers = [TorchPeer("right", 1.0), TorchPeer("wrong", 1.1)]
+    monkeypatch.setattr(gpu_sgmv, "find_peers", lambda folder, device: (peers, {"absent": "no such package"}))
+    given = replace(section(tmp_path, "sgmv"), size=replace(QUICK_SIZE, loads=((4, 2),), cache_bytes=1))
+    gpu.run_section(given)
+    by_peer = {name: [r for r in given.results.records() if r.case.get("peer") == name] for name in ("right", "wrong")}
+    assert [r.status for r in by_peer["right"]] == [DONE] * 4
+    assert all(r.values["over_ours"] > 0 for r in by_peer["right"])
+    assert [(r.status, r.values) for r in by_peer["wrong"]] == [(WRONG, {})] * 4
+    assert [r.why for r in given.results.records() if r.case == {"peer": "absent"}] == ["no such package"]
 
 
 def compute_instead(rig: Rig, others: dict[ChunkInput, ChunkInput]) -> None:

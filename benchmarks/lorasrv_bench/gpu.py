@@ -29,8 +29,8 @@ from lorasrv_bench.gpu_sizes import CPU_SIZE, QUICK_SIZE, gpu_size
 SECTIONS: dict[str, tuple[float, Callable[[Section], None]]] = {
     "tests": (75, gpu_tests.run),
     "ceilings": (20, gpu_ceilings.run),
-    "engine": (130, gpu_engine.run_decode),
-    "sgmv": (140, gpu_sgmv.run),
+    "engine": (150, gpu_engine.run_decode),
+    "sgmv": (130, gpu_sgmv.run),
     "attention": (45, gpu_attention.run),
     "deterministic": (60, gpu_engine.run_deterministic),
 }

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lorasrv_bench.gpu_attention_load import Load, lay_load
+from lorasrv_bench.gpu_attention_load import Load, Parts, labels, lay_load
 from lorasrv_bench.gpu_attention_torch import Attend, baselines
 from lorasrv_bench.gpu_floors import attention_floor
 from lorasrv_bench.gpu_kernels import attention
@@ -23,30 +23,27 @@ _CHECKED_ROWS = 256
 
 
 def run(section: Section) -> None:
-    loads = {str(index): numbers for index, numbers in enumerate(section.size.attention_loads)}
-    cases: dict[str, dict[str, object]] = {
-        key: {"sequences": sequences, "rows": rows, "context": context}
-        for key, (sequences, rows, context) in loads.items()
-    }
+    loads = {str(index): parts for index, parts in enumerate(section.size.attention_loads)}
+    cases = {key: labels(parts) for key, parts in loads.items()}
     section.each(cases, lambda key: _run_case(section, cases[key], loads[key]), 1.5)
 
 
-def _run_case(section: Section, labels: dict[str, object], numbers: tuple[int, int, int]) -> None:
-    load = lay_load(section, *numbers)
+def _run_case(section: Section, case: dict[str, object], parts: Parts) -> None:
+    load = lay_load(section, parts)
     paged = attention(load.rows, load.contexts, load.model.num_heads, load.kv)
 
     def ours(layer: int) -> Tensor:
         paged(load.query, load.kv, layer, load.tables, load.starts, load.lengths, None, load.out)
         return load.out
 
-    timing = _time(section, {"peer": "ours"} | labels, load, ours, None)
+    timing = _time(section, {"peer": "ours"} | case, load, ours, None)
     for name, make in baselines().items():
-        with section.case({"peer": name} | labels):
-            _time(section, {"peer": name} | labels, load, make(load), timing)
+        with section.case({"peer": name} | case):
+            _time(section, {"peer": name} | case, load, make(load), timing)
         free_memory(section.device)
 
 
-def _time(section: Section, labels: dict[str, object], load: Load, attend: Attend, ours: Timing | None) -> Timing:
+def _time(section: Section, case: dict[str, object], load: Load, attend: Attend, ours: Timing | None) -> Timing:
     """Check, time and record what computes a layer; twice where there is nothing to compare it with."""
     error = max(_error(load, layer, attend) for layer in {0, load.num_layers - 1})
     ready = Round([_call(attend, layer) for layer in range(load.num_layers)], section.device)
@@ -55,7 +52,7 @@ def _time(section: Section, labels: dict[str, object], load: Load, attend: Atten
     section.add(
         timed(
             section.name,
-            labels,
+            case,
             timing,
             again=ready.time(section.size.case_s) if ours is None else None,
             floor_s=floor.seconds(section.ceilings),

@@ -24,10 +24,13 @@ def baselines() -> dict[str, Callable[[Load], Attend]]:
 
 def _sdpa(load: Load) -> Attend:
     sequences, rows, context = len(load.rows), load.rows[0], load.contexts[0]
-    if 1 < rows < context:
-        raise NotRun("its causal mask is that of a whole prompt, not of a chunk's last rows")
+    if len(set(zip(load.rows, load.contexts, strict=True))) > 1 or 1 < rows < context:
+        raise NotRun("its causal mask is that of whole prompts of one length")
     query = load.query.view(sequences, rows, *load.query.shape[1:]).transpose(1, 2)
-    pairs = [[dense.transpose(1, 2).contiguous() for dense in _dense(load, layer)] for layer in range(load.num_layers)]
+    pairs = [
+        [dense.unflatten(0, (sequences, context)).transpose(1, 2).contiguous() for dense in _dense(load, layer)]
+        for layer in range(load.num_layers)
+    ]
 
     def attend(layer: int) -> Tensor:
         found = torch.nn.functional.scaled_dot_product_attention(
@@ -40,15 +43,12 @@ def _sdpa(load: Load) -> Attend:
 
 def _varlen(load: Load) -> Attend:
     attention, known = _varlen_attn(load)
-    pairs = [[dense.flatten(0, 1) for dense in _dense(load, layer)] for layer in range(load.num_layers)]
-    context = load.contexts[0]
-    key_starts = torch.arange(0, (len(load.contexts) + 1) * context, context, device=load.kv.device)
+    pairs = [_dense(load, layer) for layer in range(load.num_layers)]
+    key_starts = torch.tensor([0, *load.contexts]).cumsum(0).to(load.kv.device, torch.int32)
 
     def attend(layer: int) -> Tensor:
         key, value = pairs[layer]
-        return attention(
-            load.query, key, value, load.starts, key_starts.to(torch.int32), load.rows[0], context, **known
-        )
+        return attention(load.query, key, value, load.starts, key_starts, max(load.rows), max(load.contexts), **known)
 
     return attend
 
@@ -66,8 +66,8 @@ def _varlen_paged(load: Load) -> Attend:
             value,
             load.starts,
             None,
-            load.rows[0],
-            load.contexts[0],
+            max(load.rows),
+            max(load.contexts),
             seqused_k=load.lengths,
             block_table=load.tables,
             **known,
@@ -91,7 +91,16 @@ def _varlen_attn(load: Load) -> tuple[Callable[..., Any], dict[str, object]]:
     return varlen_attn, known
 
 
-def _dense(load: Load, layer: int) -> list[Tensor]:  # [num_sequences, context, kv_heads, head_dim], twice
-    """Keys and values of a layer in one piece. All contexts are equal."""
-    pages = load.tables.long()
-    return [load.kv[pages, layer, which].flatten(1, 2)[:, : load.contexts[0]].contiguous() for which in (0, 1)]
+def _dense(load: Load, layer: int) -> list[Tensor]:  # [sum of contexts, kv_heads, head_dim], twice
+    """Keys and values of a layer in one piece, sequence behind sequence."""
+    block_tokens = load.kv.shape[3]
+    places = [load.tables[index, : -(-context // block_tokens)].long() for index, context in enumerate(load.contexts)]
+    return [
+        torch.cat(
+            [
+                load.kv[pages, layer, which].flatten(0, 1)[:context]
+                for pages, context in zip(places, load.contexts, strict=True)
+            ]
+        )
+        for which in (0, 1)
+    ]

@@ -58,7 +58,7 @@ def _copy(section: Section) -> tuple[Timing, float, float]:
 
 
 def _to_device(section: Section) -> tuple[Timing, float, float]:
-    size = min(section.size.ceiling_bytes // 4, 1 << 30)
+    size = min(section.size.ceiling_bytes // 4, 1 << 28)
     source = torch.randint(0, 256, (size,), dtype=torch.uint8, pin_memory=section.device.type == "cuda")
     target = torch.zeros(size, dtype=torch.uint8, device=section.device)
     target.copy_(source)

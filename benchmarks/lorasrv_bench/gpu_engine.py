@@ -27,36 +27,43 @@ _TEMPERATURE = 0.8
 def run_decode(section: Section) -> None:
     with section.case({"what": "the model"}):
         rig = build(section)
-        cases = {f"{n}/{b}": {"adapters": n, "batch": b} for n, b in section.size.decodes}
-        section.each(cases, lambda key: _decode(section, rig, *map(int, key.split("/"))), 2.0)
+        _decodes(section, rig, section.size.decodes)
         for rank in (0, *section.size.prefill_ranks):
             case = {"prefill": section.size.prefill_tokens, "rank": rank}
             section.each({"": case}, lambda _, rank=rank, case=case: _prefill(section, rig, rank, case), 3.0)
         copies = {"copies": "while decoding"}
         section.each({"": copies}, lambda _: _copies(section, rig, copies), 3.0)
+        _decodes(section, rig, section.size.more_decodes)
 
 
 def run_deterministic(section: Section) -> None:
     """Decode and a long prompt once more, under the option; the table compares them with what `run_decode` found."""
+    # Its kernels are many small calls where there are adapters: few steps, and those of the base model first.
+    section = replace(section, size=replace(section.size, num_steps=min(section.size.num_steps, 8)))
     with section.case({"what": "the model"}):
         rig = build(section, deterministic=True)
-        loads = dict.fromkeys(_deterministic_loads(section))
-        cases = {f"{n}/{b}": {"adapters": n, "batch": b} for n, b in loads}
-        section.each(cases, lambda key: _decode(section, rig, *map(int, key.split("/"))), 2.0)
+        base, most = _deterministic_loads(section)
+        _decodes(section, rig, [base])
         case = {"prefill": section.size.prefill_tokens, "rank": 0}
         section.each({"": case}, lambda _: _prefill(section, rig, 0, case), 3.0)
+        _decodes(section, rig, [most])
 
 
-def _deterministic_loads(section: Section) -> list[tuple[int, int]]:
+def _deterministic_loads(section: Section) -> tuple[tuple[int, int], tuple[int, int]]:
     """The largest batch up to 64 that the default was timed at, without adapters and with the most."""
     done = [
         (int(str(r.case["adapters"])), int(str(r.case["batch"])))
         for r in section.results.records()
         if r.section == "engine" and r.status == DONE and "batch" in r.case
-    ] or list(section.size.decodes[:1])
+    ] or list(section.size.decodes)
     batch = max((b for _, b in done if b <= 64), default=done[0][1])
     loads = [n for n, b in done if b == batch]
-    return [(min(loads), batch), (max(loads), batch)]
+    return (min(loads), batch), (max(loads), batch)
+
+
+def _decodes(section: Section, rig: Rig, loads: Sequence[tuple[int, int]]) -> None:
+    cases = {f"{n}/{b}": {"adapters": n, "batch": b} for n, b in loads}
+    section.each(cases, lambda key: _decode(section, rig, *map(int, key.split("/"))), 2.0)
 
 
 def _decode(section: Section, rig: Rig, num_adapters: int, batch: int) -> None:

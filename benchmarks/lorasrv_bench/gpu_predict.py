@@ -3,7 +3,7 @@
 Ceilings are leads, not readings: 4.3 TB/s read, 700 TFLOP/s of bf16, 50 GB/s from pinned memory. A kernel that waits
 for the one before costs a launch's latency inside a graph, 1.2 to 2.5 us, in which nothing streams. So a step's time is
 the floor of its bytes (or of its operations) plus the latency of every kernel that stands in the chain. Products and
-attention are taken to reach the ceilings themselves, sampling to cost its launches: what is measured will be above.
+attention are taken to reach the ceilings themselves, and sampling to cost its launches, which is optimistic.
 """
 
 from dataclasses import dataclass
@@ -92,8 +92,8 @@ def table() -> str:
     lines = [
         "Predicted, unmeasured: 8B in bf16 at 1k context, at 4.3 TB/s, 700 TFLOP/s, 50 GB/s from pinned memory and",
         f"{LAUNCH_S[0] * 1e6} to {LAUNCH_S[1] * 1e6} us for each kernel that waits for the one before it in a graph",
-        f"({LAYER_KERNELS} of a layer, {LORA_KERNELS} more with adapters). Products are taken to reach those ceilings:",
-        "nothing will be faster than this.",
+        f"({LAYER_KERNELS} of a layer, {LORA_KERNELS} more with adapters). Products are taken to reach those ceilings,",
+        "which is optimistic.",
         "",
         "| what | floor ms | predicted ms | over the floor |",
         "|---|---|---|---|",

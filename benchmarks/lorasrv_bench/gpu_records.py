@@ -105,7 +105,7 @@ def _line(record: Record) -> str:
 
 def about(device: torch.device, seed: int, size: str) -> dict[str, object]:
     """What stands beside every number."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.processor()})"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
     return {
         "commit": _commit(),
         "device": name,
