@@ -37,10 +37,28 @@ def has_environment(command: str) -> None:
     assert "BIN := .venv/bin" in (ROOT / "Makefile").read_text()
 
 
+def has_options(command: str) -> None:
+    words = command.split()
+    module = words[words.index("-m") + 1]
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=100
+    )
+    assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[\w-]+", done.stdout)), command
+
+
+def is_outside_the_tree(command: str) -> None:
+    assert not (ROOT / command.split()[-1]).exists()
+
+
 # Commands that are not run here, by how they begin: why, and what is checked instead.
 NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
     "make demo": ("installs; tests/test_end_to_end.py runs the demo's streams", has_make_target),
     "make test": ("runs this very test", has_make_target),
+    "PYTHONPATH=.:kernels:adapters:benchmarks python3 -m lorasrv_bench.gpu": (
+        "takes minutes; tests/test_gpu_bench.py runs it --quick",
+        has_options,
+    ),
+    "git clone": ("fetches other projects' code, which is no part of this repository", is_outside_the_tree),
     ". .venv/bin/activate": ("the environment that make has made is active in this test", has_environment),
 }
 
