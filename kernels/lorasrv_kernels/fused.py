@@ -437,7 +437,7 @@ def _rope_variant(
     return replace(
         variant,
         constexprs={**variant.constexprs, "GATHER": gather},
-        max_registers=168 if height == DECODE_HEIGHT and normed else None,
+        max_registers=232 if half > 64 else 168 if normed else None,
     )
 
 

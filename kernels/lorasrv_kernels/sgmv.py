@@ -376,7 +376,7 @@ def sgmv_expand(
     delta, work = Delta(h=h, pool=pool, segments=segments, layer=layer, modules=modules), segments.work
     assert out.stride(1) == 1, out.stride()
     aligned = is_aligned(delta) and out.stride(0) % 16 == 0
-    block = _expand_block(work.height, least_chunk(modules), aligned)
+    block = _expand_block(least_chunk(modules), aligned)
     variant = expand_variant(out.dtype, work.height, work.rank_step, len(modules), block, aligned, interpreting())
     tiles = sum(-(-module.b.cols // block) for module in modules)
     variant.launch(
@@ -506,7 +506,7 @@ def expand_variant(
             "ALIGN": 16 // dtype.itemsize if aligned else 1,
             "WIDEN": widen,
         },
-        num_warps=8 if block_c * height > 4096 or block_c == 256 else 4,
+        num_warps=8 if block_c * height > 4096 else 4,
         num_stages=3,
         tensor_cores=dtype != torch.float32,
     )
@@ -518,8 +518,8 @@ def _shrink_block(height: int, chunk: int, aligned: bool) -> int:
     return 64 if aligned else 32
 
 
-def _expand_block(height: int, chunk: int, aligned: bool) -> int:
-    return min(chunk, 256 if height == DECODE_HEIGHT else 128) if aligned else 64
+def _expand_block(chunk: int, aligned: bool) -> int:
+    return min(chunk, 128) if aligned else 64
 
 
 def variants() -> Iterator[Variant]:
@@ -530,7 +530,7 @@ def variants() -> Iterator[Variant]:
     ):
         for block in {_shrink_block(height, chunk, aligned) for chunk in (64, 128)}:
             yield shrink_variant(dtype, height, step, num_modules, block, aligned, widen=False)
-        for block in {_expand_block(height, chunk, aligned) for chunk in (64, 128, 256)}:
+        for block in {_expand_block(chunk, aligned) for chunk in (64, 128)}:
             yield expand_variant(dtype, height, step, num_modules, block, aligned, widen=False)
 
 
