@@ -437,7 +437,7 @@ def _rope_variant(
     return replace(
         variant,
         constexprs={**variant.constexprs, "GATHER": gather},
-        max_registers=232 if half > 64 else 168 if normed else None,
+        max_registers=232 if half > 64 else 168 if normed and height == DECODE_HEIGHT else variant.max_registers,
     )
 
 
@@ -465,6 +465,7 @@ def _variant(
         },
         num_warps=8 if height == PREFILL_HEIGHT or block > 128 else 4,
         num_stages=3,
+        max_registers=168 if height == DECODE_HEIGHT and not aligned else None,
         tensor_cores=lora is not _NO_LORA and dtype != torch.float32,
     )
 

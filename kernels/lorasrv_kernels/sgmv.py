@@ -507,6 +507,7 @@ def expand_variant(
             "WIDEN": widen,
         },
         num_warps=8 if block_c * height > 4096 else 4,
+        max_registers=168 if height == DECODE_HEIGHT and not aligned else None,
         num_stages=3,
         tensor_cores=dtype != torch.float32,
     )
