@@ -22,6 +22,7 @@ from lorasrv_kernels.sgmv import (
     ADDRESS_WORDS,
     LORA_NUMBERS,
     TRITON_TYPES,
+    expand_halves,
     expand_tile,
     is_aligned,
     least_chunk,
@@ -107,9 +108,9 @@ def _silu_mul_kernel(
         up = tl.load(up_ptr, mask=mask, other=0.0).to(tl.float32)
         if row_blocks_ptr is not None:  # noqa: SIM102 - known when the kernel is compiled
             if rank > 0:
-                tile = (rows, in_rows, col, intermediate, chunks[0], odd_chunks[0])
-                gate = expand_tile(gate, lora, directory, 0, tile, BLOCK_R, BLOCK_C, ALIGN, WIDEN, False)
-                up = expand_tile(up, lora, directory, 1, tile, BLOCK_R, BLOCK_C, ALIGN, WIDEN, False)
+                cut = (intermediate, chunks[0], odd_chunks[0])
+                gate = expand_tile(gate, lora, directory, 0, rows, in_rows, col, cut, BLOCK_R, ALIGN, WIDEN)
+                up = expand_tile(up, lora, directory, 1, rows, in_rows, col, cut, BLOCK_R, ALIGN, WIDEN)
         act = act_ptr + tl.multiple_of(rows[:, None] * act_stride + col, [1, ALIGN]) + c[None, :]
         tl.store(act, gate * tl.sigmoid(gate) * up, mask=mask)
 
@@ -158,8 +159,8 @@ def _add_kernel(
         acc += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
         if row_blocks_ptr is not None:  # noqa: SIM102 - known when the kernel is compiled
             if rank > 0:
-                tile = (rows, in_rows, col, hidden, chunks[0], odd_chunks[0])
-                acc = expand_tile(acc, lora, directory, 0, tile, BLOCK_R, BLOCK_C, ALIGN, WIDEN, False)
+                cut = (hidden, chunks[0], odd_chunks[0])
+                acc = expand_tile(acc, lora, directory, 0, rows, in_rows, col, cut, BLOCK_R, ALIGN, WIDEN)
         out = out_ptr + tl.multiple_of(rows[:, None] * out_stride + col, [1, ALIGN]) + c[None, :]
         tl.store(out, acc, mask=mask)
 
@@ -254,12 +255,24 @@ def _rope_write_kv_kernel(
                 module = tl.where(is_query, 0, tl.where(is_value, 2, 1))
                 own_cols = tl.where(is_query, cols[0], cols[1])
                 chunk = tl.where(is_query, chunks[0], chunks[1])
-                odd_chunk = tl.where(is_query, odd_chunks[0], odd_chunks[1])
+                cut = (own_cols, chunk, tl.where(is_query, odd_chunks[0], odd_chunks[1]))
                 col = own_head * head_dim
-                tile = (rows, in_rows, col, own_cols, chunk, odd_chunk)
-                first = expand_tile(first, lora, directory, module, tile, BLOCK_R, BLOCK_C, ALIGN, WIDEN, GATHER)
-                tile = (rows, in_rows, col + half, own_cols, chunk, odd_chunk)
-                second = expand_tile(second, lora, directory, module, tile, BLOCK_R, BLOCK_C, ALIGN, WIDEN, GATHER)
+                first, second = expand_halves(  # pyright: ignore[reportGeneralTypeIssues]
+                    first,
+                    second,
+                    lora,
+                    directory,
+                    module,
+                    rows,
+                    in_rows,
+                    col,
+                    half,
+                    cut,
+                    BLOCK_R,
+                    ALIGN,
+                    WIDEN,
+                    GATHER,
+                )
         angles = tl.multiple_of(rows[:, None] * angle_stride, [1, ALIGN]) + c[None, :]
         cos = tl.load(cos_ptr + angles, mask=mask, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + angles, mask=mask, other=0.0).to(tl.float32)
@@ -421,7 +434,11 @@ def _rope_variant(
     variant = _variant(
         _rope_write_kv_kernel, rows, dtype, height or _HEAD_ROWS, rank_step, 3 if height else 0, half, aligned, widen
     )
-    return replace(variant, constexprs={**variant.constexprs, "GATHER": gather})
+    return replace(
+        variant,
+        constexprs={**variant.constexprs, "GATHER": gather},
+        max_registers=232 if half > 64 else 168 if normed and height == DECODE_HEIGHT else variant.max_registers,
+    )
 
 
 def _variant(
@@ -448,6 +465,7 @@ def _variant(
         },
         num_warps=8 if height == PREFILL_HEIGHT or block > 128 else 4,
         num_stages=3,
+        max_registers=168 if height == DECODE_HEIGHT and not aligned else None,
         tensor_cores=lora is not _NO_LORA and dtype != torch.float32,
     )
 

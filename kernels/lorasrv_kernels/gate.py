@@ -78,7 +78,7 @@ def compile_variant(variant: Variant, arch: int) -> Compiled:
     compiled = triton.compile(
         _source(variant),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+        options=variant.options,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

@@ -15,7 +15,7 @@ from lorasrv_kernels.norm import add_rms_norm as add_rms_norm
 from lorasrv_kernels.norm import rms_norm as rms_norm
 from lorasrv_kernels.sgmv import sgmv_expand as sgmv_expand
 from lorasrv_kernels.sgmv import sgmv_shrink as sgmv_shrink
-from lorasrv_kernels.tiles import Delta, Module, Segments
+from lorasrv_kernels.tiles import TILE_ROWS, Delta, Module, Segments
 from lorasrv_kernels.work import num_splits
 
 pack_linear = reference.pack_linear
@@ -36,7 +36,8 @@ def project(
     few rows are read by many weights."""
     if segments is None:
         return linear(x, weight, bias), None
-    shape = (num_splits(x.shape[1], x.shape[0]), len(modules), x.shape[0], segments.max_rank)
+    max_rank = -(-segments.max_rank // TILE_ROWS) * TILE_ROWS  # whole vectors
+    shape = (num_splits(x.shape[1], x.shape[0]), len(modules), x.shape[0], max_rank)
     h = torch.empty(shape, dtype=torch.float32, device=x.device)
     if x.is_cuda and torch.cuda.is_current_stream_capturing():
         current, branch = torch.cuda.current_stream(x.device), torch.cuda.Stream(x.device)

@@ -170,54 +170,99 @@ def _shrink_kernel(
 
 
 @triton.jit
+def summed_h(lora, module, rows, in_rows, r, wanted, ALIGN: tl.constexpr):
+    """float32 [HEIGHT, BLOCK_R]: the columns `r` of h, its splits added in their order."""
+    h_ptr, split_stride, module_stride, row_stride, num_splits, _, _, _ = lora
+    row_offsets = rows[:, None] * row_stride
+    if ALIGN > 1:
+        row_offsets = tl.multiple_of(row_offsets, [1, 4])
+    part_ptr = h_ptr + module_stride.to(tl.int64) * module
+    # Short row blocks wait for h, high ones lack registers.
+    UNROLL: tl.constexpr = 4 if rows.shape[0] == 16 else 1  # pyright: ignore[reportAssignmentType]
+    h = tl.zeros([rows.shape[0], r.shape[0]], tl.float32)
+    for _ in tl.range(0, num_splits, loop_unroll_factor=UNROLL, num_stages=1):
+        h += tl.load(part_ptr + row_offsets + r[None, :], mask=in_rows[:, None] & wanted[None, :], other=0.0)
+        part_ptr += split_stride
+    return h
+
+
+@triton.jit
+def multiply_b(
+    h, acc, lora, first, rank, r, wanted, col, cut, ALIGN: tl.constexpr, WIDEN: tl.constexpr, GATHER: tl.constexpr
+):
+    """acc + h @ B[r, col : col + BLOCK_C] of the module whose tile addresses begin at the word `first`."""
+    _, _, _, _, _, words_ptr, elems_ptr, _ = lora
+    cols, chunk, odd_chunk = cut
+    c = tl.arange(0, acc.shape[1])
+    in_cols = (c < tl.multiple_of(tl.minimum(cols - col, acc.shape[1]), ALIGN))[None, :]
+    mask = wanted[:, None] & in_cols
+    if GATHER:
+        at = (col + c)[None, :]
+        offsets = tile_offsets(words_ptr, first, rank, r[:, None], mask, at, cols, chunk, odd_chunk, elems_ptr, 1)
+        b = tl.load(elems_ptr + offsets, mask=mask, other=0.0)
+    else:
+        offsets = tile_offsets(words_ptr, first, rank, r, wanted, col, cols, chunk, odd_chunk, elems_ptr, ALIGN)
+        b = tl.load(elems_ptr + offsets[:, None] + c[None, :], mask=mask, other=0.0)
+    if b.dtype == tl.bfloat16:
+        return multiply(h.to(tl.bfloat16), b, acc, WIDEN)
+    elif b.dtype == tl.float16:
+        return tl.dot(h, b.to(tl.float32), acc, input_precision="tf32")
+    else:
+        return multiply(h, b, acc, WIDEN)
+
+
+@triton.jit
 def expand_tile(
     acc,  # float32 [HEIGHT, BLOCK_C]
     lora,  # what `_expand_kernel` makes of its arguments
     directory,  # word of the adapter's directory, int64
     module,
-    tile,  # (rows int64 [HEIGHT], which of them, first column, columns of the module, its chunk, its odd chunk)
+    rows,  # int64 [HEIGHT]
+    in_rows,
+    col,
+    cut,  # (columns, chunk, odd chunk) of the module's B
     BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """acc + h @ B[:, col : col + BLOCK_C] of one module; the columns lie in one chunk."""
+    header_ptr = lora[5] + directory + lora[7] + module * HEADER_WORDS
+    rank, first = tl.load(header_ptr), directory + tl.load(header_ptr + 2)
+    for first_rank in range(0, rank, BLOCK_R):
+        r = first_rank + tl.arange(0, BLOCK_R)
+        wanted = r < rank
+        h = summed_h(lora, module, rows, in_rows, r, wanted, ALIGN)
+        acc = multiply_b(h, acc, lora, first, rank, r, wanted, col, cut, ALIGN, WIDEN, False)
+    return acc
+
+
+@triton.jit
+def expand_halves(
+    low,  # float32 [HEIGHT, BLOCK_C]
+    high,  # float32 [HEIGHT, BLOCK_C]
+    lora,
+    directory,
+    module,
+    rows,
+    in_rows,
+    col,
+    half,
+    cut,
+    BLOCK_R: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDEN: tl.constexpr,
     GATHER: tl.constexpr,
 ):
-    """acc + h @ B[:, col : col + BLOCK_C] of one module. Unless GATHER, the columns lie in one chunk."""
-    h_ptr, split_stride, module_stride, row_stride, num_splits, words_ptr, elems_ptr, first_header = lora
-    rows, in_rows, col, cols, chunk, odd_chunk = tile
-    c = tl.arange(0, BLOCK_C)
-    in_cols = (c < tl.multiple_of(tl.minimum(cols - col, BLOCK_C), ALIGN))[None, :]
-    # Short row blocks wait for h, high ones lack registers.
-    UNROLL: tl.constexpr = 4 if rows.shape[0] == 16 else 1  # pyright: ignore[reportAssignmentType]
-    header_ptr = words_ptr + directory + first_header + module * HEADER_WORDS
-    rank = tl.load(header_ptr)
-    first = directory + tl.load(header_ptr + 2)
-    row_offsets = rows[:, None] * row_stride
-    if ALIGN > 1:
-        row_offsets = tl.multiple_of(row_offsets, [1, 4])
+    """`expand_tile` from `col` and from `col + half` on; with GATHER, columns may lie in any chunks."""
+    header_ptr = lora[5] + directory + lora[7] + module * HEADER_WORDS
+    rank, first = tl.load(header_ptr), directory + tl.load(header_ptr + 2)
     for first_rank in range(0, rank, BLOCK_R):
         r = first_rank + tl.arange(0, BLOCK_R)
         wanted = r < rank
-        mask = wanted[:, None] & in_cols
-        if GATHER:
-            at = (col + c)[None, :]
-            offsets = tile_offsets(words_ptr, first, rank, r[:, None], mask, at, cols, chunk, odd_chunk, elems_ptr, 1)
-            b = tl.load(elems_ptr + offsets, mask=mask, other=0.0)
-        else:
-            offsets = tile_offsets(words_ptr, first, rank, r, wanted, col, cols, chunk, odd_chunk, elems_ptr, ALIGN)
-            b = tl.load(elems_ptr + offsets[:, None] + c[None, :], mask=mask, other=0.0)
-        h = tl.zeros([rows.shape[0], BLOCK_R], tl.float32)
-        split_ptr = h_ptr + module_stride.to(tl.int64) * module
-        for _ in tl.range(0, num_splits, loop_unroll_factor=UNROLL, num_stages=1):
-            h += tl.load(split_ptr + row_offsets + r[None, :], mask=in_rows[:, None] & wanted[None, :], other=0.0)
-            split_ptr += split_stride
-        if b.dtype == tl.bfloat16:
-            acc = multiply(h.to(tl.bfloat16), b, acc, WIDEN)
-        elif b.dtype == tl.float16:
-            acc = tl.dot(h, b.to(tl.float32), acc, input_precision="tf32")
-        else:
-            acc = multiply(h, b, acc, WIDEN)
-    return acc
+        h = summed_h(lora, module, rows, in_rows, r, wanted, ALIGN)
+        low = multiply_b(h, low, lora, first, rank, r, wanted, col, cut, ALIGN, WIDEN, GATHER)
+        high = multiply_b(h, high, lora, first, rank, r, wanted, col + half, cut, ALIGN, WIDEN, GATHER)
+    return low, high
 
 
 @triton.jit(do_not_specialize=(*LORA_NUMBERS, "out_stride"))
@@ -277,8 +322,8 @@ def _expand_kernel(
                 limit = tl.multiple_of(tl.minimum(own_cols - col, BLOCK_C), ALIGN)
                 mask = in_rows[:, None] & (c < limit)[None, :]
                 acc = tl.load(out, mask=mask, other=0.0).to(tl.float32)
-                own = (rows, in_rows, col, own_cols, chunk, odd_chunk)
-                acc = expand_tile(acc, lora, directory, module, own, BLOCK_R, BLOCK_C, ALIGN, WIDEN, False)
+                cut = (own_cols, chunk, odd_chunk)
+                acc = expand_tile(acc, lora, directory, module, rows, in_rows, col, cut, BLOCK_R, ALIGN, WIDEN)
                 tl.store(out, acc, mask=mask)
 
 
@@ -331,7 +376,7 @@ def sgmv_expand(
     delta, work = Delta(h=h, pool=pool, segments=segments, layer=layer, modules=modules), segments.work
     assert out.stride(1) == 1, out.stride()
     aligned = is_aligned(delta) and out.stride(0) % 16 == 0
-    block = _expand_block(work.height, least_chunk(modules), aligned)
+    block = _expand_block(least_chunk(modules), aligned)
     variant = expand_variant(out.dtype, work.height, work.rank_step, len(modules), block, aligned, interpreting())
     tiles = sum(-(-module.b.cols // block) for module in modules)
     variant.launch(
@@ -461,7 +506,8 @@ def expand_variant(
             "ALIGN": 16 // dtype.itemsize if aligned else 1,
             "WIDEN": widen,
         },
-        num_warps=8 if block_c * height > 4096 or block_c == 256 else 4,
+        num_warps=8 if block_c * height > 4096 else 4,
+        max_registers=168 if height == DECODE_HEIGHT and not aligned else None,
         num_stages=3,
         tensor_cores=dtype != torch.float32,
     )
@@ -473,8 +519,8 @@ def _shrink_block(height: int, chunk: int, aligned: bool) -> int:
     return 64 if aligned else 32
 
 
-def _expand_block(height: int, chunk: int, aligned: bool) -> int:
-    return min(chunk, 256 if height == DECODE_HEIGHT else 128) if aligned else 64
+def _expand_block(chunk: int, aligned: bool) -> int:
+    return min(chunk, 128) if aligned else 64
 
 
 def variants() -> Iterator[Variant]:
@@ -485,7 +531,7 @@ def variants() -> Iterator[Variant]:
     ):
         for block in {_shrink_block(height, chunk, aligned) for chunk in (64, 128)}:
             yield shrink_variant(dtype, height, step, num_modules, block, aligned, widen=False)
-        for block in {_expand_block(height, chunk, aligned) for chunk in (64, 128, 256)}:
+        for block in {_expand_block(chunk, aligned) for chunk in (64, 128)}:
             yield expand_variant(dtype, height, step, num_modules, block, aligned, widen=False)
 
 

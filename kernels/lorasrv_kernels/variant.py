@@ -26,6 +26,13 @@ class Variant:
     num_stages: int
     tensor_cores: bool  # a product of bf16 or fp16 is among what it computes
     since: int = 80  # the least compute capability that it is chosen for
+    max_registers: int | None = None  # None leaves it to the assembler, which may spill a little to fit more programs
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Triton's, at compile time."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
     @property
     def name(self) -> str:
@@ -35,9 +42,7 @@ class Variant:
 
     def launch(self, num_programs: int, *arguments: object) -> None:
         """`arguments` in the kernel's order, as its first parameters."""
-        self.kernel[(num_programs,)](
-            *arguments, **self.constexprs, num_warps=self.num_warps, num_stages=self.num_stages
-        )
+        self.kernel[(num_programs,)](*arguments, **self.constexprs, **self.options)
 
 
 def interpreting() -> bool:
