@@ -30,9 +30,11 @@ def warm_up(
     for rank in (None, 1, min(max_rank, 17), max_rank):
         adapter = None if rank is None else AdapterInput(directory=directory, max_rank=rank, scale=1.0)
         for chunks in _steps(table, tokens, adapter):
-            step = runner.forward(chunks)
-            step.draw(tuple(Draw(chunk=0, how=how) for how in _draws()))
-            step.output()
+            for how in _draws():
+                # Alone: what one row asks for is computed for all that are drawn with it.
+                step = runner.forward(chunks)
+                step.draw((Draw(chunk=0, how=how),))
+                step.output()
 
 
 def _steps(table: tuple[int, ...], tokens: int, adapter: AdapterInput | None) -> Iterator[tuple[ChunkInput, ...]]:
@@ -48,5 +50,6 @@ def _steps(table: tuple[int, ...], tokens: int, adapter: AdapterInput | None) ->
 def _draws() -> Iterator[SampleInput]:
     plain = SampleInput(temperature=1.0, top_p=1.0, top_k=None, seed=0, position=0)
     edits = LogitEdits(repeated=(0,), repetition_penalty=1.1, added=((0, 1.0),), masked=(1,))
-    yield from (plain, replace(plain, temperature=0.0), replace(plain, top_p=0.9, top_k=5, min_p=0.1))
-    yield replace(plain, edits=edits, logprobs=2)
+    yield from (plain, replace(plain, temperature=0.0), replace(plain, edits=edits, logprobs=2))
+    # A kernel of its own each: cut by neighbours in order of probability, by the largest one, by both.
+    yield from (replace(plain, top_p=0.9), replace(plain, min_p=0.1), replace(plain, top_k=5, min_p=0.1))
