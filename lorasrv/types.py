@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field, fields, replace
 from enum import IntEnum, StrEnum
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 BASE_ID = "base"
 DEFAULT_MAX_TOKENS = 256
@@ -119,9 +119,9 @@ class AdapterUse:
 class EngineRequest:
     """A validated, tokenized request. `adapter` None is the base model; `rules` None leaves the logits as they are.
 
-    `n` samples of one prompt are drawn, each with its own numbers. Only requests of one `cache_salt` (a tenant) share
-    cached prefixes. At `deadline_s`, on `time.monotonic`, which is one clock for all processes of a machine, the
-    request is over. `session_key` tells a router of replicas which requests belong together.
+    `n` samples of one prompt are drawn, each with its own numbers. Only requests of one `tenant` share cached prefixes;
+    tenants get service by their `weight`. At `deadline_s`, on `time.monotonic`, which is one clock for all processes of
+    a machine, the request is over. `session_key` tells a router of replicas which requests belong together.
     """
 
     request_id: str
@@ -140,7 +140,8 @@ class EngineRequest:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
-    cache_salt: str = ""
+    tenant: str = ""
+    weight: float = 1.0
     priority: Priority = Priority.NORMAL
     session_key: str | None = None
     deadline_s: float | None = None
@@ -185,9 +186,8 @@ class Warmed:
     failure: Failure | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class TokenDelta:
-    """What one step added to one sample of a request, number `index` of `n`.
+class TokenDelta(NamedTuple):
+    """What one step added to one sample of a request, number `sample` of its `n`.
 
     After `finish` nothing follows for that sample, after `failure` nothing for the request. `finish` STOP means that
     the last token is a stop token id. `logprobs`, when asked for, has one for each token; `prompt_logprobs` those of
@@ -196,7 +196,7 @@ class TokenDelta:
     """
 
     request_id: str
-    index: int = 0
+    sample: int = 0
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[PositionLogprobs, ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()

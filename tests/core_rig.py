@@ -49,7 +49,7 @@ def make_request(
 ) -> EngineRequest:
     adapter = AdapterUse(digest=digest, scale=scale) if digest else None
     return EngineRequest(
-        request_id=request_id, token_ids=prompt, adapter=adapter, max_tokens=max_tokens, seed=0, cache_salt=tenant
+        request_id=request_id, token_ids=prompt, adapter=adapter, max_tokens=max_tokens, seed=0, tenant=tenant
     )
 
 

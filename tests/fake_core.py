@@ -111,7 +111,7 @@ class FakeCore:
         score = (PositionLogprobs(token_id=token_id, logprob=-1.0),)
         return TokenDelta(
             request_id=request_id,
-            index=index,
+            sample=index,
             token_ids=(token_id,),
             logprobs=() if request.logprobs is None else score,
             prompt_logprobs=() if request.prompt_logprobs is None or index else score,

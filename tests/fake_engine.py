@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
@@ -45,11 +44,11 @@ def echo(request: EngineRequest) -> Iterator[TokenDelta | Exception]:
 
 
 def _answer(request: EngineRequest, index: int) -> Iterator[TokenDelta]:
-    delta = TokenDelta(request_id=request.request_id, index=index)
+    delta = TokenDelta(request_id=request.request_id, sample=index)
     tokens = (*request.token_ids[1 + index :], EOS)[: request.max_tokens]
     for number, token in enumerate(tokens, start=1):
         at_end = FinishReason.EOS if token == EOS else FinishReason.LENGTH
-        yield replace(delta, token_ids=(token,), finish=at_end if number == len(tokens) else None)
+        yield delta._replace(token_ids=(token,), finish=at_end if number == len(tokens) else None)
 
 
 class FakeEngine:
@@ -102,10 +101,10 @@ class FakeEngine:
                 await asyncio.sleep(0)
                 if isinstance(delta, Exception):
                     raise delta
-                if (request.request_id, delta.index) in self.cancelled:
+                if (request.request_id, delta.sample) in self.cancelled:
                     continue
                 if delta.finish is not None:
-                    running.remove(delta.index)
+                    running.remove(delta.sample)
                 yield delta
         finally:
             self.running.remove(request.request_id)

@@ -312,7 +312,7 @@ def test_samples_share_the_prompt(run_ahead: bool, num_prompt: int, prefix_cache
     most_pages = 0
     while core.has_work():
         for delta in core.step():
-            samples.setdefault(delta.index, []).extend(delta.token_ids)
+            samples.setdefault(delta.sample, []).extend(delta.token_ids)
         core.check()
         pool = core.status().pool
         most_pages = max(most_pages, pool.sequences + pool.prefix)
@@ -340,7 +340,7 @@ def test_samples_go_on_without_those_that_ended() -> None:
                     core.check()
                     before = len(samples[cancelled])
                 for delta in core.step():
-                    samples[delta.index] += delta.token_ids
+                    samples[delta.sample] += delta.token_ids
                 core.check()
             assert not core.has_work() and len(samples[cancelled]) == before
             for index in {0, 1, 2} - {cancelled}:
@@ -366,7 +366,7 @@ def test_only_the_first_sample_scores_the_prompt() -> None:
     core, _ = make_core({})
     core.add(replace(make_request("r", tuple(range(1, 7))), n=3, prompt_logprobs=0))
     scored = [delta for delta in run_all(core)["r"] if delta.prompt_logprobs]
-    assert {delta.index for delta in scored} == {0}
+    assert {delta.sample for delta in scored} == {0}
     scores = [(each.token_id, each.logprob) for delta in scored for each in delta.prompt_logprobs]
     assert scores == expected_scores(tuple(range(1, 7)), None)
 

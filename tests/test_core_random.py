@@ -189,18 +189,18 @@ class Traffic:
             assert not live.outputs[0].num_tokens and not live.scores and delta.queue_position < len(self.live) * 4
             self.ends["told"] += 1
             return
-        piece = live.outputs[delta.index].take(delta)
-        live.texts[delta.index] = live.texts.get(delta.index, "") + piece.text
-        live.tokens.setdefault(delta.index, []).extend(piece.token_ids)
+        piece = live.outputs[delta.sample].take(delta)
+        live.texts[delta.sample] = live.texts.get(delta.sample, "") + piece.text
+        live.tokens.setdefault(delta.sample, []).extend(piece.token_ids)
         live.scores += [(each.token_id, each.logprob) for each in delta.prompt_logprobs]
         if piece.finish is None:
             return
         if delta.finish is None:
-            self.core.cancel(delta.request_id, delta.index)
+            self.core.cancel(delta.request_id, delta.sample)
             self.ends["stopped"] += 1
-        got = Result(live.texts[delta.index], live.tokens[delta.index], piece.finish)
-        assert got == expected_result(live.request, live.stop, delta.index)
-        del live.outputs[delta.index]
+        got = Result(live.texts[delta.sample], live.tokens[delta.sample], piece.finish)
+        assert got == expected_result(live.request, live.stop, delta.sample)
+        del live.outputs[delta.sample]
         if not live.outputs:
             digest = live.request.adapter.digest if live.request.adapter else None
             wanted = [] if live.request.prompt_logprobs is None else expected_scores(live.request.token_ids, digest)
@@ -219,7 +219,7 @@ class Traffic:
         prefix = self.core._ledger._prefix
         for sequence in self.core._running:
             keys = sequence.keys.first(sequence.num_keyed_blocks, sequence.token_ids)
-            user = (sequence.request.cache_salt, sequence.request.adapter)
+            user = (sequence.request.tenant, sequence.request.adapter)
             for page, key in zip(sequence.block_table, keys, strict=False):
                 assert self.users.setdefault(key, user) == user, "one name for two users"
                 assert prefix._keys.get(page, key) == key, "a block of another name"

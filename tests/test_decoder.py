@@ -1,7 +1,6 @@
 """Logits against transformers, whatever the chunking and the company in the batch."""
 
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +149,7 @@ def test_a_copied_page_is_as_good_as_the_first(tmp_path: Path) -> None:
     table, copy = rig.table(12), rig.table(8)[:1]
     run_greedy(rig.runner, [chunk(tokens, 0, 11, table)])
     step = rig.runner.forward((chunk(tokens, 11, 12, (table[0], *copy)),), (PageCopy(source=table[1], target=copy[0]),))
-    step.draw((Draw(chunk=0, how=replace(GREEDY, logprobs=0)),))
+    step.draw((Draw(chunk=0, how=GREEDY._replace(logprobs=0)),))
     output = step.output()
     want = expected(model, tokens)[-1].log_softmax(-1)
     assert output.tokens == (int(want.argmax()),)

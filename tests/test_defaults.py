@@ -249,7 +249,7 @@ async def test_every_default_reaches_the_engine_unless_the_request_speaks(runnin
 
     def sampling_of(client: Client, **asked: Any) -> EngineRequest:
         client.generate([1, 2], adapter="polite", seed=1, **asked)
-        return replace(running.engine.requests[-1], request_id="id", adapter=None, cache_salt="")
+        return replace(running.engine.requests[-1], request_id="id", adapter=None, tenant="")
 
     def session() -> None:
         with Client(running.address) as client:

@@ -100,7 +100,7 @@ class Case:
                     core.add(waiting.pop(0))
                 for delta in core.step():
                     assert delta.failure is None, delta.failure
-                    if delta.index != sample:
+                    if delta.sample != sample:
                         continue
                     answer = answers[delta.request_id]
                     answer.token_ids += delta.token_ids

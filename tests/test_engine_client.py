@@ -126,9 +126,9 @@ async def samples_of(deltas: AsyncGenerator[TokenDelta, None]) -> dict[int, list
     tokens: dict[int, list[int]] = {}
     ended: set[int] = set()
     async for delta in deltas:
-        assert delta.index not in ended
-        tokens.setdefault(delta.index, []).extend(delta.token_ids)
-        ended |= {delta.index} if delta.finish else set()
+        assert delta.sample not in ended
+        tokens.setdefault(delta.sample, []).extend(delta.token_ids)
+        ended |= {delta.sample} if delta.finish else set()
     return tokens
 
 
@@ -142,14 +142,14 @@ async def test_one_sample_is_cancelled_alone(engine: Engine) -> None:
     stream = engine.stream(replace(request("a", fake_core.FOREVER), n=3))
     seen: dict[int, list[int]] = {0: [], 1: [], 2: []}
     async for delta in stream:
-        seen[delta.index] += delta.token_ids
-        if all(seen.values()) and delta.index == 1:
+        seen[delta.sample] += delta.token_ids
+        if all(seen.values()) and delta.sample == 1:
             break
     engine.cancel("a", 1)
     last = len(seen[1])
     while min(len(seen[0]), len(seen[2])) < last + 20:
         delta = await anext(stream)
-        seen[delta.index] += delta.token_ids
+        seen[delta.sample] += delta.token_ids
     assert len(seen[1]) == last
     assert seen[2] == list(range(20, 20 + len(seen[2])))
     assert await running(engine) >= 1
@@ -166,8 +166,8 @@ async def test_a_sample_cancelled_behind_its_unread_end_gives_nothing_more(engin
     stream = engine.stream(replace(request("a", max_tokens=20), n=2))
     first = await anext(stream)
     await collect(engine, request("later", max_tokens=100))
-    engine.cancel("a", first.index)
-    other = 1 - first.index
+    engine.cancel("a", first.sample)
+    other = 1 - first.sample
     assert await samples_of(stream) == {other: list(range(10 * other, 10 * other + 20))}
 
 
@@ -177,7 +177,7 @@ async def test_a_failure_ends_all_samples_whichever_are_left(engine: Engine) -> 
     engine.cancel("a", 0)
     with pytest.raises(AdapterLoadFailed):
         seen += [delta async for delta in stream]
-    assert sorted((delta.index, delta.token_ids) for delta in seen) == [(0, (0,)), (1, (10,))]
+    assert sorted((delta.sample, delta.token_ids) for delta in seen) == [(0, (0,)), (1, (10,))]
 
 
 async def test_the_last_delta_says_how_it_ended(engine: Engine) -> None:
@@ -219,7 +219,7 @@ async def test_a_lagging_readers_deltas_merge(engine: Engine) -> None:
     await collect(engine, request("fast", max_tokens=200))
     rest = [delta async for delta in stream]
     assert len(rest) == 1
-    assert rest[0].index == 0
+    assert rest[0].sample == 0
     assert (*first.token_ids, *rest[0].token_ids) == tuple(range(50))
     assert rest[0].finish == FinishReason.LENGTH
     for merged in (first, rest[0]):
@@ -316,7 +316,7 @@ async def test_a_front_process_that_stalls_finds_a_few_messages_and_every_token(
     tokens: dict[int, list[int]] = {index: [] for index in range(64)}
     for delta in deltas:
         if delta.request_id == "big":
-            tokens[delta.index] += delta.token_ids
+            tokens[delta.sample] += delta.token_ids
     assert tokens == {index: list(range(10 * index, 10 * index + 400)) for index in range(64)}
     assert max(len(delta.token_ids) for delta in deltas) > 10
 

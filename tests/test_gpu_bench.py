@@ -139,7 +139,7 @@ def test_a_step_of_another_adapter_is_refused(tmp_path: Path) -> None:
     chunks = decodes(rig, 2, 2)
     assert check_step(rig, chunks, [0, 1]) <= gpu_engine_rig.LIMIT
     first, second = rig.adapters[RANK]
-    wrong = {chunks[0]: replace(chunks[0], adapter=second), chunks[1]: replace(chunks[1], adapter=first)}
+    wrong = {chunks[0]: chunks[0]._replace(adapter=second), chunks[1]: chunks[1]._replace(adapter=first)}
     compute_instead(rig, wrong)
     with pytest.raises(WrongOutput, match="log-probability"):
         check_step(rig, chunks, [0, 1])
@@ -148,7 +148,7 @@ def test_a_step_of_another_adapter_is_refused(tmp_path: Path) -> None:
 def test_a_prompt_without_its_adapter_is_refused(tmp_path: Path) -> None:
     rig = build(section(tmp_path, "engine"))
     chunks = decodes(rig, 1, 1)
-    compute_instead(rig, {chunks[0]: replace(chunks[0], adapter=None)})
+    compute_instead(rig, {chunks[0]: chunks[0]._replace(adapter=None)})
     with pytest.raises(WrongOutput):
         check_step(rig, chunks, [0])
 

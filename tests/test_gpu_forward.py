@@ -11,13 +11,14 @@ from torch import Tensor
 
 from kernel_device import DEVICE
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig
-from lorasrv.engine.batch import AdapterInput, ChunkInput, Draw, SampleInput
+from lorasrv.engine.batch import ChunkInput, Draw, SampleInput
 from lorasrv.engine.fitting import page_layout
 from lorasrv.engine.packer import Packer
 from lorasrv.engine.runner import ModelRunner, build_runner
 from lorasrv.engine.step_arrays import Room, StepPlan
 from lorasrv.engine.warm_up import warm_up
 from lorasrv.memory.packing import module_geometry
+from lorasrv.memory.residency import AdapterInput
 from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder
 from lorasrv.model.families import read_architecture

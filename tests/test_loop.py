@@ -157,7 +157,7 @@ def test_a_reader_that_stalls_delays_no_step_and_no_cancel_and_gets_one_message(
         Step(
             (
                 TokenDelta(request_id="a", token_ids=(0, 1, 2), finish=FinishReason.LENGTH),
-                TokenDelta(request_id="a", index=1, token_ids=(10, 11, 12), finish=FinishReason.LENGTH),
+                TokenDelta(request_id="a", sample=1, token_ids=(10, 11, 12), finish=FinishReason.LENGTH),
                 TokenDelta(request_id="b", token_ids=(0, 1, 2)),
             )
         )

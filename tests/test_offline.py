@@ -68,7 +68,7 @@ class LateCore:
             return
         for sample in list(self.open[request_id]) if index is None else [index]:
             if self.late:
-                self.in_flight.append(TokenDelta(request_id=request_id, index=sample, token_ids=(LETTERS["g"],)))
+                self.in_flight.append(TokenDelta(request_id=request_id, sample=sample, token_ids=(LETTERS["g"],)))
             self._close(request_id, sample)
 
     def has_work(self) -> bool:
@@ -89,7 +89,7 @@ class LateCore:
         return tuple(delta for delta in deltas if delta.token_ids or delta.failure)
 
     def _say(self, request: EngineRequest, index: int, number: int) -> TokenDelta:
-        delta = TokenDelta(request_id=request.request_id, index=index)
+        delta = TokenDelta(request_id=request.request_id, sample=index)
         if number < 0:
             return delta
         token_id = request.token_ids[(number + index) % len(request.token_ids)]
@@ -98,7 +98,7 @@ class LateCore:
         if number + 1 == request.max_tokens:
             finish = FinishReason.LENGTH
             self._close(request.request_id, index)
-        return replace(delta, token_ids=(token_id,), logprobs=logprobs, finish=finish)
+        return delta._replace(token_ids=(token_id,), logprobs=logprobs, finish=finish)
 
     def _close(self, request_id: str, index: int) -> None:
         self.open[request_id].discard(index)

@@ -11,10 +11,11 @@ import torch
 
 from drawing import run_greedy
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig
-from lorasrv.engine.batch import AdapterInput, ChunkInput
+from lorasrv.engine.batch import ChunkInput
 from lorasrv.engine.runner import ModelRunner, build_runner
 from lorasrv.errors import ConfigurationError
 from lorasrv.memory.packing import PackedModule, pack_adapter
+from lorasrv.memory.residency import AdapterInput
 from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder
 from lorasrv.model.families import Architecture

@@ -16,12 +16,13 @@ from transformers import LlamaForCausalLM
 
 from drawing import run_greedy
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
-from lorasrv.engine.batch import AdapterInput, ChunkInput
+from lorasrv.engine.batch import ChunkInput
 from lorasrv.engine.build import assemble
 from lorasrv.engine.fitting import page_check
 from lorasrv.engine.packer import Packer
 from lorasrv.engine.runner import build_runner
 from lorasrv.memory.packing import PackedAdapter
+from lorasrv.memory.residency import AdapterInput
 from lorasrv.model.base_shapes import base_shapes
 from lorasrv.model.decoder import Decoder
 from lorasrv.types import AdapterUse, EngineRequest

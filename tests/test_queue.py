@@ -107,8 +107,8 @@ async def test_a_lagging_reader_gets_the_last_position_and_none_once_there_are_t
     mailbox.put(told)
     assert await mailbox.take() == told
     for position in (6, 5):
-        mailbox.put(replace(told, queue_position=position))
-    assert await mailbox.take() == replace(told, queue_position=5)
+        mailbox.put(told._replace(queue_position=position))
+    assert await mailbox.take() == told._replace(queue_position=5)
     mailbox.put(told)
     mailbox.put(TokenDelta(request_id="r", token_ids=(1,)))
     assert await mailbox.take() == TokenDelta(request_id="r", token_ids=(1,))

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from lorasrv.engine.batch import AdapterInput, ChunkInput
+from lorasrv.engine.batch import ChunkInput
 from lorasrv.engine.step_arrays import Room, StepPlan, drawn_rows, step_arrays
+from lorasrv.memory.residency import AdapterInput
 from lorasrv.memory.staging import Staging, num_bytes, views
 from peft_models import random_llama
 from test_decoder import Rig, chunk

@@ -234,7 +234,7 @@ async def test_generation_ids_are_a_tenants_own(tenants: Tenants) -> None:
 async def test_prefixes_are_salted_with_the_tenant(tenants: Tenants) -> None:
     for caller in (tenants.acme, tenants.rival):
         await caller.generation.Generate(asked())
-    salts = [request.cache_salt for request in tenants.running.engine.requests if request.adapter is None]
+    salts = [request.tenant for request in tenants.running.engine.requests if request.adapter is None]
     assert salts == ["acme", "rival"]
 
 

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorasrv.engine.batch import AdapterInput, ChunkInput
+from lorasrv.engine.batch import ChunkInput
 from lorasrv.engine.fitting import page_layout
 from lorasrv.engine.runner import ModelRunner
 from lorasrv.memory.packing import PackedModule, module_geometry, pack_adapter
+from lorasrv.memory.residency import AdapterInput
 from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder
 from lorasrv.model.families import Architecture, read_architecture

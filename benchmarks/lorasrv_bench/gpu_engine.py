@@ -104,7 +104,7 @@ def step_seconds(
     running, seconds, last_s = first, list[float](), time.perf_counter()
     for step in range(1, rig.size.num_steps):
         following = [
-            replace(chunk, token_ids=(), start=chunk.start + step, drawn=number) for number, chunk in enumerate(chunks)
+            chunk._replace(token_ids=(), start=chunk.start + step, drawn=number) for number, chunk in enumerate(chunks)
         ]
         submitted = rig.runner.forward(tuple(following))
         if None in running.output().tokens:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig
-from lorasrv.engine.batch import AdapterInput, ChunkInput, Draw, SampleInput
+from lorasrv.engine.batch import ChunkInput, Draw, SampleInput
 from lorasrv.engine.runner import ModelRunner, build_runner
 from lorasrv.memory.packing import PackedAdapter, module_geometry
+from lorasrv.memory.residency import AdapterInput
 from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder
 from lorasrv.model.families import Architecture

@@ -128,7 +128,7 @@ def engine_request(
     sampling: SamplingParams,
     limits: TokenLimits,
     defaults: SamplingParams = UNSET,
-    cache_salt: str = "",
+    tenant: str = "",
 ) -> EngineRequest:
     """A checked, tokenized request as the engine takes it. Raises InvalidRequest.
 
@@ -164,7 +164,7 @@ def engine_request(
         logprobs=sampling.logprobs,
         prompt_logprobs=sampling.prompt_logprobs,
         n=sampling.n,
-        cache_salt=cache_salt,
+        tenant=tenant,
     )
 
 

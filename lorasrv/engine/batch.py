@@ -4,16 +4,16 @@ A step is submitted in two halves, so that the device need not wait for the host
 still runs, and `RunningStep.draw` when that step's tokens are known, which penalties and masks depend on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from lorasrv.memory.residency import AdapterInput
 from lorasrv.model.logit_edits import LogitEdits
 from lorasrv.types import PositionLogprobs
 
 
-@dataclass(frozen=True, kw_only=True)
-class SampleInput:
+class SampleInput(NamedTuple):
     """How to draw the token behind a chunk; `position` is that token's index in the sequence, `sample` the sequence's
     among the request's samples.
 
@@ -32,8 +32,7 @@ class SampleInput:
     logprobs: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Draw:
+class Draw(NamedTuple):
     """Draw the token behind chunk number `chunk` of a step."""
 
     chunk: int
@@ -52,17 +51,7 @@ class ScoreInput:
     num_top: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterInput:
-    """A resident adapter: `directory` is its address in the pool, in units of 128 bytes."""
-
-    directory: int
-    max_rank: int
-    scale: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChunkInput:
+class ChunkInput(NamedTuple):
     """Tokens `[start, start + num_tokens)` of one sequence.
 
     `block_table` covers all tokens up to the chunk's end; tokens before `start` are in its pages already. Where the
@@ -71,7 +60,7 @@ class ChunkInput:
 
     token_ids: tuple[int, ...]
     start: int
-    block_table: tuple[int, ...]
+    block_table: Sequence[int]
     adapter: AdapterInput | None
     score: ScoreInput | None = None
     drawn: int | None = None

@@ -11,13 +11,14 @@ here.
 """
 
 import time
-from bisect import insort
+from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from lorasrv.config import SchedulerConfig
 from lorasrv.engine.admission import TokenLimits, check_tokens
-from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, Runner, RunningStep, StepOutput
+from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, Runner, RunningStep
 from lorasrv.engine.deadlines import Deadlines
 from lorasrv.engine.ledger import Ledger
 from lorasrv.engine.positions import Positions
@@ -25,10 +26,12 @@ from lorasrv.engine.sampling import check_named_tokens, finish_reason, sample_in
 from lorasrv.engine.tiers import AdapterTiers
 from lorasrv.engine.warming import Warms
 from lorasrv.errors import DeadlineExceeded, GenerationExists, InternalError, InvalidRequest, LorasrvError, QueueFull
-from lorasrv.memory.eviction import IdleAdapter
+from lorasrv.memory.eviction import Candidate, IdleAdapter
+from lorasrv.sched.fairness import OUTPUT_COST, Shares
 from lorasrv.sched.plan import Admission, Chunk, Plan
+from lorasrv.sched.queue import WaitingQueue
 from lorasrv.sched.scheduler import Scheduler, View
-from lorasrv.sched.sequence import Sequence
+from lorasrv.sched.sequence import Sequence, order_of
 from lorasrv.types import (
     EngineCounters,
     EngineRequest,
@@ -58,7 +61,7 @@ class Limits:
 class _InFlight:
     """A submitted step. `draws` are the numbers of the chunks behind which it draws a token, in order."""
 
-    chunks: tuple[tuple[Sequence, Chunk], ...]
+    chunks: tuple[Chunk, ...]
     running: RunningStep
     draws: tuple[int, ...] = ()
 
@@ -93,13 +96,14 @@ class EngineCore:
         self._warms = Warms(self._ledger, limits.num_pages)
         self._requests: dict[str, list[Sequence]] = {}
         self._sequences: dict[str, Sequence] = {}
-        self._waiting: list[Sequence] = []
+        self._shares = Shares()
+        self._waiting = WaitingQueue(self._shares)
         self._running: list[Sequence] = []
         # Samples that wait for the first one of their request to compute the prompt, by its sequence id.
         self._followers: dict[str, list[Sequence]] = {}
         self._in_flight: _InFlight | None = None
         self._num_added = 0
-        self._counters = EngineCounters()
+        self._counters: Counter[str] = Counter()
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request. Raises InvalidRequest, GenerationExists, QueueFull or DeadlineExceeded, and then nothing has
@@ -107,8 +111,9 @@ class EngineCore:
         self._validate(request)
         if request.request_id in self._requests:
             raise GenerationExists(f"generation {request.request_id!r} is running")
-        if self.num_waiting + request.n > self._config.max_waiting:
-            raise QueueFull(f"{self.num_waiting} sequences are waiting; the limit is {self._config.max_waiting}")
+        num_waiting = self._shares.num_held_back(request.tenant)
+        if num_waiting + request.n > self._config.max_waiting:
+            raise QueueFull(f"{num_waiting} sequences are waiting; the limit is {self._config.max_waiting}")
         if request.deadline_s is not None:
             if request.deadline_s <= self._clock():
                 raise _past_deadline()
@@ -119,7 +124,7 @@ class EngineCore:
         self._requests[request.request_id] = [first, *followers]
         for sequence in (first, *followers):
             self._sequences[sequence.sequence_id] = sequence
-        insort(self._waiting, first, key=lambda waiting: waiting.order)
+        self._queue(first)
         if followers:
             self._followers[first.sequence_id] = followers
 
@@ -156,9 +161,10 @@ class EngineCore:
 
     def step(self) -> tuple[TokenDelta, ...]:
         """Submit one step and apply the one before; with nothing to do for either, wait briefly for an adapter."""
-        failures = self._ledger.poll()
-        self._warms.end_hopeless(failures, self._clock())
-        refused = self._fail_overdue() + self._fail_unloadable(failures)
+        changes = self._ledger.poll()
+        self._go_on(changes.loaded)
+        self._warms.end_hopeless(changes.failed, self._clock())
+        refused = self._fail_overdue() + self._fail_unloadable(changes.failed)
         plan = self._scheduler.decide(self._view())
         refused += self._reject(plan)
         submitted = self._submit(plan)
@@ -181,7 +187,7 @@ class EngineCore:
             waiting=self.num_waiting,
             pins=self._ledger.num_pins,
             adapters=self._ledger.adapters(),
-            counters=self._counters,
+            counters=EngineCounters(**self._counters),
         )
 
     @property
@@ -202,9 +208,14 @@ class EngineCore:
         self._deadlines.check(set(self._requests))
         self._warms.check()
         assert self._followers.keys() <= self._sequences.keys(), "samples wait for one that has ended"
-        for queue in (self._waiting, self._running):
-            orders = [sequence.order for sequence in queue]
-            assert orders == sorted(orders), "a queue is out of order"
+        self._waiting.check(self._ledger.resident())
+        assert self._running == sorted(self._running, key=order_of), "the running ones are out of order"
+        assert all(sequence.running for sequence in self._running), "a running sequence does not know it"
+        assert not any(sequence.running or sequence.ended for sequence in self._waiting), "a sequence waits and runs"
+        open_by_share = Counter(sequence.share for sequence in self._sequences.values())
+        assert all(share.num_open == count for share, count in open_by_share.items()), "an account is off"
+        running_by_share = Counter(sequence.share for sequence in self._running)
+        assert all(share.num_running == running_by_share[share] for share in open_by_share), "an account is off"
 
     def close(self) -> None:
         self._tiers.close()
@@ -223,13 +234,16 @@ class EngineCore:
 
     def _new_sequence(self, request: EngineRequest, sample: int) -> Sequence:
         self._num_added += 1
+        ends = request.stop_token_ids if request.ignore_eos else (*request.stop_token_ids, *self._limits.eos_token_ids)
         return Sequence(
             sequence_id=f"{request.request_id}/{sample}",
             # The prompt is the first sample's to score.
             request=request if sample == 0 else replace(request, prompt_logprobs=None),
             sample=sample,
             order=(request.priority, self._num_added),
+            share=self._shares.open(request.tenant, request.weight),
             token_ids=list(request.token_ids),
+            ends=frozenset(ends),
             keys=self._ledger.block_keys(request),
         )
 
@@ -253,61 +267,92 @@ class EngineCore:
     def _fail_unloadable(self, failures: Mapping[str, LorasrvError]) -> tuple[TokenDelta, ...]:
         """End the queued requests whose adapter could not be read."""
         self._drop_discarded()
-        ended = {sequence.request_id: sequence for sequence in self._waiting if sequence.digest in failures}
-        return tuple(self._fail(sequence, failures[sequence.digest or ""]) for sequence in ended.values())
+        ended = {
+            sequence.request_id: (sequence, error)
+            for digest, error in failures.items()
+            for sequence in self._waiting.for_digest(digest)
+        }
+        return tuple(self._fail(sequence, error) for sequence, error in ended.values())
 
     def _reject(self, plan: Plan) -> tuple[TokenDelta, ...]:
-        rejected = {self._sequences[each.sequence_id].request_id: each.failure for each in plan.reject}
+        rejected = {each.sequence.request_id: each.failure for each in plan.reject}
         for request_id in rejected:
             self.cancel(request_id)
         return tuple(TokenDelta(request_id=request_id, failure=failure) for request_id, failure in rejected.items())
 
     def _submit(self, plan: Plan) -> _InFlight | None:
         """Carry the plan out: pages change hands, adapters begin to be copied, the forward is submitted."""
-        for sequence_id in plan.preempt:
-            self._preempt(self._sequences[sequence_id])
+        for sequence in plan.preempt:
+            self._preempt(sequence)
         for victim in plan.evict:
-            self._ledger.evict(victim)
-            self._count(adapter_evictions=isinstance(victim, IdleAdapter))
+            self._evict(victim)
         self._tiers.want(plan.want)
         for digest in plan.load:
             self._ledger.load(digest)
-            self._count(adapter_loads=1)
+            self._waiting.move(digest, away=False)
+            self._counters["adapter_loads"] += 1
         copies = tuple(copy for admission in plan.admit if (copy := self._admit(admission)) is not None)
         if not plan.chunks:
             assert not copies, "a copy without a step"
             return None
-        chunks = tuple((self._sequences[chunk.sequence_id], chunk) for chunk in plan.chunks)
-        inputs = tuple(self._chunk_input(sequence, chunk) for sequence, chunk in chunks)
+        inputs = tuple([self._chunk_input(chunk) for chunk in plan.chunks])
         self._ledger.step += 1
-        return _InFlight(chunks=chunks, running=self._runner.forward(inputs, copies))
+        return _InFlight(chunks=plan.chunks, running=self._runner.forward(inputs, copies))
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._ledger.release(sequence)
-        self._running.remove(sequence)
-        insort(self._waiting, sequence, key=lambda waiting: waiting.order)
-        self._count(preemptions=1)
+        self._stop_running(sequence)
+        self._queue(sequence, again=True)
+        self._counters["preemptions"] += 1
+
+    def _evict(self, victim: Candidate) -> None:
+        self._ledger.evict(victim)
+        if isinstance(victim, IdleAdapter):
+            self._waiting.move(victim.digest, away=True)
+            self._counters["adapter_evictions"] += 1
 
     def _admit(self, admission: Admission) -> PageCopy | None:
-        sequence = self._sequences[admission.sequence_id]
+        sequence = admission.sequence
+        sequence.share.served += sequence.admission_cost
+        sequence.charged = True
         self._waiting.remove(sequence)
-        insort(self._running, sequence, key=lambda running: running.order)
+        sequence.running = True
+        sequence.share.num_running += 1
+        insort(self._running, sequence, key=order_of)
         copy = self._ledger.admit(sequence, admission)
-        self._count(cached_prompt_tokens=sequence.num_computed)
+        self._counters["cached_prompt_tokens"] += sequence.num_computed
         return copy
 
-    def _chunk_input(self, sequence: Sequence, chunk: Chunk) -> ChunkInput:
-        end = chunk.start + chunk.num_tokens
-        self._ledger.grow(sequence, end)
+    def _chunk_input(self, chunk: Chunk) -> ChunkInput:
+        sequence, start, num_tokens = chunk
+        end = start + num_tokens
+        if end > len(sequence.block_table) * self._limits.block_tokens:
+            self._ledger.grow(sequence, end)
         sequence.num_computed = end
         return ChunkInput(
-            token_ids=tuple(sequence.token_ids[chunk.start : end]),
-            start=chunk.start,
-            block_table=tuple(sequence.block_table),
-            adapter=self._ledger.adapter_input(sequence.request),
-            score=score_input(sequence, chunk.start, end),
-            drawn=sequence.drawn if chunk.start == len(sequence.token_ids) else None,
+            tuple(sequence.token_ids[start:end]),
+            start,
+            sequence.block_table,
+            sequence.adapter,
+            None if sequence.request.prompt_logprobs is None else score_input(sequence, start, end),
+            sequence.drawn if start == len(sequence.token_ids) else None,
         )
+
+    def _go_on(self, loaded: tuple[str, ...]) -> None:
+        """The weights of these adapters have arrived."""
+        if loaded:
+            for sequence in self._running:
+                if sequence.held_up and sequence.digest in loaded:
+                    sequence.held_up = False
+
+    def _queue(self, sequence: Sequence, *, again: bool = False) -> None:
+        digest = sequence.digest
+        self._waiting.add(sequence, away=digest is not None and not self._ledger.is_resident(digest), again=again)
+
+    def _stop_running(self, sequence: Sequence, *, forget: bool = False) -> None:
+        self._ledger.release(sequence, forget=forget)
+        del self._running[bisect_left(self._running, sequence.order, key=order_of)]
+        sequence.running = False
+        sequence.share.num_running -= 1
 
     # Effects after the step before.
 
@@ -316,11 +361,12 @@ class EngineCore:
         if step is None:
             return
         draws: list[Draw] = []
-        for number, (sequence, chunk) in enumerate(step.chunks):
-            if self._is_current(sequence) and chunk.start + chunk.num_tokens == len(sequence.token_ids):
+        eos_token_ids = self._limits.eos_token_ids
+        for number, (sequence, start, num_tokens) in enumerate(step.chunks):
+            if start + num_tokens == len(sequence.token_ids) and not sequence.ended:
                 sequence.drawn = len(draws)
-                draws.append(Draw(chunk=number, how=sample_input(sequence, self._limits.eos_token_ids)))
-        step.draws = tuple(draw.chunk for draw in draws)
+                draws.append(Draw(number, sample_input(sequence, eos_token_ids)))
+        step.draws = tuple([draw.chunk for draw in draws])
         step.running.draw(tuple(draws))
 
     def _apply(self, step: _InFlight | None) -> tuple[TokenDelta, ...]:
@@ -329,49 +375,62 @@ class EngineCore:
             return ()
         output = step.running.output()
         self._ledger.completed += 1
-        places = {chunk: place for place, chunk in enumerate(step.draws)}
         deltas: list[TokenDelta] = []
-        num_prompt = 0
-        for number, (sequence, chunk) in enumerate(step.chunks):
-            if not self._is_current(sequence):
+        num_prompt, num_drawn, place = 0, 0, 0
+        draws, tokens = (*step.draws, None), output.tokens
+        for number, (sequence, start, num_tokens) in enumerate(step.chunks):
+            is_drawn = draws[place] == number
+            place += is_drawn
+            if sequence.ended:
                 continue
-            end = chunk.start + chunk.num_tokens
+            end = start + num_tokens
             if sequence.block_table:
                 self._ledger.share_full_blocks(sequence, end)
-            num_prompt += max(0, min(end, len(sequence.request.token_ids)) - chunk.start)
-            delta = self._advance(sequence, output, number, places.get(number))
-            if delta is not None:
+            if start < sequence.num_prompt:
+                num_prompt += min(end, sequence.num_prompt) - start
+            scored = output.prompt_logprobs.get(number, ()) if output.prompt_logprobs else ()
+            sequence.num_scored += len(scored)
+            if is_drawn:
+                delta = self._append(sequence, tokens[place - 1], output.logprobs.get(place - 1), scored)
+                num_drawn += len(delta.token_ids)
                 deltas.append(delta)
-        num_tokens = sum(len(delta.token_ids) for delta in deltas)
-        self._count(steps=1, prompt_tokens=num_prompt, completion_tokens=num_tokens)
+            elif scored:
+                deltas.append(TokenDelta(sequence.request_id, prompt_logprobs=scored))
+        self._counters["steps"] += 1
+        self._counters["prompt_tokens"] += num_prompt
+        self._counters["completion_tokens"] += num_drawn
         return tuple(deltas)
 
-    def _advance(self, sequence: Sequence, output: StepOutput, number: int, place: int | None) -> TokenDelta | None:
-        """What chunk number `number` gave its sequence; `place` is that of its draw."""
-        scored = output.prompt_logprobs.get(number, ())
-        sequence.num_scored += len(scored)
-        if place is None:
-            return TokenDelta(request_id=sequence.request_id, prompt_logprobs=scored) if scored else None
+    def _append(
+        self,
+        sequence: Sequence,
+        token_id: int | None,
+        logprobs: PositionLogprobs | None,
+        scored: tuple[PositionLogprobs, ...],
+    ) -> TokenDelta:
+        """A drawn token, and the log-probabilities of the prompt that its step gave."""
         sequence.drawn = None
-        delta = self._append(sequence, output.tokens[place], output.logprobs.get(place))
-        return replace(delta, prompt_logprobs=scored) if scored else delta
-
-    def _append(self, sequence: Sequence, token_id: int | None, logprobs: PositionLogprobs | None) -> TokenDelta:
         if token_id is None:
             # Its KV may be to blame: no later request is to find it cached.
             return self._fail(sequence, InternalError("the model's output is not finite"), forget=True)
-        sequence.token_ids.append(token_id)
-        self._queue_followers(sequence, sequence)
-        finish = finish_reason(sequence, self._limits.eos_token_ids)
-        if finish is not None:
+        token_ids = sequence.token_ids
+        token_ids.append(token_id)
+        sequence.share.served += OUTPUT_COST / sequence.share.weight
+        if self._followers:
+            self._queue_followers(sequence, sequence)
+        finish = None
+        if token_id in sequence.ends or len(token_ids) == sequence.max_tokens_total:
+            finish = finish_reason(sequence, self._limits.eos_token_ids)
             self._drop(sequence)
-            self._count(finished_requests=sequence.request_id not in self._requests)
+            self._counters["finished_requests"] += sequence.request_id not in self._requests
         return TokenDelta(
-            request_id=sequence.request_id,
-            index=sequence.sample,
-            token_ids=(token_id,),
-            logprobs=() if logprobs is None else (logprobs,),
-            finish=finish,
+            sequence.request_id,
+            sequence.sample,
+            (token_id,),
+            () if logprobs is None else (logprobs,),
+            scored,
+            None,
+            finish,
         )
 
     def _fail(self, sequence: Sequence, error: LorasrvError, *, forget: bool = False) -> TokenDelta:
@@ -390,15 +449,16 @@ class EngineCore:
         if not siblings:
             del self._requests[sequence.request_id]
             self._deadlines.discard(sequence.request_id)
-        if sequence in self._running:
-            self._ledger.release(sequence, forget=forget)
-            self._running.remove(sequence)
-        elif sequence in self._waiting:
+        if sequence.running:
+            self._stop_running(sequence, forget=forget)
+        elif sequence.queued:
             self._waiting.remove(sequence)
             if forget:
                 self._ledger.forget(sequence)
         else:
             self._forget_follower(sequence)
+        sequence.ended = True
+        self._shares.close(sequence.share)
         self._queue_followers(sequence, None)
         self._drop_discarded()
 
@@ -406,7 +466,7 @@ class EngineCore:
         """The first sample has computed the prompt, and is the `sibling` to copy from, or it has ended."""
         for sequence in self._followers.pop(first.sequence_id, ()):
             sequence.sibling = sibling
-            insort(self._waiting, sequence, key=lambda waiting: waiting.order)
+            self._queue(sequence)
 
     def _forget_follower(self, sequence: Sequence) -> None:
         for first, followers in self._followers.items():
@@ -422,14 +482,6 @@ class EngineCore:
         """Where no step may follow to say so."""
         if not (self._waiting or self._warms.waiting):
             self._tiers.want(())
-
-    def _is_current(self, sequence: Sequence) -> bool:
-        """Whether the sequence has not ended since the step was submitted."""
-        return self._sequences.get(sequence.sequence_id) is sequence
-
-    def _count(self, **increments: int) -> None:
-        totals = {name: getattr(self._counters, name) + increment for name, increment in increments.items()}
-        self._counters = replace(self._counters, **totals)
 
 
 def _past_deadline() -> DeadlineExceeded:

@@ -4,19 +4,18 @@ The scheduler asks (`sched.scheduler.Resources`); the core carries out what it d
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from heapq import merge
 from operator import itemgetter
 
-from lorasrv.engine.batch import AdapterInput, PageCopy
+from lorasrv.engine.batch import PageCopy
 from lorasrv.engine.sampling import first_needed_row
-from lorasrv.engine.tiers import AdapterTiers
-from lorasrv.errors import LorasrvError
+from lorasrv.engine.tiers import AdapterTiers, TierChanges
 from lorasrv.memory.eviction import Candidate, IdleAdapter, IdleBlock
 from lorasrv.memory.pages import Owner, OwnerKind, PagePool
 from lorasrv.memory.prefix import BlockKeys, PrefixCache
-from lorasrv.memory.residency import Residency
+from lorasrv.memory.residency import AdapterInput, Residency
 from lorasrv.sched.plan import Admission
 from lorasrv.sched.sequence import Sequence
 from lorasrv.types import AdapterResidency, EngineRequest, PoolStats, Tier
@@ -55,6 +54,9 @@ class Ledger:
     def is_loaded(self, digest: str) -> bool:
         return self._residency.is_loaded(digest)
 
+    def resident(self) -> Iterable[str]:
+        return (adapter.digest for adapter in self._residency)
+
     def num_pages(self, digest: str) -> int | None:
         if digest in self._residency:
             return len(self._residency[digest].pages)
@@ -83,16 +85,16 @@ class Ledger:
 
     # Effects.
 
-    def poll(self) -> Mapping[str, LorasrvError]:
-        """Take in what the tiers have done; returns why wanted adapters could not be read, by digest."""
+    def poll(self) -> TierChanges:
+        """Take in what the tiers have done."""
         changes = self._tiers.poll()
         for digest in changes.loaded:
             self._residency.loaded(digest, self.step)
-        return changes.failed
+        return changes
 
     def block_keys(self, request: EngineRequest) -> BlockKeys:
         """What names the blocks of a request: without a kept cache, only its own samples know their names."""
-        salt = request.cache_salt if self._keep_prefixes else request.request_id
+        salt = request.tenant if self._keep_prefixes else request.request_id
         return BlockKeys(weights=repr(request.adapter), salt=salt, block_tokens=self._block_tokens)
 
     def load(self, digest: str) -> None:
@@ -122,6 +124,8 @@ class Ledger:
         self.grow(sequence, len(sequence.token_ids))
         if sequence.digest is not None:
             self._residency.pin(sequence.digest)
+            sequence.adapter = self._adapter_input(sequence.request)
+            sequence.held_up = not self._residency.is_loaded(sequence.digest)
         if admission.copied_page is None:
             return None
         sequence.num_computed = len(sequence.token_ids) - 1
@@ -157,6 +161,7 @@ class Ledger:
             self._evict_unpinned(cached)
         sequence.block_table = []
         sequence.num_computed = sequence.num_keyed_blocks = 0
+        sequence.adapter, sequence.held_up = None, False
         if sequence.digest is not None:
             self._residency.unpin(sequence.digest, self.step)
 
@@ -187,12 +192,6 @@ class Ledger:
         return bool(self._discarded)
 
     # What others are told.
-
-    def adapter_input(self, request: EngineRequest) -> AdapterInput | None:
-        if request.adapter is None:
-            return None
-        resident = self._residency[request.adapter.digest]
-        return AdapterInput(directory=resident.directory, max_rank=resident.max_rank, scale=request.adapter.scale)
 
     def pool_stats(self) -> PoolStats:
         return self._pool.stats()
@@ -238,6 +237,11 @@ class Ledger:
         used = Counter(sequence.digest for sequence in running)
         for adapter in self._residency:
             assert self._residency.pins(adapter.digest) == used[adapter.digest], "pins do not match requests"
+
+    def _adapter_input(self, request: EngineRequest) -> AdapterInput:
+        assert request.adapter is not None, "the base model needs no pages"
+        resident = self._residency[request.adapter.digest]
+        return AdapterInput(directory=resident.directory, max_rank=resident.max_rank, scale=request.adapter.scale)
 
     def _evict_unpinned(self, blocks: Iterable[int]) -> None:
         for page in blocks:

@@ -27,7 +27,7 @@ class MergingDelta:
             return self._first
         return TokenDelta(
             request_id=self._first.request_id,
-            index=self._first.index,
+            sample=self._first.sample,
             token_ids=tuple(self._token_ids),
             logprobs=tuple(self._logprobs),
             prompt_logprobs=tuple(self._prompt_logprobs),

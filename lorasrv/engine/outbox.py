@@ -32,7 +32,7 @@ class Outbox:
         match message:
             case Step(deltas):
                 for delta in deltas:
-                    key = (delta.request_id, delta.index)
+                    key = (delta.request_id, delta.sample)
                     if (waiting := self._deltas.get(key)) is not None:
                         waiting.add(delta)
                     else:

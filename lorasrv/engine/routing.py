@@ -35,16 +35,16 @@ class Mailbox:
     def put(self, delta: TokenDelta) -> None:
         if delta.failure is not None:
             self._error = error_from_reason(delta.failure.reason, delta.failure.message)
-            delta = replace(delta, failure=None)
+            delta = delta._replace(failure=None)
         self._filled.set()
-        if delta.index not in self._open:
+        if delta.sample not in self._open:
             return  # on its way when the sample was closed
         if delta.finish is not None:
-            self._open.remove(delta.index)
-        if (waiting := self._waiting.get(delta.index)) is not None:
+            self._open.remove(delta.sample)
+        if (waiting := self._waiting.get(delta.sample)) is not None:
             waiting.add(delta)
         elif delta.token_ids or delta.prompt_logprobs or delta.finish is not None or delta.queue_position is not None:
-            self._waiting[delta.index] = MergingDelta(delta)
+            self._waiting[delta.sample] = MergingDelta(delta)
 
     def fail(self, error: LorasrvError) -> None:
         if not self.ended:
@@ -102,7 +102,7 @@ class RoutingEngine(ABC):
         try:
             self._send(Submit(replace(request, request_id=engine_id)))
             while (delta := await mailbox.take()) is not None:
-                yield replace(delta, request_id=request.request_id)
+                yield delta._replace(request_id=request.request_id)
         finally:
             del self._engine_ids[request.request_id]
             del self._mailboxes[engine_id]

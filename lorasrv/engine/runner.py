@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from lorasrv.config import EngineConfig
-from lorasrv.engine.batch import AdapterInput, ChunkInput, Draw, PageCopy, SampleInput, ScoreInput, StepOutput
+from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, SampleInput, ScoreInput, StepOutput
 from lorasrv.engine.fitting import page_layout
 from lorasrv.engine.graphs import DecodeGraph, DecodeGraphs, Forwarded, StaticStep, graph_sizes
 from lorasrv.engine.step_arrays import Room, StepPlan, drawn_rows, step_arrays
 from lorasrv.errors import ConfigurationError
 from lorasrv.memory.packing import module_geometry
+from lorasrv.memory.residency import AdapterInput
 from lorasrv.memory.staging import Array, Staging, num_bytes
 from lorasrv.memory.storage import PageStorage
 from lorasrv.model.decoder import Decoder, ForwardBatch

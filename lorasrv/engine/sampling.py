@@ -33,17 +33,20 @@ def check_named_tokens(request: EngineRequest, vocab_size: int, eos_token_ids: f
 
 def sample_input(sequence: Sequence, eos_token_ids: frozenset[int]) -> SampleInput:
     """How to draw the token behind the known ones."""
-    request = sequence.request
+    request, token_ids = sequence.request, sequence.token_ids
+    edits = None
+    if request.rules is not None or request.min_tokens:
+        edits = logit_edits(request, token_ids, eos_token_ids)
     return SampleInput(
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        min_p=request.min_p,
-        seed=request.seed,
-        sample=sequence.sample,
-        position=len(sequence.token_ids),
-        edits=logit_edits(request, sequence.token_ids, eos_token_ids),
-        logprobs=request.logprobs,
+        request.temperature,
+        request.top_p,
+        request.top_k,
+        request.seed,
+        len(token_ids),
+        sequence.sample,
+        request.min_p,
+        edits,
+        request.logprobs,
     )
 
 

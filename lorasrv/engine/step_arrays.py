@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import DTypeLike
 
-from lorasrv.engine.batch import AdapterInput, ChunkInput
+from lorasrv.engine.batch import ChunkInput
+from lorasrv.memory.residency import AdapterInput
 from lorasrv.memory.staging import Array
 from lorasrv_kernels.attention_work import AttentionWork, Tiling, build_attention_work, empty_attention_work
 from lorasrv_kernels.tiles import TILE_ROWS

@@ -1,11 +1,11 @@
 """Every kind of step once, before the first request, so that nothing is compiled behind READY."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
-from lorasrv.engine.batch import AdapterInput, ChunkInput, Draw, SampleInput
+from lorasrv.engine.batch import ChunkInput, Draw, SampleInput
 from lorasrv.engine.runner import ModelRunner
 from lorasrv.memory.packing import pack_adapter
+from lorasrv.memory.residency import AdapterInput
 from lorasrv.memory.storage import PageStorage
 from lorasrv.model.logit_edits import LogitEdits
 from lorasrv_kernels.work import DECODE_HEIGHT, PREFILL_HEIGHT
@@ -50,6 +50,6 @@ def _steps(table: tuple[int, ...], tokens: int, adapter: AdapterInput | None) ->
 def _draws() -> Iterator[SampleInput]:
     plain = SampleInput(temperature=1.0, top_p=1.0, top_k=None, seed=0, position=0)
     edits = LogitEdits(repeated=(0,), repetition_penalty=1.1, added=((0, 1.0),), masked=(1,))
-    yield from (plain, replace(plain, temperature=0.0), replace(plain, edits=edits, logprobs=2))
+    yield from (plain, plain._replace(temperature=0.0), plain._replace(edits=edits, logprobs=2))
     # A kernel of its own each: cut by neighbours in order of probability, by the largest one, by both.
-    yield from (replace(plain, top_p=0.9), replace(plain, min_p=0.1), replace(plain, top_k=5, min_p=0.1))
+    yield from (plain._replace(top_p=0.9), plain._replace(min_p=0.1), plain._replace(top_k=5, min_p=0.1))

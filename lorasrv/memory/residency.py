@@ -15,6 +15,15 @@ class ResidentAdapter:
     max_rank: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class AdapterInput:
+    """A resident adapter as a step uses it: `directory` is its address in the pool, in units of 128 bytes."""
+
+    directory: int
+    max_rank: int
+    scale: float
+
+
 class Residency:
     """Adapters that have pages; loaded ones have their weights in them. Idle ones, loaded and pinned by no running
     request, stand in least-recently-used order.

@@ -168,7 +168,7 @@ class Driver:
         if run is None or delta.queue_position is not None:
             return  # it was taken back while it was computed, or it waits
         if run.take(delta) and not run.ended:
-            self._core.cancel(delta.request_id, delta.index)
+            self._core.cancel(delta.request_id, delta.sample)
         if run.ended:
             self._end(run)
 

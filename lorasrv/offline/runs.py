@@ -45,9 +45,9 @@ class Run:
             self.ended = True
             self._samples.clear()
             return False
-        if delta.index not in self._samples:
-            self._samples[delta.index] = _SampleRun(OutputStream(self._vocabulary, self.request, self._stop))
-        sample = self._samples[delta.index]
+        if delta.sample not in self._samples:
+            self._samples[delta.sample] = _SampleRun(OutputStream(self._vocabulary, self.request, self._stop))
+        sample = self._samples[delta.sample]
         if sample.finish is not None:
             return False  # computed before the engine knew
         self._prompt_logprobs += delta.prompt_logprobs
@@ -97,7 +97,7 @@ class _SampleRun:
         if piece.finish is not None:
             self._output = None  # it is larger than all the rest, and a call may hold 100,000
         return Delta(
-            index=delta.index,
+            index=delta.sample,
             text=piece.text,
             token_ids=piece.token_ids,
             logprobs=piece.logprobs,

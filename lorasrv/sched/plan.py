@@ -1,16 +1,17 @@
 """What a step will do, decided before anything is done."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lorasrv.memory.eviction import Candidate
+from lorasrv.sched.sequence import Sequence
 from lorasrv.types import Failure
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Compute tokens `[start, start + num_tokens)` of a sequence."""
 
-    sequence_id: str
+    sequence: Sequence
     start: int
     num_tokens: int
 
@@ -19,7 +20,7 @@ class Chunk:
 class Rejection:
     """A queued sequence that this pool can never serve."""
 
-    sequence_id: str
+    sequence: Sequence
     failure: Failure
 
 
@@ -30,20 +31,20 @@ class Admission:
     `copied_page` is the page of another sample of the request whose tokens, up to the prompt's last one, are its next.
     """
 
-    sequence_id: str
+    sequence: Sequence
     num_cached_blocks: int
     copied_page: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """Effects in the order in which they are carried out; ids are sequences' or adapter versions' digests.
+    """Effects in the order in which they are carried out; `want`, `load` are adapter versions' digests.
 
     `want` is what queued requests need in host memory, most urgent first.
     """
 
     reject: tuple[Rejection, ...] = ()
-    preempt: tuple[str, ...] = ()
+    preempt: tuple[Sequence, ...] = ()
     evict: tuple[Candidate, ...] = ()
     want: tuple[str, ...] = ()
     load: tuple[str, ...] = ()

@@ -1,12 +1,13 @@
 """Iteration-level scheduling with chunked prefill: a pure decision over ids and integers.
 
-Running decodes go first, then running prefills, then the queue in order, under one token budget (Orca, OSDI 2022;
+Running decodes go first, then running prefills, then the queue in its order, under one token budget (Orca, OSDI 2022;
 Sarathi-Serve, OSDI 2024). When running sequences outgrow the pool, idle adapters and idle cached blocks are evicted,
 then the youngest sequence is preempted: it queues again in its old place, its full blocks stay in the prefix cache, and
 what is no longer there when its turn comes is recomputed.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -14,10 +15,16 @@ from typing import Protocol
 
 from lorasrv.config import SchedulerConfig
 from lorasrv.errors import ResourceExhausted
-from lorasrv.memory.eviction import Candidate, IdleAdapter, choose_victims
+from lorasrv.memory.eviction import Candidate, IdleAdapter
 from lorasrv.sched.plan import Admission, Chunk, Plan, Rejection
+from lorasrv.sched.queue import WaitingQueue
 from lorasrv.sched.sequence import Sequence
 from lorasrv.types import Failure, Tier, Warm
+
+# So many queued requests are looked at for each adapter of the look-ahead: several may ask for the same one.
+_SCANNED = 2
+# So many adapters that somebody waits for are passed over in looking for victims that nobody does.
+_SPARED = 32
 
 
 class Resources(Protocol):
@@ -28,7 +35,7 @@ class Resources(Protocol):
         ...
 
     def is_loaded(self, digest: str) -> bool:
-        """Whether they hold its weights already."""
+        """Whether those hold its weights already."""
         ...
 
     def num_pages(self, digest: str) -> int | None:
@@ -56,12 +63,12 @@ class Resources(Protocol):
 class View:
     """The engine's state as one decision sees it; read, never written.
 
-    `running` and `waiting` are in queue order. `warms` are the adapters that are wanted in memory before a request asks
+    `running` is in order of class and arrival. `warms` are the adapters that are wanted in memory before a request asks
     for them, in order of arrival; they have not arrived.
     """
 
     running: Seq[Sequence]
-    waiting: Seq[Sequence]
+    waiting: WaitingQueue
     num_pages: int
     free_pages: int
     resources: Resources
@@ -76,9 +83,9 @@ class Scheduler:
     def decide(self, view: View) -> Plan:
         draft = _Draft(view, self.config, self.block_tokens)
         draft.continue_running()
+        draft.look_ahead()
         if not draft.preempted and draft.admit_waiting():
             draft.load_warms()
-        draft.look_ahead()
         return draft.plan()
 
 
@@ -101,11 +108,12 @@ class _Draft:
         self.preempted: list[Sequence] = []
         self.rejected: list[Rejection] = []
         self.wanted: dict[str, None] = {}
+        self.victims = _Victims(view.resources.idle(), view.waiting.waits_for)
 
     def plan(self) -> Plan:
         return Plan(
             reject=tuple(self.rejected),
-            preempt=tuple(sequence.sequence_id for sequence in self.preempted),
+            preempt=tuple(self.preempted),
             evict=tuple(self.evicted),
             want=tuple(self.wanted),
             load=tuple(self.loads),
@@ -118,58 +126,99 @@ class _Draft:
 
         A sequence whose adapter is still being copied waits.
         """
-        candidates = list(self.view.running)
-        index = 0
-        while index < len(candidates):
-            sequence = candidates[index]
-            if sequence.num_remaining == 1 and self._may_run(sequence) and self._grow(sequence, candidates, index):
-                self._add_chunk(sequence, sequence.num_computed, 1)
+        running, block_tokens, chunks = self.view.running, self.block_tokens, self.chunks
+        prefills: list[Sequence] = []
+        num_kept, index = len(running), 0
+        while index < num_kept:
+            sequence = running[index]
             index += 1
-        for sequence in candidates:
-            if sequence.num_remaining > 1 and self._may_run(sequence):
+            num_remaining = sequence.num_remaining
+            if num_remaining == 0 or sequence.held_up:
+                continue
+            if num_remaining > 1:
+                prefills.append(sequence)
+                continue
+            start = sequence.num_computed
+            if start == len(sequence.block_table) * block_tokens and not self._grow(index):
+                break
+            num_kept = len(running) - len(self.preempted)
+            if self.budget:
+                self.budget -= 1
+                chunks.append(Chunk(sequence, start, 1))
+        gone = set(self.preempted)
+        for sequence in prefills:
+            if sequence not in gone:
                 self._add_chunk(sequence, sequence.num_computed, sequence.num_remaining)
 
-    def _grow(self, sequence: Sequence, candidates: list[Sequence], index: int) -> bool:
-        """Whether the sequence has a place for one more token; may drop younger candidates, or itself, to get one."""
-        if sequence.num_computed < len(sequence.block_table) * self.block_tokens:
-            return True
+    def _grow(self, num_older: int) -> bool:
+        """Whether there is a page for one more token of a running sequence, the last of the `num_older` oldest; may
+        drop younger ones, or itself, to get one."""
+        running = self.view.running
         while not self._take(1):
-            if len(candidates) == 1:
+            num_kept = len(running) - len(self.preempted)
+            if num_kept == 1:
                 return False
-            youngest = candidates.pop()
+            youngest = running[num_kept - 1]
             self.preempted.append(youngest)
             # Its cached blocks only become idle: the next plan may evict them.
             self.free += self.view.resources.num_own_pages(youngest)
-            if len(candidates) == index:
+            if num_kept == num_older:
                 return False
         return True
 
+    def look_ahead(self) -> None:
+        """The first adapters in the order of service that are not on the device and are needed in host memory.
+
+        Behind them one that is to be warm: the reads of requests that come next queue behind its own.
+        """
+        if self.view.waiting.num_away:
+            turns = self.view.waiting.turns(away_only=True)
+            for sequence in islice(turns, _SCANNED * self.config.lookahead):
+                if len(self.wanted) == self.config.lookahead:
+                    break
+                assert sequence.digest is not None, "without an adapter there is nothing to wait for"
+                if not self._reject_oversized(sequence):
+                    self.wanted[sequence.digest] = None
+                    turns.grant(sequence)
+        unread = (warm.digest for warm in self.view.warms if self.view.resources.num_pages(warm.digest) is None)
+        if len(self.wanted) < self.config.lookahead:
+            self.wanted |= dict.fromkeys(islice(unread, 1))
+
     def admit_waiting(self) -> bool:
-        """Grant requests, oldest first, their adapter's pages and their known tokens' pages together. Whether all that
-        are left wait for their adapters to be read.
+        """Grant requests, in the order of service, their adapter's pages and their known tokens' pages together.
+        Whether all that are left wait for their adapters to be read.
 
         A request whose adapter is not in host memory waits on its own; the first one that is ready but does not fit
-        ends the round, so that younger ones cannot starve it.
+        ends the round, so that others cannot starve it.
         """
         places, all_ready_admitted = self.config.max_running - len(self.view.running), True
-        for sequence in self.view.waiting:
+        if not places or not self.budget or not self.view.waiting:
+            return not self.view.waiting
+        turns = self.view.waiting.turns(num_away=_SCANNED * self.config.lookahead)
+        for sequence in turns:
             if len(self.admitted) == places or self.budget == 0:
                 return False
             digest = sequence.digest
-            adapter_pages = 0 if digest is None else self.view.resources.num_pages(digest)
-            if adapter_pages is None or self._reject_oversized(sequence, adapter_pages):
-                continue
             load = digest if digest is not None and self._must_load(digest) else None
+            adapter_pages = 0
+            if load is not None:
+                found = self.view.resources.num_pages(load) if load in self.wanted else None
+                if found is None:
+                    continue
+                adapter_pages = found
+            if self._reject_oversized(sequence):
+                continue
             if digest in self.gone or (load and len(self.loads) == self.config.max_loads_per_step):
                 all_ready_admitted = False
                 continue
             cached = list(takewhile(lambda page: page not in self.gone, self.view.resources.cached_blocks(sequence)))
             self.kept |= {digest, *cached} if digest is not None else {*cached}
             num_new = self._pages_for(len(sequence.token_ids)) - len(cached)
-            if not self._take(num_new + (adapter_pages if load else 0)):
+            if not self._take(num_new + adapter_pages):
                 return False
             if load is not None:
                 self.loads[load] = None
+            turns.grant(sequence)
             self._admit(sequence, len(cached))
         return all_ready_admitted
 
@@ -189,66 +238,54 @@ class _Draft:
                 return
             if num_pages >= too_many:
                 continue
-            if choose_victims(self._evictable(), num_pages + reserved - self.free) is None:
+            victims = self.victims.choose(num_pages + reserved - self.free, self.kept)
+            if victims is None:
                 too_many = num_pages
                 continue
+            self.victims.put_back(victims)
             self._take(num_pages)
             self.loads[warm.digest] = None
 
     def _admit(self, sequence: Sequence, num_cached_blocks: int) -> None:
         known, start = len(sequence.token_ids), num_cached_blocks * self.block_tokens
-        may_run, copied = self._may_run(sequence), None
+        may_run, copied = sequence.digest is None or self.view.resources.is_loaded(sequence.digest), None
         # A copy is made in the step that computes behind it.
         if may_run and known - start in range(2, self.block_tokens + 1):
             copied = self.view.resources.copyable_page(sequence)
-        self.admitted.append(
-            Admission(sequence_id=sequence.sequence_id, num_cached_blocks=num_cached_blocks, copied_page=copied)
-        )
+        self.admitted.append(Admission(sequence=sequence, num_cached_blocks=num_cached_blocks, copied_page=copied))
         if may_run:
             start = start if copied is None else known - 1
             self._add_chunk(sequence, start, known - start)
 
-    def _may_run(self, sequence: Sequence) -> bool:
-        return sequence.digest is None or self.view.resources.is_loaded(sequence.digest)
-
     def _must_load(self, digest: str) -> bool:
         return digest not in self.loads and not self.view.resources.is_resident(digest)
 
-    def _reject_oversized(self, sequence: Sequence, adapter_pages: int) -> bool:
+    def _reject_oversized(self, sequence: Sequence) -> bool:
+        """Whether the pool can never hold the sequence and its adapter, whose size is known once it has been read."""
+        digest = sequence.digest
+        adapter_pages = (0 if digest is None else self.view.resources.num_pages(digest)) or 0
         needed = adapter_pages + self._pages_for(sequence.max_tokens_total)
         if needed <= self.view.num_pages:
             return False
-        message = f"needs {needed} pages ({adapter_pages} of them for its adapter); the pool has {self.view.num_pages}"
-        failure = Failure(reason=ResourceExhausted.reason, message=message)
-        self.rejected.append(Rejection(sequence_id=sequence.sequence_id, failure=failure))
+        if all(rejection.sequence is not sequence for rejection in self.rejected):
+            message = (
+                f"needs {needed} pages ({adapter_pages} of them for its adapter); the pool has {self.view.num_pages}"
+            )
+            failure = Failure(reason=ResourceExhausted.reason, message=message)
+            self.rejected.append(Rejection(sequence=sequence, failure=failure))
         return True
-
-    def look_ahead(self) -> None:
-        """Adapters that queued requests within the look-ahead need in host memory, oldest first.
-
-        Behind them one that is to be warm: the reads of requests that come next queue behind its own.
-        """
-        rejected = {rejection.sequence_id for rejection in self.rejected}
-        for sequence in self.view.waiting[: self.config.lookahead]:
-            if sequence.sequence_id in rejected or sequence.digest is None:
-                continue
-            if not self.view.resources.is_resident(sequence.digest):
-                self.wanted[sequence.digest] = None
-        unread = (warm.digest for warm in self.view.warms if self.view.resources.num_pages(warm.digest) is None)
-        if len(self.wanted) < self.config.lookahead:
-            self.wanted |= dict.fromkeys(islice(unread, 1))
 
     def _add_chunk(self, sequence: Sequence, start: int, wanted: int) -> None:
         num_tokens = min(wanted, self.budget)
         if num_tokens:
             self.budget -= num_tokens
-            self.chunks.append(Chunk(sequence_id=sequence.sequence_id, start=start, num_tokens=num_tokens))
+            self.chunks.append(Chunk(sequence, start, num_tokens))
 
     def _take(self, num_pages: int) -> bool:
         """Set `num_pages` aside, evicting what is idle if that makes it possible; all or nothing."""
         missing = num_pages - self.free
         if missing > 0:
-            victims = choose_victims(self._evictable(), missing)
+            victims = self.victims.choose(missing, self.kept)
             if victims is None:
                 return False
             self.evicted |= dict.fromkeys(victims)
@@ -257,16 +294,54 @@ class _Draft:
         self.free -= num_pages
         return True
 
-    def _evictable(self) -> Iterator[Candidate]:
-        return (
-            candidate
-            for candidate in self.view.resources.idle()
-            if _name(candidate) not in self.kept and _name(candidate) not in self.gone
-        )
-
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
 
 
+class _Victims:
+    """What may go, in the order in which it should, each looked at once in a plan: what the plan relies on is not free
+    again before it is carried out."""
+
+    def __init__(self, candidates: Iterable[Candidate], waits_for: Callable[[str], bool]) -> None:
+        self._candidates = iter(candidates)
+        self._waits_for = waits_for
+        self._put_back: deque[Candidate] = deque()
+        # Adapters that somebody in the queue asks for: they would have to come back at once.
+        self._asked_for: deque[Candidate] = deque()
+
+    def choose(self, num_pages: int, kept: set[str | int]) -> list[Candidate] | None:
+        """Candidates, none of them `kept`, that free `num_pages` and are not given again; None if all do not."""
+        chosen: list[Candidate] = []
+        while num_pages > 0:
+            candidate = self._next(kept)
+            if candidate is None:
+                self.put_back(chosen)
+                return None
+            chosen.append(candidate)
+            num_pages -= candidate.num_pages
+        return chosen
+
+    def put_back(self, candidates: list[Candidate]) -> None:
+        """They may be chosen again."""
+        self._put_back.extendleft(reversed(candidates))
+
+    def _next(self, kept: set[str | int]) -> Candidate | None:
+        while self._put_back:
+            if _name(candidate := self._put_back.popleft()) not in kept:
+                return candidate
+        while len(self._asked_for) < _SPARED and (candidate := next(self._candidates, None)) is not None:
+            if _name(candidate) in kept:
+                continue
+            if isinstance(candidate, IdleAdapter) and self._waits_for(candidate.digest):
+                self._asked_for.append(candidate)
+            else:
+                return candidate
+        while self._asked_for:
+            if _name(candidate := self._asked_for.popleft()) not in kept:
+                return candidate
+        return None
+
+
 def _name(candidate: Candidate) -> str | int:
+    """A candidate's digest or page."""
     return candidate.digest if isinstance(candidate, IdleAdapter) else candidate.page

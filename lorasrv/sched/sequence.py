@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 
 from lorasrv.memory.prefix import BlockKeys
+from lorasrv.memory.residency import AdapterInput
+from lorasrv.sched.fairness import INPUT_COST, Share
 from lorasrv.types import EngineRequest
 
 
@@ -10,20 +12,23 @@ from lorasrv.types import EngineRequest
 class Sequence:
     """Mutable; owned by the engine's thread. The scheduler only reads it.
 
-    It is sample number `sample` of its request. `order` is its place in the queue: class, then arrival; `token_ids` are
-    prompt and generated tokens as far as they are known; `drawn` is the place of one more in the draws of the step that
-    is running. The KV of the first `num_computed` tokens lies in the pages of `block_table`, or will when the submitted
-    steps have completed. The first `num_keyed_blocks` blocks have been offered to the prefix cache; `keys` names them.
-    The log-probabilities of prompt tokens before `num_scored`, where asked for, have been told; the first token has
-    none. `sibling` is the sample that has computed the prompt of a request that draws several. `told_position` is where
-    its caller was last told that it stands.
+    It is sample number `sample` of its request, and its service is charged to `share`. `order` is its class, then its
+    arrival; `token_ids` are prompt and generated tokens as far as they are known, and one of `ends` ends it; `drawn` is
+    the place of one more in the draws of the step that is running. The KV of the first `num_computed` tokens lies in
+    the pages of `block_table`, or will when the submitted steps have completed. The first `num_keyed_blocks` blocks
+    have been offered to the prefix cache; `keys` names them. While it runs, `adapter` is where its adapter lies, and
+    it is `held_up` until the weights are there. The log-probabilities of prompt tokens before `num_scored`, where asked
+    for, have been told; the first token has none. `sibling` is the sample that has computed the prompt of a request
+    that draws several. `told_position` is where its caller was last told that it stands.
     """
 
     sequence_id: str
     request: EngineRequest
     sample: int
     order: tuple[int, int]
+    share: Share
     token_ids: list[int]
+    ends: frozenset[int]
     keys: BlockKeys
     sibling: "Sequence | None" = None
     drawn: int | None = None
@@ -31,20 +36,30 @@ class Sequence:
     num_scored: int = 1
     block_table: list[int] = field(default_factory=list[int])
     num_keyed_blocks: int = 0
+    adapter: AdapterInput | None = None
+    held_up: bool = False
+    queued: bool = False
+    running: bool = False
+    ended: bool = False
+    charged: bool = False
     told_position: int | None = None
+    # Read in every step: plain fields, though the request says them too.
+    request_id: str = field(init=False)
+    digest: str | None = field(init=False)
+    num_prompt: int = field(init=False)
+    max_tokens_total: int = field(init=False)
 
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
-    def digest(self) -> str | None:
-        return self.request.adapter.digest if self.request.adapter else None
+    def __post_init__(self) -> None:
+        request = self.request
+        self.request_id = request.request_id
+        self.digest = request.adapter.digest if request.adapter else None
+        self.num_prompt = len(request.token_ids)
+        self.max_tokens_total = self.num_prompt + request.max_tokens
 
     @property
     def num_generated(self) -> int:
         """Tokens that are known."""
-        return len(self.token_ids) - len(self.request.token_ids)
+        return len(self.token_ids) - self.num_prompt
 
     @property
     def has_output(self) -> bool:
@@ -52,17 +67,16 @@ class Sequence:
         return self.num_generated > 0 or self.num_scored > 1
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens that are known or being drawn."""
-        return len(self.token_ids) + (self.drawn is not None)
-
-    @property
     def num_remaining(self) -> int:
         """Tokens whose KV is still to be computed: 1 while decoding, 0 when the one that is being drawn is the last."""
-        if self.num_tokens == self.max_tokens_total:
-            return 0
-        return self.num_tokens - self.num_computed
+        num_tokens = len(self.token_ids) + (self.drawn is not None)
+        return 0 if num_tokens == self.max_tokens_total else num_tokens - self.num_computed
 
     @property
-    def max_tokens_total(self) -> int:
-        return len(self.request.token_ids) + self.request.max_tokens
+    def admission_cost(self) -> float:
+        """What being admitted adds to its tenant's account: the prompt, once a request."""
+        return 0.0 if self.charged or self.sample else INPUT_COST * self.num_prompt / self.share.weight
+
+
+def order_of(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order

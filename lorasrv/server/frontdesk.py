@@ -226,7 +226,7 @@ class FrontDesk:
             self._versions.unpin(pinning.result().digest)
 
     def _engine_request(self, request: GenerationRequest, token_ids: tuple[int, ...], served: Served) -> EngineRequest:
-        # Generation ids are a tenant's own; the engine knows no tenants but by the salt of their prefixes.
+        # Generation ids are a tenant's own.
         checked = engine_request(
             uuid.uuid4().hex,
             token_ids,
@@ -234,7 +234,7 @@ class FrontDesk:
             sampling=request.sampling,
             limits=self._limits,
             defaults=served.defaults.sampling,
-            cache_salt=request.tenant,
+            tenant=request.tenant,
         )
         return replace(
             checked, priority=request.priority, session_key=request.session_key, deadline_s=request.deadline_s
@@ -268,16 +268,16 @@ class FrontDesk:
                 if delta.queue_position is not None:
                     yield Queued(position=delta.queue_position)
                     continue
-                sample = samples[delta.index]
+                sample = samples[delta.sample]
                 if delta.token_ids and sample.first_token_s is None:
                     sample.first_token_s = self._clock() - admission.received_s
                 piece = sample.output.take(delta)
                 if piece.finish is not None:
-                    del samples[delta.index]
+                    del samples[delta.sample]
                     if delta.finish is None:
-                        self._engine.cancel(request.request_id, delta.index)
+                        self._engine.cancel(request.request_id, delta.sample)
                 yield Delta(
-                    index=delta.index,
+                    index=delta.sample,
                     text=piece.text,
                     token_ids=piece.token_ids,
                     logprobs=piece.logprobs,
@@ -286,7 +286,7 @@ class FrontDesk:
                 if piece.finish is None:
                     continue
                 yield Finished(
-                    index=delta.index,
+                    index=delta.sample,
                     reason=piece.finish,
                     stop=piece.stop,
                     prompt_tokens=len(request.token_ids),

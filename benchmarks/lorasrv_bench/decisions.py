@@ -1,0 +1,183 @@
+"""What the engine's own work costs a step: decide, submit and apply on a device that computes nothing.
+
+A closed loop of requests over many adapters through a pool too small for them all, so that every few steps there are
+admissions, loads, evictions and preemptions. `python -m lorasrv_bench.decisions` prints percentiles for growing sizes.
+"""
+
+import argparse
+import gc
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lorasrv.config import SchedulerConfig
+from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, StepOutput
+from lorasrv.engine.core import EngineCore, Limits
+from lorasrv.engine.tiers import TierChanges
+from lorasrv.memory.residency import ResidentAdapter
+from lorasrv.types import AdapterUse, EngineRequest, Tier
+
+BLOCK_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """`num_running` and `num_waiting` requests at all times, over so many adapters."""
+
+    num_running: int = 256
+    num_waiting: int = 2000
+    num_adapters: int = 1000
+    num_tenants: int = 8
+    adapter_pages: int = 8
+    max_prompt: int = 256
+    max_output: int = 256
+
+    @property
+    def num_pages(self) -> int:
+        """Little enough that sequences are preempted when many are long."""
+        blocks = (self.max_prompt + self.max_output) * 9 // 16 // BLOCK_TOKENS
+        return self.num_running * blocks + min(self.num_adapters, self.num_running) * self.adapter_pages
+
+
+class NullRunner:
+    """Steps take no time and draw token 1."""
+
+    runs_ahead = False
+
+    def forward(self, chunks: tuple[ChunkInput, ...], copies: tuple[PageCopy, ...] = ()) -> "NullStep":
+        return NullStep()
+
+
+class NullStep:
+    def draw(self, draws: tuple[Draw, ...]) -> None:
+        self._tokens = (1,) * len(draws)
+
+    def output(self) -> StepOutput:
+        return StepOutput(tokens=self._tokens)
+
+
+@dataclass
+class HostTiers:
+    """All adapters are in host memory; a copy ends with the next poll."""
+
+    adapter_pages: int
+    loaded: list[str] = field(default_factory=list[str])
+
+    def want(self, digests: Sequence[str]) -> None: ...
+
+    def num_pages(self, digest: str) -> int | None:
+        return self.adapter_pages
+
+    def poll(self) -> TierChanges:
+        loaded, self.loaded = tuple(self.loaded), []
+        return TierChanges(failed={}, loaded=loaded)
+
+    def load(self, digest: str, pages: list[int], *, wait_for_steps: bool) -> ResidentAdapter:
+        self.loaded.append(digest)
+        return ResidentAdapter(digest=digest, pages=tuple(pages), directory=pages[0], max_rank=16)
+
+    def discard(self, digest: str) -> None: ...
+
+    def host_tiers(self) -> dict[str, Tier]:
+        return {}
+
+    def wait(self, timeout_s: float) -> None: ...
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Seconds a step, and what happened in those steps."""
+
+    step_s: list[float]
+    admissions: int
+    loads: int
+    evictions: int
+    preemptions: int
+
+    def quantile(self, share: float) -> float:
+        return sorted(self.step_s)[int(share * (len(self.step_s) - 1))]
+
+
+def measure(load: Load, num_steps: int, seed: int) -> Measured:
+    """Percentiles are of steps behind a warm-up in which the batch fills."""
+    rng = random.Random(seed)
+    core = EngineCore(
+        config=SchedulerConfig(
+            max_step_tokens=8192, max_running=load.num_running, max_waiting=load.num_waiting + load.num_running
+        ),
+        limits=Limits(
+            num_pages=load.num_pages,
+            block_tokens=BLOCK_TOKENS,
+            context_tokens=1 << 15,
+            vocab_size=1000,
+            eos_token_ids=frozenset((0,)),
+        ),
+        runner=NullRunner(),
+        tiers=HostTiers(load.adapter_pages),
+    )
+    number, open_requests = 0, 0
+    step_s: list[float] = []
+    before = core.status().counters
+    warm_up = load.max_output
+    gc.collect()
+    gc.freeze()
+    for step in range(warm_up + num_steps):
+        while open_requests < load.num_running + load.num_waiting:
+            core.add(_request(load, number, rng))
+            number, open_requests = number + 1, open_requests + 1
+        begin = time.perf_counter()
+        deltas = core.step()
+        step_s.append(time.perf_counter() - begin)
+        open_requests -= sum(delta.finish is not None for delta in deltas)
+        if step == warm_up:
+            before = core.status().counters
+            step_s.clear()
+    core.check()
+    gc.unfreeze()
+    after = core.status().counters
+    return Measured(
+        step_s=step_s,
+        admissions=number - load.num_waiting - load.num_running,
+        loads=after.adapter_loads - before.adapter_loads,
+        evictions=after.adapter_evictions - before.adapter_evictions,
+        preemptions=after.preemptions - before.preemptions,
+    )
+
+
+def _request(load: Load, number: int, rng: random.Random) -> EngineRequest:
+    return EngineRequest(
+        request_id=str(number),
+        token_ids=tuple(rng.randrange(1000) for _ in range(rng.randint(8, load.max_prompt))),
+        adapter=AdapterUse(digest=str(rng.randrange(load.num_adapters))),
+        max_tokens=rng.randint(8, load.max_output),
+        seed=number,
+        temperature=0.0,
+        tenant=str(number % load.num_tenants),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m lorasrv_bench.decisions", description=__doc__)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    print("running waiting adapters |  p50 ms  p99 ms  max ms | admitted loads evictions preemptions")
+    sizes = [Load(num_running=n) for n in (32, 64, 128, 256, 512)]
+    sizes += [Load(num_waiting=n) for n in (250, 8000)] + [Load(num_adapters=n) for n in (100, 4000)]
+    for load in sizes:
+        found = measure(load, arguments.steps, arguments.seed)
+        times = " ".join(f"{1e3 * found.quantile(share):7.3f}" for share in (0.5, 0.99, 1.0))
+        print(
+            f"{load.num_running:7d} {load.num_waiting:7d} {load.num_adapters:8d} | {times} | "
+            f"{found.admissions:8d} {found.loads:5d} {found.evictions:9d} {found.preemptions:11d}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Who waits, in the order of service: class, then the tenant that has been served least, then arrival.
+
+A sequence is `away` while its adapter is not on the device. So thousands that wait for cold adapters cost a decision
+nothing: it looks at the first few of them, and at those that could run at once.
+"""
+
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace, merge
+from operator import itemgetter
+
+from lorasrv.sched.fairness import Share, Shares
+from lorasrv.sched.sequence import Sequence, order_of
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """What waits of one class and tenant, by arrival."""
+
+    share: Share
+    here: list[Sequence] = field(default_factory=list["Sequence"])
+    away: list[Sequence] = field(default_factory=list["Sequence"])
+
+    def side(self, away: bool) -> list[Sequence]:
+        return self.away if away else self.here
+
+    def __len__(self) -> int:
+        return len(self.here) + len(self.away)
+
+
+class WaitingQueue:
+    """Owned by the engine's thread; the scheduler only reads it."""
+
+    def __init__(self, shares: Shares) -> None:
+        self._shares = shares
+        self._lines: dict[tuple[int, str], Line] = {}
+        self._by_digest: dict[str, dict[Sequence, None]] = {}
+        self._away: set[Sequence] = set()
+
+    def __len__(self) -> int:
+        return sum(len(line) for line in self._lines.values())
+
+    def __bool__(self) -> bool:
+        return bool(self._lines)
+
+    def __contains__(self, sequence: object) -> bool:
+        return isinstance(sequence, Sequence) and sequence.queued
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All, in the order of service as it stands."""
+        return iter(Turns(self._lines.items()))
+
+    def places(self) -> Iterator[tuple[int, Sequence]]:
+        """Every sequence, with how many of its own tenant go before it."""
+        before: Counter[str] = Counter()
+        for (_, tenant), line in sorted(self._lines.items(), key=itemgetter(0)):
+            yield from enumerate(merge(line.here, line.away, key=order_of), before[tenant])
+            before[tenant] += len(line)
+
+    @property
+    def num_away(self) -> int:
+        return len(self._away)
+
+    def waits_for(self, digest: str) -> bool:
+        """Whether a queued sequence uses this adapter."""
+        return digest in self._by_digest
+
+    def for_digest(self, digest: str) -> tuple[Sequence, ...]:
+        return tuple(self._by_digest.get(digest, ()))
+
+    def add(self, sequence: Sequence, *, away: bool, again: bool = False) -> None:
+        """Queue it in its place; `again` when it ran before."""
+        assert not sequence.queued, f"{sequence.sequence_id} is queued already"
+        self._shares.enqueue(sequence.share, lift=not again)
+        key = _key(sequence)
+        line = self._lines.get(key)
+        if line is None:
+            line = self._lines[key] = Line(sequence.share)
+        sequence.queued = True
+        insort(line.side(away), sequence, key=order_of)
+        if away:
+            self._away.add(sequence)
+        if sequence.digest is not None:
+            self._by_digest.setdefault(sequence.digest, {})[sequence] = None
+
+    def remove(self, sequence: Sequence) -> None:
+        key = _key(sequence)
+        line = self._lines[key]
+        _take_out(line.side(sequence in self._away), sequence)
+        self._away.discard(sequence)
+        if not line:
+            del self._lines[key]
+        sequence.queued = False
+        self._shares.dequeue(sequence.share)
+        if sequence.digest is not None:
+            using = self._by_digest[sequence.digest]
+            del using[sequence]
+            if not using:
+                del self._by_digest[sequence.digest]
+
+    def move(self, digest: str, *, away: bool) -> None:
+        """The adapter has got its pages on the device, or lost them."""
+        for sequence in self._by_digest.get(digest, ()):
+            if (sequence in self._away) != away:
+                line = self._lines[_key(sequence)]
+                _take_out(line.side(not away), sequence)
+                insort(line.side(away), sequence, key=order_of)
+                (self._away.add if away else self._away.discard)(sequence)
+
+    def turns(self, *, away_only: bool = False, num_away: int | None = None) -> "Turns":
+        """At most `num_away` of those whose adapter is away; None is all of them."""
+        return Turns(self._lines.items(), away_only=away_only, num_away=num_away)
+
+    def check(self, is_resident: "Iterable[str]") -> None:
+        """Raise AssertionError on a broken invariant; `is_resident` are the digests that are on the device."""
+        resident = set(is_resident)
+        found = [sequence for line in self._lines.values() for sequence in (*line.here, *line.away)]
+        assert len(found) == len(set(found)), "a sequence is queued twice"
+        assert all(sequence.queued for sequence in found), "a queued sequence does not know it"
+        away = {sequence for sequence in found if sequence.digest is not None and sequence.digest not in resident}
+        assert away == self._away == {s for line in self._lines.values() for s in line.away}, "away is stale"
+        assert {s for using in self._by_digest.values() for s in using} == {s for s in found if s.digest is not None}
+        for key, line in self._lines.items():
+            assert line and all(_key(sequence) == key for sequence in (*line.here, *line.away)), "a line is mixed"
+            for side in (line.here, line.away):
+                assert side == sorted(side, key=order_of), "a line is out of order"
+        by_tenant: dict[str, int] = {}
+        for sequence in found:
+            by_tenant[sequence.share.tenant] = by_tenant.get(sequence.share.tenant, 0) + 1
+            assert sequence.share.num_waiting, "a tenant's account misses what waits"
+        assert all(line.share.num_waiting == by_tenant[line.share.tenant] for line in self._lines.values())
+        self._shares.check()
+
+
+class Turns:
+    """A walk in the order of service, in which those that are granted on the way are charged for, in thought only.
+
+    Grant the sequence that came last before asking for the next one.
+    """
+
+    def __init__(
+        self,
+        lines: Iterable[tuple[tuple[int, str], Line]],
+        *,
+        away_only: bool = False,
+        num_away: int | None = None,
+    ) -> None:
+        self._by_class: dict[int, list[Line]] = {}
+        for (priority, _), line in lines:
+            if line.away or not away_only:
+                self._by_class.setdefault(priority, []).append(line)
+        self._away_only = away_only
+        self._away_left = num_away
+        self._granted: dict[Share, float] = {}
+
+    def grant(self, sequence: Sequence) -> None:
+        share = sequence.share
+        self._granted[share] = self._granted.get(share, 0.0) + sequence.admission_cost
+
+    def __iter__(self) -> Iterator[Sequence]:
+        for priority in sorted(self._by_class):
+            yield from self._class(self._by_class[priority])
+
+    def _class(self, lines: list[Line]) -> Iterator[Sequence]:
+        heap = [entry for line in lines if (entry := self._entry(line, 0, 0)) is not None]
+        heapify(heap)
+        while heap:
+            served, _, line, here, away, sequence = heap[0]
+            now = self._served(line.share)
+            if now != served:
+                # Granted something in a better class, or just now.
+                heapreplace(heap, (now, sequence.order, line, here, away, sequence))
+                continue
+            yield sequence
+            is_away = away < len(line.away) and line.away[away] is sequence
+            if is_away and self._away_left is not None:
+                self._away_left -= 1
+            entry = self._entry(line, here + (not is_away), away + is_away)
+            if entry is None:
+                heappop(heap)
+            else:
+                heapreplace(heap, entry)
+
+    def _entry(
+        self, line: Line, here: int, away: int
+    ) -> tuple[float, tuple[int, int], Line, int, int, Sequence] | None:
+        """The next of a line, of which so many have come."""
+        at_home = None if self._away_only or here == len(line.here) else line.here[here]
+        too_many = self._away_left is not None and self._away_left <= 0
+        abroad = None if away == len(line.away) or too_many else line.away[away]
+        first = min((s for s in (at_home, abroad) if s is not None), key=order_of, default=None)
+        return None if first is None else (self._served(line.share), first.order, line, here, away, first)
+
+    def _served(self, share: Share) -> float:
+        return share.served + self._granted.get(share, 0.0)
+
+
+def _key(sequence: Sequence) -> tuple[int, str]:
+    return sequence.order[0], sequence.share.tenant
+
+
+def _take_out(side: list[Sequence], sequence: Sequence) -> None:
+    index = bisect_left(side, sequence.order, key=order_of)
+    assert side[index] is sequence, f"{sequence.sequence_id} is not in its place"
+    del side[index]
