@@ -5,7 +5,6 @@ admissions, loads, evictions and preemptions. `python -m lorasrv_bench.decisions
 """
 
 import argparse
-import gc
 import random
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from lorasrv.config import SchedulerConfig
 from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, StepOutput
 from lorasrv.engine.core import EngineCore, Limits
+from lorasrv.engine.process import spare_collections
 from lorasrv.engine.tiers import TierChanges
 from lorasrv.memory.residency import ResidentAdapter
 from lorasrv.types import AdapterUse, EngineRequest, Tier
@@ -91,7 +91,7 @@ class HostTiers:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Seconds a step, and what happened in those steps."""
+    """Processor seconds a step, and what happened in those steps."""
 
     step_s: list[float]
     admissions: int
@@ -124,21 +124,19 @@ def measure(load: Load, num_steps: int, seed: int) -> Measured:
     step_s: list[float] = []
     before = core.status().counters
     warm_up = load.max_output
-    gc.collect()
-    gc.freeze()
+    spare_collections()
     for step in range(warm_up + num_steps):
         while open_requests < load.num_running + load.num_waiting:
             core.add(_request(load, number, rng))
             number, open_requests = number + 1, open_requests + 1
-        begin = time.perf_counter()
+        begin = time.thread_time()
         deltas = core.step()
-        step_s.append(time.perf_counter() - begin)
+        step_s.append(time.thread_time() - begin)
         open_requests -= sum(delta.finish is not None for delta in deltas)
         if step == warm_up:
             before = core.status().counters
             step_s.clear()
     core.check()
-    gc.unfreeze()
     after = core.status().counters
     return Measured(
         step_s=step_s,

@@ -37,7 +37,7 @@ from lorasrv.types import (
     EngineRequest,
     EngineStatus,
     Failure,
-    PositionLogprobs,
+    FinishReason,
     TokenDelta,
     Warm,
     Warmed,
@@ -295,7 +295,7 @@ class EngineCore:
         if not plan.chunks:
             assert not copies, "a copy without a step"
             return None
-        inputs = tuple([self._chunk_input(chunk) for chunk in plan.chunks])
+        inputs = self._chunk_inputs(plan.chunks)
         self._ledger.step += 1
         return _InFlight(chunks=plan.chunks, running=self._runner.forward(inputs, copies))
 
@@ -322,20 +322,21 @@ class EngineCore:
         self._counters["cached_prompt_tokens"] += sequence.num_computed
         return copy
 
-    def _chunk_input(self, chunk: Chunk) -> ChunkInput:
-        sequence, start, num_tokens = chunk
-        end = start + num_tokens
-        if end > len(sequence.block_table) * self._limits.block_tokens:
-            self._ledger.grow(sequence, end)
-        sequence.num_computed = end
-        return ChunkInput(
-            tuple(sequence.token_ids[start:end]),
-            start,
-            sequence.block_table,
-            sequence.adapter,
-            None if sequence.request.prompt_logprobs is None else score_input(sequence, start, end),
-            sequence.drawn if start == len(sequence.token_ids) else None,
-        )
+    def _chunk_inputs(self, chunks: tuple[Chunk, ...]) -> tuple[ChunkInput, ...]:
+        block_tokens = self._limits.block_tokens
+        inputs: list[ChunkInput] = []
+        for sequence, start, num_tokens in chunks:
+            end = start + num_tokens
+            table = sequence.block_table
+            if end > len(table) * block_tokens:
+                self._ledger.grow(sequence, end)
+            sequence.num_computed = end
+            score = None if sequence.request.prompt_logprobs is None else score_input(sequence, start, end)
+            drawn = sequence.drawn if start == len(sequence.token_ids) else None
+            inputs.append(
+                ChunkInput(tuple(sequence.token_ids[start:end]), start, table, sequence.adapter, score, drawn)
+            )
+        return tuple(inputs)
 
     def _go_on(self, loaded: tuple[str, ...]) -> None:
         """The weights of these adapters have arrived."""
@@ -377,23 +378,31 @@ class EngineCore:
         self._ledger.completed += 1
         deltas: list[TokenDelta] = []
         num_prompt, num_drawn, place = 0, 0, 0
-        draws, tokens = (*step.draws, None), output.tokens
+        draws, tokens, block_tokens = (*step.draws, None), output.tokens, self._limits.block_tokens
         for number, (sequence, start, num_tokens) in enumerate(step.chunks):
             is_drawn = draws[place] == number
             place += is_drawn
             if sequence.ended:
                 continue
             end = start + num_tokens
-            if sequence.block_table:
+            if end // block_tokens > sequence.num_keyed_blocks and sequence.block_table:
                 self._ledger.share_full_blocks(sequence, end)
             if start < sequence.num_prompt:
                 num_prompt += min(end, sequence.num_prompt) - start
             scored = output.prompt_logprobs.get(number, ()) if output.prompt_logprobs else ()
             sequence.num_scored += len(scored)
             if is_drawn:
-                delta = self._append(sequence, tokens[place - 1], output.logprobs.get(place - 1), scored)
-                num_drawn += len(delta.token_ids)
-                deltas.append(delta)
+                sequence.drawn = None
+                token_id, logprobs = tokens[place - 1], output.logprobs.get(place - 1)
+                if token_id is None:
+                    # Its KV may be to blame: no later request is to find it cached.
+                    error = InternalError("the model's output is not finite")
+                    deltas.append(self._fail(sequence, error, forget=True))
+                    continue
+                num_drawn += 1
+                finish = self._append(sequence, token_id)
+                told = () if logprobs is None else (logprobs,)
+                deltas.append(TokenDelta(sequence.request_id, sequence.sample, (token_id,), told, scored, None, finish))
             elif scored:
                 deltas.append(TokenDelta(sequence.request_id, prompt_logprobs=scored))
         self._counters["steps"] += 1
@@ -401,37 +410,19 @@ class EngineCore:
         self._counters["completion_tokens"] += num_drawn
         return tuple(deltas)
 
-    def _append(
-        self,
-        sequence: Sequence,
-        token_id: int | None,
-        logprobs: PositionLogprobs | None,
-        scored: tuple[PositionLogprobs, ...],
-    ) -> TokenDelta:
-        """A drawn token, and the log-probabilities of the prompt that its step gave."""
-        sequence.drawn = None
-        if token_id is None:
-            # Its KV may be to blame: no later request is to find it cached.
-            return self._fail(sequence, InternalError("the model's output is not finite"), forget=True)
-        token_ids = sequence.token_ids
+    def _append(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        """Take in a drawn token, and end the sequence if it is the last."""
+        token_ids, share = sequence.token_ids, sequence.share
         token_ids.append(token_id)
-        sequence.share.served += OUTPUT_COST / sequence.share.weight
+        share.served += OUTPUT_COST / share.weight
         if self._followers:
             self._queue_followers(sequence, sequence)
-        finish = None
-        if token_id in sequence.ends or len(token_ids) == sequence.max_tokens_total:
-            finish = finish_reason(sequence, self._limits.eos_token_ids)
-            self._drop(sequence)
-            self._counters["finished_requests"] += sequence.request_id not in self._requests
-        return TokenDelta(
-            sequence.request_id,
-            sequence.sample,
-            (token_id,),
-            () if logprobs is None else (logprobs,),
-            scored,
-            None,
-            finish,
-        )
+        if token_id not in sequence.ends and len(token_ids) < sequence.max_tokens_total:
+            return None
+        finish = finish_reason(sequence, self._limits.eos_token_ids)
+        self._drop(sequence)
+        self._counters["finished_requests"] += sequence.request_id not in self._requests
+        return finish
 
     def _fail(self, sequence: Sequence, error: LorasrvError, *, forget: bool = False) -> TokenDelta:
         """End a sequence's request, all its samples."""

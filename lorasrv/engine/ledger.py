@@ -139,16 +139,14 @@ class Ledger:
 
     def share_full_blocks(self, sequence: Sequence, num_tokens: int) -> None:
         """Give the blocks that the first `num_tokens` tokens fill to the prefix cache, where others find them."""
-        if not self._shares(sequence):
-            return
         num_full = num_tokens // self._block_tokens
-        if num_full > sequence.num_keyed_blocks:
+        if num_full > sequence.num_keyed_blocks and self._shares(sequence):
             keys = sequence.keys.first(num_full, sequence.token_ids)
             for index in range(sequence.num_keyed_blocks, num_full):
                 page = sequence.block_table[index]
                 if self._prefix.insert(keys[index], page):
                     self._pool.transfer(page, _owner(sequence), _CACHE)
-            sequence.num_keyed_blocks = num_full
+        sequence.num_keyed_blocks = max(num_full, sequence.num_keyed_blocks)
 
     def release(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Take back a running sequence's pages and pins. Its full blocks stay in the prefix cache; with `forget` those

@@ -1,6 +1,7 @@
 """The engine process: `python -m lorasrv.engine.process`, started by `child.EngineChild`, one for each engine."""
 
 import argparse
+import gc
 import importlib
 import logging
 import os
@@ -65,6 +66,7 @@ def _serve(socket: zmq.Socket[bytes], factory: str) -> int:
         _log.exception("the engine could not be built")
         outbox.send(StartFailed(failure_of(InternalError("the engine could not be built; its log says why"))))
         return 1
+    spare_collections()
     try:
         outbox.send(Ready(info))
         serve_loop(core, receive, outbox.send, time.monotonic)
@@ -75,6 +77,14 @@ def _serve(socket: zmq.Socket[bytes], factory: str) -> int:
         return 1
     finally:
         core.close()
+
+
+def spare_collections() -> None:
+    """Serving makes many objects and few cycles: what start-up has made is not looked at again, and looking at all
+    requests (tens of milliseconds with thousands of them) is left to the collections that find much."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 def _build(factory: str, message: Message) -> tuple[Core, EngineInfo]:

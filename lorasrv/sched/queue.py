@@ -187,10 +187,12 @@ class Turns:
         self, line: Line, here: int, away: int
     ) -> tuple[float, tuple[int, int], Line, int, int, Sequence] | None:
         """The next of a line, of which so many have come."""
-        at_home = None if self._away_only or here == len(line.here) else line.here[here]
+        first = None if self._away_only or here == len(line.here) else line.here[here]
         too_many = self._away_left is not None and self._away_left <= 0
-        abroad = None if away == len(line.away) or too_many else line.away[away]
-        first = min((s for s in (at_home, abroad) if s is not None), key=order_of, default=None)
+        if away < len(line.away) and not too_many:
+            abroad = line.away[away]
+            if first is None or abroad.order < first.order:
+                first = abroad
         return None if first is None else (self._served(line.share), first.order, line, here, away, first)
 
     def _served(self, share: Share) -> float:

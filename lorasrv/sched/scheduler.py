@@ -177,9 +177,8 @@ class _Draft:
                 if len(self.wanted) == self.config.lookahead:
                     break
                 assert sequence.digest is not None, "without an adapter there is nothing to wait for"
-                if not self._reject_oversized(sequence):
-                    self.wanted[sequence.digest] = None
-                    turns.grant(sequence)
+                self.wanted[sequence.digest] = None
+                turns.grant(sequence)
         unread = (warm.digest for warm in self.view.warms if self.view.resources.num_pages(warm.digest) is None)
         if len(self.wanted) < self.config.lookahead:
             self.wanted |= dict.fromkeys(islice(unread, 1))
@@ -207,6 +206,7 @@ class _Draft:
                     continue
                 adapter_pages = found
             if self._reject_oversized(sequence):
+                self.wanted.pop(digest or "", None)  # who else asks for it does so in the next plan
                 continue
             if digest in self.gone or (load and len(self.loads) == self.config.max_loads_per_step):
                 all_ready_admitted = False
@@ -267,12 +267,9 @@ class _Draft:
         needed = adapter_pages + self._pages_for(sequence.max_tokens_total)
         if needed <= self.view.num_pages:
             return False
-        if all(rejection.sequence is not sequence for rejection in self.rejected):
-            message = (
-                f"needs {needed} pages ({adapter_pages} of them for its adapter); the pool has {self.view.num_pages}"
-            )
-            failure = Failure(reason=ResourceExhausted.reason, message=message)
-            self.rejected.append(Rejection(sequence=sequence, failure=failure))
+        message = f"needs {needed} pages ({adapter_pages} of them for its adapter); the pool has {self.view.num_pages}"
+        failure = Failure(reason=ResourceExhausted.reason, message=message)
+        self.rejected.append(Rejection(sequence=sequence, failure=failure))
         return True
 
     def _add_chunk(self, sequence: Sequence, start: int, wanted: int) -> None:

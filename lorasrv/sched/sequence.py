@@ -69,7 +69,9 @@ class Sequence:
     @property
     def num_remaining(self) -> int:
         """Tokens whose KV is still to be computed: 1 while decoding, 0 when the one that is being drawn is the last."""
-        num_tokens = len(self.token_ids) + (self.drawn is not None)
+        if self.drawn is None:
+            return len(self.token_ids) - self.num_computed
+        num_tokens = len(self.token_ids) + 1
         return 0 if num_tokens == self.max_tokens_total else num_tokens - self.num_computed
 
     @property
