@@ -11,6 +11,7 @@ import pytest
 from fakes import EOS, VOCAB, FakeDevice, FakeRunner, FakeTiers, expected_tokens
 from lorasrv.config import SchedulerConfig
 from lorasrv.engine.core import EngineCore, Limits
+from lorasrv.engine.image_readers import ThreadReader
 from lorasrv.engine.tiers import Tiers
 from lorasrv.memory.packing import PackedAdapter
 from lorasrv.memory.residency import ResidentAdapter
@@ -58,7 +59,8 @@ def make_core(
 ) -> tuple[EngineCore, Tiers]:
     device = FakeDevice(block_tokens=BLOCK_TOKENS)
     storage = Storage(device)
-    tiers = Tiers(cast(PageStorage, storage), cast("Callable[[str], PackedAdapter]", read), budget_bytes)
+    reader = ThreadReader(cast("Callable[[str], PackedAdapter]", read), lambda image: image.nbytes)
+    tiers = Tiers(cast(PageStorage, storage), reader, budget_bytes)
     limits = Limits(
         num_pages=num_pages,
         block_tokens=BLOCK_TOKENS,

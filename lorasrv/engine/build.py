@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lorasrv.config import EngineConfig
 from lorasrv.engine.core import EngineCore, Limits
+from lorasrv.engine.image_readers import ThreadReader
 from lorasrv.engine.packer import Packer
 from lorasrv.engine.runner import build_runner
 from lorasrv.engine.tiers import Tiers
@@ -56,7 +57,8 @@ def assemble(config: EngineConfig, read: Callable[[str, Packer], PackedAdapter])
         vocab_size=info.vocab_size,
         eos_token_ids=frozenset(architecture.eos_token_ids),
     )
-    tiers = Tiers(storage, lambda digest: read(digest, packer), config.host_cache_bytes)
+    reader = ThreadReader(lambda digest: read(digest, packer), size_of=lambda image: image.nbytes)
+    tiers = Tiers(storage, reader, config.host_cache_bytes)
     return Assembly(
         core=EngineCore(config=config.scheduler, limits=limits, runner=runner, tiers=tiers), info=info, packer=packer
     )

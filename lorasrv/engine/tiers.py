@@ -1,11 +1,11 @@
-"""Moves adapters between the tiers: disk to host in worker threads, host to device at a step's start."""
+"""Moves adapters between the tiers: disk to host beside the engine's steps, host to device at a step's start."""
 
 import logging
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from lorasrv.engine.image_readers import ImageSource
 from lorasrv.errors import AdapterCorrupt, AdapterLoadFailed, LorasrvError, ResourceExhausted
 from lorasrv.memory.residency import ResidentAdapter
 from lorasrv.types import Tier
@@ -75,17 +75,13 @@ class AdapterTiers(Protocol):
 
 
 class Tiers:
-    """Host cache and page storage joined. Owned by the engine's thread.
+    """Host cache and page storage joined. Owned by the engine's thread; `source` reads beside it."""
 
-    The host cache reads and packs in threads of its own, by `read`, and only wakes this one.
-    """
-
-    def __init__(self, storage: "PageStorage", read: "Callable[[str], PackedAdapter]", budget_bytes: int) -> None:
+    def __init__(self, storage: "PageStorage", source: "ImageSource[PackedAdapter]", budget_bytes: int) -> None:
         self._storage = storage
-        self._ended = threading.Event()
-        self._host: HostCache[PackedAdapter] = HostCache(
-            budget_bytes, load=read, size_of=lambda image: image.nbytes, on_load_end=self._ended.set
-        )
+        self._source = source
+        self._host: HostCache[PackedAdapter] = HostCache(budget_bytes, source)
+        self._has_copied = False
         self._wanted: set[str] = set()
         self._reading: set[str] = set()
         self._copying: dict[str, AdapterCopy] = {}
@@ -93,19 +89,21 @@ class Tiers:
     def want(self, digests: Sequence[str]) -> None:
         for digest in self._wanted.difference(digests):
             self._host.unpin(digest)
+            self._host.cancel(digest)
         for digest in digests:
             if digest not in self._wanted:
                 self._host.request(digest)
                 self._host.pin(digest)
                 self._reading.add(digest)
         self._wanted = set(digests)
+        self._host.prefer(digests)
 
     def num_pages(self, digest: str) -> int | None:
         image = self._host.get(digest)
         return None if image is None else image.num_pages
 
     def poll(self) -> TierChanges:
-        self._host.poll()
+        self._take_in()
         failures: dict[str, LorasrvError] = {}
         for digest in [d for d in self._reading if self._host.state(d) is not HostState.READING]:
             self._reading.remove(digest)
@@ -127,25 +125,31 @@ class Tiers:
         assert image is not None, f"{digest} is not in host memory"
         copy = self._copying[digest] = self._storage.write_adapter(image, pages, wait_for_steps=wait_for_steps)
         if copy.ended:
-            self._ended.set()
+            self._has_copied = True
         return ResidentAdapter(digest=digest, pages=tuple(pages), directory=copy.directory, max_rank=image.max_rank)
 
     def discard(self, digest: str) -> None:
         self._host.discard(digest)
 
     def host_tiers(self) -> dict[str, Tier]:
-        self._host.poll()
+        self._take_in()
         return {digest: _TIERS[state] for digest, state in self._host.snapshot().states.items()}
 
     def wait(self, timeout_s: float) -> None:
-        self._ended.wait(timeout_s)
-        self._ended.clear()
+        self._source.wait(0.0 if self._has_copied else timeout_s)
+        self._has_copied = False
 
     def check(self) -> None:
         self._host.check()
+        self._source.check()
 
     def close(self) -> None:
+        self._source.close()
         self._host.close()
+
+    def _take_in(self) -> None:
+        self._source.deliver(self._host)
+        self._host.poll()
 
 
 def _describe(digest: str, error: Exception) -> LorasrvError:
