@@ -20,8 +20,8 @@ from lorasrv.engine.batch import AdapterInput, ChunkInput, Draw, SampleInput
 from lorasrv.engine.runner import ModelRunner, build_runner
 from lorasrv.engine.step_arrays import Room, StepPlan
 from lorasrv.engine.warm_up import warm_up
-from lorasrv.memory.packing import module_geometry
 from lorasrv.memory.storage import PageStorage
+from lorasrv.memory.tensors import module_geometry
 from lorasrv.model import sampler as drawing
 from lorasrv.model.decoder import Decoder
 from lorasrv.model.loader import dummy_weights

@@ -229,7 +229,7 @@ class HostCache(Generic[Image]):
         )
 
     def close(self) -> None:
-        """Let everything go; the reader has stopped."""
+        """Let everything go; the reader is told of nothing but images that are free, and tells nothing any more."""
         for entry in self._ready.values():
             self._reader.free(entry.image)
         for held in (self._reads, self._ready, self._failed, self._pins, self._discarded):
