@@ -64,6 +64,29 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TierConfig:
+    """How adapters come from disk to host memory and on to the device.
+
+    `host_cache_bytes` of host memory hold adapters ready to be copied. `num_builders` processes read them, some more
+    while reads are slow; a read that takes longer than `read_timeout_s` fails. `copy_bytes_per_step` bounds what one
+    step copies to the device, by a page at most more; None is what hides behind a step of the device.
+    """
+
+    host_cache_bytes: int = 1 << 30
+    num_builders: int = 2
+    read_timeout_s: float = 30.0
+    copy_bytes_per_step: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("host_cache_bytes", "num_builders", "copy_bytes_per_step"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigurationError(f"{name} is {value}; it must be >= 1")
+        if not self.read_timeout_s > 0:
+            raise ConfigurationError(f"read_timeout_s is {self.read_timeout_s}; it must be > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """All that an engine process needs. `blob_root` is the registry's blob folder; None serves in-memory adapters."""
 
@@ -71,5 +94,5 @@ class EngineConfig:
     pool: PoolConfig = field(default_factory=PoolConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     blob_root: str | None = None
-    host_cache_bytes: int = 1 << 30
+    tiers: TierConfig = field(default_factory=TierConfig)
     max_rank: int = 256

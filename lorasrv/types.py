@@ -24,11 +24,16 @@ class Priority(IntEnum):
 
 
 class Tier(StrEnum):
-    """Where an adapter's weights are, highest tier they have reached."""
+    """Where an adapter's weights are, highest tier they have reached.
+
+    QUEUED are to be read to the host, READING are; COPYING have left the host for the device.
+    """
 
     DISK = "disk"
+    QUEUED = "queued"
     READING = "reading"
     HOST = "host"
+    COPYING = "copying"
     DEVICE = "device"
     FAILED = "failed"
 
@@ -220,12 +225,13 @@ class EngineInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterResidency:
-    """One adapter version above the disk tier."""
+    """One adapter version above the disk tier, or whose last read failed: then there is a `failure`."""
 
     digest: str
     tier: Tier
     num_pages: int
     pins: int
+    failure: Failure | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

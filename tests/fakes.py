@@ -9,7 +9,7 @@ from zlib import crc32
 
 from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, StepOutput
 from lorasrv.engine.tiers import TierChanges
-from lorasrv.errors import AdapterLoadFailed
+from lorasrv.errors import AdapterLoadFailed, LorasrvError
 from lorasrv.memory.residency import ResidentAdapter
 from lorasrv.types import PositionLogprobs, Tier
 
@@ -196,6 +196,9 @@ class FakeTiers:
 
     def host_tiers(self) -> dict[str, Tier]:
         return dict.fromkeys(self._host, Tier.HOST) | dict.fromkeys(self._reading, Tier.READING)
+
+    def failures(self) -> Mapping[str, LorasrvError]:
+        return {}
 
     def wait(self, timeout_s: float) -> None:
         """A read ends with a later poll, a copy with its time."""

@@ -20,9 +20,9 @@ from lorasrv.engine.batch import ChunkInput, Draw, SampleInput
 from lorasrv.engine.runner import ModelRunner, build_runner
 from lorasrv.engine.step_arrays import Room, StepPlan
 from lorasrv.engine.warm_up import warm_up
-from lorasrv.memory.packing import module_geometry
 from lorasrv.memory.residency import AdapterInput
 from lorasrv.memory.storage import PageStorage
+from lorasrv.memory.tensors import module_geometry
 from lorasrv.model import sampler as drawing
 from lorasrv.model.decoder import Decoder
 from lorasrv.model.loader import dummy_weights

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lorasrv.memory.layout import PageLayout
-from lorasrv.memory.packing import PackedModule, module_geometry, pack_adapter
 from lorasrv.memory.storage import PageStorage
+from lorasrv.memory.tensors import PackedModule, module_geometry, pack_adapter
 from lorasrv_kernels.tiles import Module, Segments
 from lorasrv_kernels.work import Work, plan_work
 
@@ -90,7 +90,7 @@ class LoraPool:
         return self._write(list(adapter.modules.values()))
 
     def _write(self, modules: list[PackedModule]) -> Adapter:
-        packed = pack_adapter(modules, self.layout, tuple(self.shapes), self.dtype)
+        packed = pack_adapter(modules, self.layout, tuple(self.shapes))
         pages = [self._free.pop() for _ in range(packed.num_pages)]
         directory = self.storage.write_adapter(packed, pages, wait_for_steps=False).directory
         by_place = {(m.layer, m.module): m for m in modules}

@@ -14,7 +14,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
-from lorasrv.memory.packing import PackedModule
+from lorasrv.memory.tensors import PackedModule
 from lorasrv.model.families import MODULE_PATHS
 
 ALL_TARGETS = tuple(path.split(".")[1] for path in MODULE_PATHS)

@@ -16,7 +16,8 @@ from exact_probs import Moment, exact_probs
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from lorasrv.engine.build import Assembly, assemble
 from lorasrv.engine.packer import Packer
-from lorasrv.memory.packing import PackedAdapter, pack_adapter
+from lorasrv.memory.packing import PackedAdapter
+from lorasrv.memory.tensors import pack_adapter
 from lorasrv.types import AdapterUse, EngineRequest, LogitRules
 from peft_models import load_peft_folder, random_adapter, random_llama
 
@@ -59,7 +60,7 @@ class Model:
     def engine(self, *, num_pages: int = 600, block_tokens: int = 8, **scheduler: Any) -> Assembly:
         def read(name: str, packer: Packer) -> PackedAdapter:
             modules = load_peft_folder(self.adapters[name])
-            return pack_adapter(modules, packer.layout, packer.module_shapes, packer.dtype)
+            return pack_adapter(modules, packer.layout, packer.module_shapes)
 
         page_bytes = 2 * 2 * block_tokens * 2 * 8 * 4  # layers, key and value, tokens, kv heads, head_dim, fp32
         engine = assemble(

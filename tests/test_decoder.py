@@ -12,8 +12,8 @@ from drawing import GREEDY, run_greedy
 from lorasrv.engine.batch import ChunkInput, Draw, PageCopy
 from lorasrv.engine.fitting import page_layout
 from lorasrv.engine.runner import ModelRunner
-from lorasrv.memory.packing import module_geometry
 from lorasrv.memory.storage import PageStorage
+from lorasrv.memory.tensors import module_geometry
 from lorasrv.model.decoder import Decoder, ForwardBatch
 from lorasrv.model.families import read_architecture
 from lorasrv.model.loader import load_weights

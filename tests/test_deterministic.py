@@ -16,7 +16,8 @@ from lorasrv.engine.build import assemble
 from lorasrv.engine.fitting import page_layout
 from lorasrv.engine.packer import Packer
 from lorasrv.errors import ConfigurationError
-from lorasrv.memory.packing import PackedAdapter, pack_adapter
+from lorasrv.memory.packing import PackedAdapter
+from lorasrv.memory.tensors import pack_adapter
 from lorasrv.model.families import read_architecture
 from lorasrv.types import AdapterUse, EngineCounters, EngineRequest, PositionLogprobs, SamplingParams
 from lorasrv_kernels import fixed
@@ -76,9 +77,7 @@ class Case:
         """Answers of one sample each in the last of `rounds`, up to `together` requests at a time, on one engine."""
 
         def read(name: str, packer: Packer) -> PackedAdapter:
-            return pack_adapter(
-                load_peft_folder(self.adapters[name]), packer.layout, packer.module_shapes, packer.dtype
-            )
+            return pack_adapter(load_peft_folder(self.adapters[name]), packer.layout, packer.module_shapes)
 
         scheduler = SchedulerConfig(
             max_step_tokens=max_step_tokens,

@@ -12,7 +12,8 @@ from lorasrv.engine.batch import ChunkInput, PageCopy, RunningStep
 from lorasrv.engine.build import Assembly, assemble
 from lorasrv.engine.packer import Packer
 from lorasrv.engine.runner import ModelRunner
-from lorasrv.memory.packing import PackedAdapter, pack_adapter
+from lorasrv.memory.packing import PackedAdapter
+from lorasrv.memory.tensors import pack_adapter
 from lorasrv.types import AdapterUse, EngineRequest
 from peft_models import load_peft_folder, peft_greedy, random_adapter, random_llama
 
@@ -86,7 +87,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 def make_engine(case: Case, *, num_pages: int, max_step_tokens: int = 64, run_ahead: bool = False) -> Assembly:
     def read(name: str, packer: Packer) -> PackedAdapter:
         modules = load_peft_folder(case.adapters[name])
-        return pack_adapter(modules, packer.layout, packer.module_shapes, packer.dtype)
+        return pack_adapter(modules, packer.layout, packer.module_shapes)
 
     model = ModelConfig(path=str(case.folder))
     scheduler = SchedulerConfig(max_step_tokens=max_step_tokens, max_running=16, run_ahead=run_ahead)

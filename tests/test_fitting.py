@@ -16,7 +16,7 @@ from lorasrv.client.messages import upload_files, write_requests
 from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig
 from lorasrv.engine.fitting import page_check, page_layout
 from lorasrv.errors import AdapterLoadFailed, ConfigurationError
-from lorasrv.memory.packing import PackedModule, pack_adapter
+from lorasrv.memory.tensors import PackedModule, pack_adapter
 from lorasrv.model.base_shapes import base_shapes
 from lorasrv.model.families import read_architecture
 from lorasrv.server.server import Server
@@ -92,10 +92,10 @@ def test_the_check_refuses_exactly_what_cannot_be_packed(small_pages: Path, bloc
             answers.add(bool(errors))
             if errors:
                 with pytest.raises(AdapterLoadFailed):
-                    pack_adapter(modules, layout, shapes, getattr(torch, dtype))
+                    pack_adapter(modules, layout, shapes)
                 assert f"have {layout.page_bytes} bytes" in str(errors[0])
             else:
-                pack_adapter(modules, layout, shapes, getattr(torch, dtype))
+                pack_adapter(modules, layout, shapes)
     assert True in answers
 
 

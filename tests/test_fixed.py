@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lorasrv.memory.layout import PageLayout
-from lorasrv.memory.packing import PackedModule, module_geometry, pack_adapter
 from lorasrv.memory.storage import PageStorage
+from lorasrv.memory.tensors import PackedModule, module_geometry, pack_adapter
 from lorasrv.model.rope import Rotation
 from lorasrv.model.rope_config import DefaultRope
 from lorasrv_kernels import fixed, reference
@@ -124,7 +124,7 @@ def test_lora(widths: tuple[int, int], rank: int, dtype: torch.dtype, threads: i
     generator = torch.Generator().manual_seed(rank)
     a, b = torch.randn(rank, in_features, generator=generator), torch.randn(out_features, rank, generator=generator)
     module = PackedModule(layer=0, module=0, rank=rank, scale=0.5, a=a.to(dtype), b=b.to(dtype))
-    packed = pack_adapter([module], layout, shapes, dtype)
+    packed = pack_adapter([module], layout, shapes)
     storage = PageStorage(layout, packed.num_pages, dtype, CPU)
     directory = storage.write_adapter(packed, range(packed.num_pages), wait_for_steps=False).directory
     geometry = module_geometry(layout, shapes)

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from lorasrv.engine.build import assemble
 from lorasrv.engine.packer import Packer
-from lorasrv.memory.packing import PackedAdapter, PackedModule, pack_adapter
+from lorasrv.memory.packing import PackedAdapter
+from lorasrv.memory.tensors import PackedModule, pack_adapter
 from lorasrv.types import AdapterUse, EngineRequest
 
 RANKS = {"r1": 1, "r3": 3, "r16": 16, "r64": 64}
@@ -44,7 +45,7 @@ def pack(name: str, packer: Packer) -> PackedAdapter:
         for layer in range(packer.layout.num_layers)
         for index, (_, num_in, num_out) in enumerate(packer.module_shapes)
     ]
-    return pack_adapter(modules, packer.layout, packer.module_shapes, packer.dtype)
+    return pack_adapter(modules, packer.layout, packer.module_shapes)
 
 
 def generate(folder: Path, device: str, run_ahead: bool) -> tuple[dict[str, list[int]], int]:

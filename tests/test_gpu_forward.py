@@ -17,9 +17,9 @@ from lorasrv.engine.packer import Packer
 from lorasrv.engine.runner import ModelRunner, build_runner
 from lorasrv.engine.step_arrays import Room, StepPlan
 from lorasrv.engine.warm_up import warm_up
-from lorasrv.memory.packing import module_geometry
 from lorasrv.memory.residency import AdapterInput
 from lorasrv.memory.storage import PageStorage
+from lorasrv.memory.tensors import module_geometry
 from lorasrv.model.decoder import Decoder
 from lorasrv.model.families import read_architecture
 from lorasrv.model.loader import load_weights
@@ -51,7 +51,7 @@ class Rig:
         tiling = attention_tiling(gpu, DEVICE, torch.float32, architecture.head_dim, group)
         self.runner = ModelRunner(decoder, self.storage, tiling)
         self._free = torch.randperm(NUM_PAGES, generator=torch.Generator().manual_seed(0)).tolist()
-        packer = Packer(layout=layout, module_shapes=architecture.module_shapes(), dtype=torch.float32)
+        packer = Packer(layout=layout, module_shapes=architecture.module_shapes())
         self.adapters: dict[str, AdapterInput] = {}
         for name in ("r1", "r3", "r64"):
             packed = pack(name, packer)

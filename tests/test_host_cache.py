@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from lorasrv.engine.image_readers import ThreadReader
 from lorasrv_adapters.errors import ImageTooLarge
 from lorasrv_adapters.host_cache import HostCache, HostState
 
@@ -35,7 +36,27 @@ class Loader:
             assert self.ended.acquire(timeout=WAIT_S)
 
 
-Make = Callable[[int], HostCache[bytes]]
+class Cache(HostCache[bytes]):
+    """A cache over a reader with threads: `poll` first hears what that has read."""
+
+    def __init__(self, budget_bytes: int, loader: Loader) -> None:
+        self.reader = ThreadReader(loader.load, len, on_load_end=loader.ended.release)
+        super().__init__(budget_bytes, self.reader)
+
+    def poll(self) -> None:
+        self.reader.deliver(self)
+        super().poll()
+
+    def check(self) -> None:
+        self.reader.check()
+        super().check()
+
+    def close(self) -> None:
+        self.reader.close()
+        super().close()
+
+
+Make = Callable[[int], Cache]
 
 
 @pytest.fixture
@@ -47,10 +68,10 @@ def loader() -> Loader:
 
 @pytest.fixture
 def make(loader: Loader) -> Iterator[Make]:
-    made: list[HostCache[bytes]] = []
+    made: list[Cache] = []
 
-    def make(budget: int) -> HostCache[bytes]:
-        made.append(HostCache(budget, loader.load, len, on_load_end=loader.ended.release))
+    def make(budget: int) -> Cache:
+        made.append(Cache(budget, loader))
         return made[-1]
 
     yield make
@@ -59,7 +80,7 @@ def make(loader: Loader) -> Iterator[Make]:
         cache.close()
 
 
-def read(cache: HostCache[bytes], loader: Loader, digest: str) -> bytes | None:
+def read(cache: Cache, loader: Loader, digest: str) -> bytes | None:
     cache.request(digest)
     loader.wait_ended()
     cache.poll()

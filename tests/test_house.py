@@ -25,7 +25,7 @@ LAYERS = (
 # The command line and the demo print the messages that the client hands them.
 WIRE_ROOMS = {"server", "client", "demo", "cli", "v1"}
 # The two halves of `memory`: these hold tensors, all else is accounting.
-STORAGE = {"lorasrv.memory.storage", "lorasrv.memory.packing", "lorasrv.memory.staging"}
+STORAGE = {"lorasrv.memory." + name for name in ("arena", "casts", "packing", "staging", "storage", "tensors")}
 # The two sides of the process boundary need msgspec and pyzmq, see `engine.channel`.
 BOUNDARY = {"lorasrv.engine." + name for name in ("channel", "process", "child", "client")}
 

@@ -14,9 +14,10 @@ from lorasrv.config import EngineConfig, ModelConfig, PoolConfig
 from lorasrv.engine.batch import ChunkInput
 from lorasrv.engine.runner import ModelRunner, build_runner
 from lorasrv.errors import ConfigurationError
-from lorasrv.memory.packing import PackedModule, pack_adapter
+from lorasrv.memory.layout import ALIGN_BYTES
 from lorasrv.memory.residency import AdapterInput
 from lorasrv.memory.storage import PageStorage
+from lorasrv.memory.tensors import PackedModule, pack_adapter
 from lorasrv.model.decoder import Decoder
 from lorasrv.model.families import Architecture
 from peft_models import load_peft_folder, peft_greedy, random_adapter, random_llama
@@ -94,7 +95,7 @@ class Server:
         self.adapters = {name: self._load(name, found) for name, found in modules.items()}
 
     def _load(self, name: str, modules: list[PackedModule]) -> AdapterInput:
-        packed = pack_adapter(modules, self.storage.layout, self.architecture.module_shapes(), torch.float32)
+        packed = pack_adapter(modules, self.storage.layout, self.architecture.module_shapes())
         self.pages[name] = [self._free.pop() for _ in range(packed.num_pages)]
         directory = self.storage.write_adapter(packed, self.pages[name], wait_for_steps=False).directory
         return AdapterInput(directory=directory, max_rank=packed.max_rank, scale=1.0)
@@ -234,9 +235,10 @@ def test_one_forward_per_step_with_eight_adapters(case: Case, monkeypatch: pytes
 @pytest.mark.parametrize("name", ["r1", "r16", "r128"])
 def test_nan_in_an_adapters_pages_turns_only_its_rows_nan(case: Case, name: str) -> None:
     server = Server(case.folder, case.modules)
-    packed = pack_adapter(case.modules[name], server.storage.layout, server.architecture.module_shapes(), torch.float32)
+    packed = pack_adapter(case.modules[name], server.storage.layout, server.architecture.module_shapes())
     pages = server.pages[name]
-    for page, offset in zip(packed.tile_pages.tolist(), packed.tile_offsets.tolist(), strict=True):
+    for address in packed.tile_addresses.tolist():
+        page, offset = divmod(address * ALIGN_BYTES, server.storage.layout.page_bytes)
         server.storage.pages[pages[page], offset : offset + 4].view(torch.float32).fill_(float("nan"))
     got = server.greedy(case.requests, 27, 7)
     for request, mine, theirs in zip(case.requests, got, case.want, strict=True):

@@ -169,7 +169,7 @@ def test_mixed_batches_equal_peft(case: Case) -> None:
 def test_logits_equal_peft_in_one_batch_of_all(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, storage, architecture, info = build_runner(case.config)
     storage.bytes.view(torch.float32).fill_(float("nan"))
-    packer = Packer(layout=storage.layout, module_shapes=architecture.module_shapes(), dtype=torch.float32)
+    packer = Packer(layout=storage.layout, module_shapes=architecture.module_shapes())
     free = list(range(info.num_pages))
     # The runner sorts by directory, so adapters loaded to falling pages come out in that order, the base last.
     chunks: list[ChunkInput] = []

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lorasrv.memory.layout import PageLayout
-from lorasrv.memory.packing import PackedModule, module_geometry, pack_adapter
 from lorasrv.memory.storage import PageStorage
+from lorasrv.memory.tensors import PackedModule, module_geometry, pack_adapter
 from lorasrv_kernels import fixed, reference
 from lorasrv_kernels.forward import ForwardKernels
 from lorasrv_kernels.reference import sgmv_expand, sgmv_shrink
@@ -55,7 +55,7 @@ def build_pool(dtype: torch.dtype) -> Pool:
             for layer in (0, 1)
             for index in targets
         ]
-        packed = pack_adapter(modules, layout, SHAPES, dtype)
+        packed = pack_adapter(modules, layout, SHAPES)
         pages = [free.pop() for _ in range(packed.num_pages)]
         directory = storage.write_adapter(packed, pages, wait_for_steps=False).directory
         adapters[rank] = Adapter(directory=directory, modules={m.module: m for m in modules if m.layer == LAYER})
@@ -155,7 +155,7 @@ def test_a_module_alone_is_the_same_as_in_company() -> None:
 
 def test_results_do_not_depend_on_where_an_adapter_lies() -> None:
     modules = list(FP32.adapters[40].modules.values())
-    packed = pack_adapter(modules, FP32.layout, SHAPES, torch.float32)
+    packed = pack_adapter(modules, FP32.layout, SHAPES)
     x, geometry = torch.randn(6, 72), module_geometry(FP32.layout, SHAPES)
     results: list[Tensor] = []
     for pages in (list(range(packed.num_pages)), list(reversed(range(3, 3 + packed.num_pages)))):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lorasrv.errors import AdapterLoadFailed, ConfigurationError
 from lorasrv.memory.layout import ALIGN_BYTES, DIRECTORY_FIELDS, TILE_ROWS, PageLayout
-from lorasrv.memory.packing import PackedModule, module_geometry, pack_adapter
 from lorasrv.memory.storage import PageStorage
+from lorasrv.memory.tensors import PackedModule, module_geometry, pack_adapter
 from lorasrv_kernels.tiles import Matrix
 
 SHAPES = (("q", 96, 160), ("k", 96, 48), ("v", 160, 200))
@@ -51,7 +51,7 @@ def read_matrix(
 def test_roundtrip_over_scattered_pages(dtype: torch.dtype) -> None:
     layout = PageLayout(num_layers=3, block_tokens=8, num_kv_heads=2, head_dim=16, itemsize=dtype.itemsize)
     modules = [module(2, 1, 40, 1), module(0, 0, 3, 2), module(2, 0, 16, 3), module(1, 2, 17, 4)]
-    packed = pack_adapter(modules, layout, SHAPES, dtype)
+    packed = pack_adapter(modules, layout, SHAPES)
     storage = PageStorage(layout, 64, dtype, CPU)
     storage.bytes.fill_(255)
     pages = random.Random(0).sample(range(64), packed.num_pages)
@@ -87,7 +87,7 @@ def test_kv_is_a_view_of_the_same_bytes() -> None:
 
 def test_pages_are_used_as_given() -> None:
     storage = PageStorage(LAYOUT, 8, torch.float32, CPU)
-    packed = pack_adapter([module(0, 0, 1, 0)], LAYOUT, SHAPES, torch.float32)
+    packed = pack_adapter([module(0, 0, 1, 0)], LAYOUT, SHAPES)
     with pytest.raises(AssertionError):
         storage.write_adapter(packed, [8] * packed.num_pages, wait_for_steps=False)
     with pytest.raises(AssertionError):
@@ -95,7 +95,7 @@ def test_pages_are_used_as_given() -> None:
 
 
 def test_an_empty_adapter_has_no_ranks() -> None:
-    packed = pack_adapter([], LAYOUT, SHAPES, torch.float32)
+    packed = pack_adapter([], LAYOUT, SHAPES)
     assert (packed.num_pages, packed.max_rank) == (1, 0)
     assert not packed.headers.any()
     assert packed.nbytes >= LAYOUT.page_bytes
@@ -105,7 +105,7 @@ def test_a_directory_over_a_page_is_refused_with_the_limit() -> None:
     layout = PageLayout(num_layers=8, block_tokens=1, num_kv_heads=1, head_dim=16, itemsize=2)
     modules = [module(layer, index, 64, 0) for layer in range(8) for index in range(3)]
     with pytest.raises(AdapterLoadFailed, match="512 bytes"):
-        pack_adapter(modules, layout, SHAPES, torch.bfloat16)
+        pack_adapter(modules, layout, SHAPES)
 
 
 def test_a_pool_beyond_the_addresses_is_refused() -> None:

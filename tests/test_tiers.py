@@ -11,6 +11,7 @@ import pytest
 from fakes import EOS, VOCAB, FakeDevice, FakeRunner, FakeTiers, expected_tokens
 from lorasrv.config import SchedulerConfig
 from lorasrv.engine.core import EngineCore, Limits
+from lorasrv.engine.image_readers import ThreadReader
 from lorasrv.engine.tiers import Tiers
 from lorasrv.memory.packing import PackedAdapter
 from lorasrv.memory.residency import ResidentAdapter
@@ -38,27 +39,48 @@ class Storage:
     device: FakeDevice
     loaded: dict[int, ResidentAdapter] = field(default_factory=dict[int, ResidentAdapter])
 
-    def write_adapter(self, image: Image, pages: list[int], *, wait_for_steps: bool) -> "Copied":
+    def begin_adapter(self, image: Image, pages: list[int], *, wait_for_steps: bool) -> "Copy":
         assert len(pages) == image.num_pages
-        self.device.write_adapter(image.digest, pages)
         self.loaded[pages[0]] = ResidentAdapter(
             digest=image.digest, pages=tuple(pages), directory=pages[0], max_rank=image.max_rank
         )
-        return Copied(directory=pages[0])
+        return Copy(image.digest, pages)
+
+    def advance(self, copy: "Copy", max_bytes: int) -> int:
+        """A page is a byte."""
+        slices = range(copy.num_issued, min(copy.num_issued + max_bytes, len(copy.pages)))
+        for local in slices:
+            self.device.write_adapter_page(copy.digest, local, copy.pages[local])
+        copy.num_issued += len(slices)
+        return len(slices)
 
 
-@dataclass(frozen=True)
-class Copied:
-    directory: int
-    ended: bool = True
+@dataclass
+class Copy:
+    digest: str
+    pages: list[int]
+    num_issued: int = 0
+
+    @property
+    def directory(self) -> int:
+        return self.pages[0]
+
+    @property
+    def issued(self) -> bool:
+        return self.num_issued == len(self.pages)
+
+    @property
+    def ended(self) -> bool:
+        return self.issued
 
 
 def make_core(
-    read: Callable[[str], Image], *, budget_bytes: int, num_pages: int, max_running: int = 8
+    read: Callable[[str], Image], *, budget_bytes: int, num_pages: int, max_running: int = 8, copy_bytes: int = 2
 ) -> tuple[EngineCore, Tiers]:
     device = FakeDevice(block_tokens=BLOCK_TOKENS)
     storage = Storage(device)
-    tiers = Tiers(cast(PageStorage, storage), cast("Callable[[str], PackedAdapter]", read), budget_bytes)
+    reader = ThreadReader(cast("Callable[[str], PackedAdapter]", read), lambda image: image.nbytes)
+    tiers = Tiers(cast(PageStorage, storage), reader, budget_bytes, copy_bytes)
     limits = Limits(
         num_pages=num_pages,
         block_tokens=BLOCK_TOKENS,

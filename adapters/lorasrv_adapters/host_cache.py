@@ -1,16 +1,12 @@
-"""The host tier: page images of adapters, by digest, within a byte budget. It knows bytes, not pages.
-
-What builds an image is handed in (`load`) and runs in worker threads; everything else happens in the one thread
-that owns the cache, so there is no lock: finished loads wait in a queue until the owner's next `poll`.
+"""The host tier's accounting: which adapters' page images are in host memory, within a byte budget. It knows bytes,
+not pages, and has no threads: what reads and builds images is handed in, and told when to.
 """
 
-import queue
-from collections import OrderedDict, deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import Generic, TypeVar
+from enum import Enum, StrEnum, auto
+from typing import Generic, Protocol, TypeVar
 
 from lorasrv_adapters.errors import ImageTooLarge
 
@@ -24,9 +20,39 @@ class HostState(StrEnum):
     FAILED = "failed"
 
 
+class ImageReader(Protocol[Image]):
+    """What makes images, in two phases: an image takes memory only once the cache has room for it.
+
+    The cache's owner calls these, through the cache; they return at once and do not call the cache. What they come to
+    is told to the cache later, by the owner: `HostCache.measured`, `HostCache.finished`.
+    """
+
+    @property
+    def is_free(self) -> bool:
+        """Whether another read may begin now."""
+        ...
+
+    def measure(self, digest: str) -> None:
+        """Begin a read: `measured` is to follow, or `finished` with an error."""
+        ...
+
+    def build(self, digest: str) -> Image | None:
+        """There is room for a measured image: `finished` is to follow, unless the image can be returned now."""
+        ...
+
+    def abandon(self, digest: str) -> None:
+        """Nobody wants what was measured: nothing is to follow."""
+        ...
+
+    def free(self, image: Image) -> None:
+        """The cache has let an image go."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class HostCacheSnapshot:
-    """What the cache holds at a moment; `states` has no absent digests."""
+    """What the cache holds at a moment; `states` has no absent digests. `used_bytes` counts images being built;
+    `queued` are the READING ones whose reads have not begun, in the order in which they will."""
 
     budget_bytes: int
     used_bytes: int
@@ -34,6 +60,29 @@ class HostCacheSnapshot:
     num_loads: int
     num_evictions: int
     states: dict[str, HostState]
+    queued: tuple[str, ...]
+
+
+class _Phase(Enum):
+    """Of a read; those that MEASURE or BUILD are in the reader's hands."""
+
+    QUEUED = auto()
+    MEASURE = auto()
+    WAIT = auto()  # for room
+    BUILD = auto()
+
+
+@dataclass(kw_only=True)
+class _Read:
+    """`size_bytes` is known from WAIT on."""
+
+    phase: _Phase = _Phase.QUEUED
+    wanted: bool = True
+    size_bytes: int = 0
+
+    @property
+    def is_droppable(self) -> bool:
+        return self.phase in (_Phase.QUEUED, _Phase.WAIT)
 
 
 @dataclass(kw_only=True)
@@ -43,41 +92,20 @@ class _Ready(Generic[Image]):
     seen: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Loaded(Generic[Image]):
-    digest: str
-    result: Image | Exception
-
-
 class HostCache(Generic[Image]):
-    """All methods are called by one owner thread; `load` and `on_load_end` run in workers.
+    """Owned by one thread.
 
     A digest that is requested is READING, then READY or FAILED; requests in between change nothing. A failure stays,
-    for its requests to see, until `forget_failure`; the next `request` then reads again. Images come and go in `poll`
-    alone: what was ready before another call is ready after it. Ready images that are not pinned go, least recently
-    got first, when a new one needs room, and discarded ones in any case. While pins leave no room, loaded images wait
-    (still READING) and no further load begins: beyond the budget there are at most `num_threads` images.
+    for its requests to see, until `forget_failure`; the next `request` then reads again. Images go in `poll` alone:
+    what was ready before another call is ready after it. Ready images that are not pinned go, least recently got first,
+    when a new one needs room, and discarded ones in any case. While pins leave no room, measured images wait (still
+    READING) and no further read begins: nothing is ever held beyond the budget.
     """
 
-    def __init__(
-        self,
-        budget_bytes: int,
-        load: Callable[[str], Image],
-        size_of: Callable[[Image], int],
-        num_threads: int = 2,
-        on_load_end: Callable[[], None] | None = None,
-    ) -> None:
-        """`on_load_end` is called in a worker after each load: it may only wake the owner."""
+    def __init__(self, budget_bytes: int, reader: ImageReader[Image]) -> None:
         self._budget_bytes = budget_bytes
-        self._load = load
-        self._size_of = size_of
-        self._num_threads = num_threads
-        self._on_load_end = on_load_end
-        self._workers = ThreadPoolExecutor(num_threads, thread_name_prefix="host-cache")
-        self._done: queue.SimpleQueue[_Loaded[Image]] = queue.SimpleQueue()
-        self._queued: deque[str] = deque()
-        self._in_flight: set[str] = set()
-        self._parked: deque[tuple[str, Image, int]] = deque()
+        self._reader = reader
+        self._reads: dict[str, _Read] = {}  # most urgent first
         self._ready: OrderedDict[str, _Ready[Image]] = OrderedDict()
         self._failed: dict[str, Exception] = {}
         self._pins: dict[str, int] = {}
@@ -90,33 +118,67 @@ class HostCache(Generic[Image]):
         """Have an image read, unless it is ready, being read or has failed; never blocks."""
         self._discarded.discard(digest)
         if self.state(digest) is HostState.ABSENT:
-            self._queued.append(digest)
-            self._dispatch()
+            self._reads[digest] = _Read()
+            self._begin_reads()
+        elif digest in self._reads:
+            self._reads[digest].wanted = True
+
+    def cancel(self, digest: str) -> None:
+        """Nobody waits for a read any more: the next `poll` drops it, unless it is in the reader's hands by then or
+        requested again."""
+        if digest in self._reads:
+            self._reads[digest].wanted = False
+
+    def prefer(self, digests: Sequence[str]) -> None:
+        """Reads that have not begun begin in this order, all others behind them."""
+        first = {digest: self._reads[digest] for digest in digests if digest in self._reads}
+        self._reads = first | self._reads
+
+    def measured(self, digest: str, size_bytes: int) -> None:
+        """The reader knows how large an image will be."""
+        read = self._reads[digest]
+        assert read.phase is _Phase.MEASURE, (digest, read)
+        if size_bytes > self._budget_bytes:
+            self._reader.abandon(digest)
+            message = f"adapter takes {size_bytes} bytes of host memory; the host cache has {self._budget_bytes}"
+            self.finished(digest, ImageTooLarge(message))
+        else:
+            read.phase, read.size_bytes = _Phase.WAIT, size_bytes
+
+    def finished(self, digest: str, result: Image | Exception) -> None:
+        """The reader has built an image, or has given up."""
+        read = self._reads.pop(digest)
+        if isinstance(result, Exception):
+            if read.phase is _Phase.BUILD:
+                self._used_bytes -= read.size_bytes
+            self._failed[digest] = result
+        else:
+            assert read.phase is _Phase.BUILD, (digest, read)
+            self._ready[digest] = _Ready(image=result, size_bytes=read.size_bytes)
+            self._num_loads += 1
+        self._begin_reads()
 
     def poll(self) -> None:
-        """Take in what the workers finished, which may evict, drop what was discarded, and keep the workers busy."""
-        while True:
-            try:
-                loaded = self._done.get_nowait()
-            except queue.Empty:
-                break
-            self._in_flight.remove(loaded.digest)
-            self._take_in(loaded)
-        for digest in [d for d in self._discarded if d not in self._pins and d not in self._in_flight]:
+        """Drop what nobody wants, give measured images room, which may evict, and keep the reader busy."""
+        for digest in [d for d in self._discarded if d not in self._pins and not self._is_in_hands(d)]:
+            self._discarded.remove(digest)
             self._drop(digest)
-        while self._parked and self._make_room(self._parked[0][2]):
-            self._insert(*self._parked.popleft())
-        self._dispatch()
+        for digest in [d for d, read in self._reads.items() if not read.wanted and d not in self._pins]:
+            if self._reads[digest].is_droppable:
+                self._discarded.discard(digest)
+                self._drop(digest)
+        for digest in [d for d, read in self._reads.items() if read.phase is _Phase.WAIT]:
+            if not self._make_room(self._reads[digest].size_bytes):
+                break
+            self._build(digest)
+        self._begin_reads()
 
     def state(self, digest: str) -> HostState:
         if digest in self._ready:
             return HostState.READY
         if digest in self._failed:
             return HostState.FAILED
-        waiting = digest in self._in_flight or digest in self._queued
-        if waiting or any(digest == parked for parked, _, _ in self._parked):
-            return HostState.READING
-        return HostState.ABSENT
+        return HostState.READING if digest in self._reads else HostState.ABSENT
 
     def get(self, digest: str) -> Image | None:
         """The image when it is ready, which also makes it the most recently used; None otherwise."""
@@ -137,8 +199,8 @@ class HostCache(Generic[Image]):
             self._discarded.discard(digest)
 
     def discard(self, digest: str) -> None:
-        """Nobody will get this image again: it goes in the first `poll` in which it is neither pinned nor in a worker's
-        hands. A later `request` takes this back.
+        """Nobody will get this image again: it goes in the first `poll` in which it is neither pinned nor in the
+        reader's hands. A later `request` takes this back.
         """
         if self.state(digest) is not HostState.ABSENT:
             self._discarded.add(digest)
@@ -156,72 +218,60 @@ class HostCache(Generic[Image]):
             del self._pins[digest]
 
     def snapshot(self) -> HostCacheSnapshot:
-        reading = [*self._queued, *self._in_flight, *(digest for digest, _, _ in self._parked)]
         return HostCacheSnapshot(
             budget_bytes=self._budget_bytes,
             used_bytes=self._used_bytes,
             pinned_bytes=sum(entry.size_bytes for digest, entry in self._ready.items() if digest in self._pins),
             num_loads=self._num_loads,
             num_evictions=self._num_evictions,
-            states={digest: self.state(digest) for digest in (*reading, *self._ready, *self._failed)},
+            states={digest: self.state(digest) for digest in (*self._reads, *self._ready, *self._failed)},
+            queued=tuple(digest for digest, read in self._reads.items() if read.phase is _Phase.QUEUED),
         )
 
     def close(self) -> None:
-        """Wait for the loads that run, and drop everything."""
-        self._workers.shutdown(wait=True, cancel_futures=True)
-        self._done = queue.SimpleQueue()
-        for held in (
-            self._queued,
-            self._parked,
-            self._ready,
-            self._in_flight,
-            self._failed,
-            self._pins,
-            self._discarded,
-        ):
+        """Let everything go; the reader is told of nothing but images that are free, and tells nothing any more."""
+        for entry in self._ready.values():
+            self._reader.free(entry.image)
+        for held in (self._reads, self._ready, self._failed, self._pins, self._discarded):
             held.clear()
         self._used_bytes = 0
 
     def check(self) -> None:
         """Raises AssertionError on a broken invariant."""
-        reading = [*self._queued, *self._in_flight, *(digest for digest, _, _ in self._parked)]
-        everywhere = [*reading, *self._ready, *self._failed]
+        everywhere = [*self._reads, *self._ready, *self._failed]
         assert len(everywhere) == len(set(everywhere)), everywhere
-        assert self._used_bytes == sum(entry.size_bytes for entry in self._ready.values())
+        building = [read.size_bytes for read in self._reads.values() if read.phase is _Phase.BUILD]
+        assert self._used_bytes == sum(entry.size_bytes for entry in self._ready.values()) + sum(building)
         assert self._used_bytes <= self._budget_bytes
-        assert len(self._in_flight) + len(self._parked) <= self._num_threads
         assert all(count > 0 for count in self._pins.values())
         assert self._pins.keys() | self._discarded <= set(everywhere)
-        idle = not self._in_flight and not self._parked
-        assert not (idle and self._queued), "queued loads that nothing will start"
+        phases = {read.phase for read in self._reads.values()}
+        assert phases != {_Phase.QUEUED} or not self._reader.is_free, "queued reads that nothing will begin"
 
-    def _take_in(self, loaded: _Loaded[Image]) -> None:
-        if isinstance(loaded.result, Exception):
-            self._failed[loaded.digest] = loaded.result
-            return
-        size_bytes = self._size_of(loaded.result)
-        if size_bytes > self._budget_bytes:
-            self._failed[loaded.digest] = ImageTooLarge(
-                f"adapter takes {size_bytes} bytes of host memory; the host cache has {self._budget_bytes}"
-            )
-            return
-        self._parked.append((loaded.digest, loaded.result, size_bytes))
+    def _is_in_hands(self, digest: str) -> bool:
+        return digest in self._reads and not self._reads[digest].is_droppable
 
     def _drop(self, digest: str) -> None:
-        """Forget a digest that no worker has in its hands, wherever it is."""
-        self._discarded.remove(digest)
+        """Forget a digest that the reader does not have in its hands, wherever it is."""
         self._failed.pop(digest, None)
-        if digest in self._queued:
-            self._queued.remove(digest)
-        self._parked = deque(parked for parked in self._parked if parked[0] != digest)
-        entry = self._ready.pop(digest, None)
-        if entry is not None:
-            self._used_bytes -= entry.size_bytes
+        read = self._reads.pop(digest, None)
+        if read is not None and read.phase is _Phase.WAIT:
+            self._reader.abandon(digest)
+        if digest in self._ready:
+            self._let_go(digest)
 
-    def _insert(self, digest: str, image: Image, size_bytes: int) -> None:
-        self._ready[digest] = _Ready(image=image, size_bytes=size_bytes)
-        self._used_bytes += size_bytes
-        self._num_loads += 1
+    def _let_go(self, digest: str) -> None:
+        entry = self._ready.pop(digest)
+        self._used_bytes -= entry.size_bytes
+        self._reader.free(entry.image)
+
+    def _build(self, digest: str) -> None:
+        read = self._reads[digest]
+        read.phase = _Phase.BUILD
+        self._used_bytes += read.size_bytes
+        image = self._reader.build(digest)
+        if image is not None:
+            self.finished(digest, image)
 
     def _make_room(self, size_bytes: int) -> bool:
         """Evict until `size_bytes` fit; evicts nothing and says False when pins leave too little.
@@ -236,23 +286,17 @@ class HostCache(Generic[Image]):
         for digest in idle:
             if self._used_bytes + size_bytes <= self._budget_bytes:
                 break
-            self._used_bytes -= self._ready.pop(digest).size_bytes
+            self._let_go(digest)
             self._num_evictions += 1
         return True
 
-    def _dispatch(self) -> None:
-        while self._queued and not self._parked and len(self._in_flight) < self._num_threads:
-            digest = self._queued.popleft()
-            self._in_flight.add(digest)
-            self._workers.submit(self._run, digest)
-
-    def _run(self, digest: str) -> None:
-        """In a worker thread."""
-        try:
-            result = self._load(digest)
-        except Exception as error:  # whatever goes wrong fails this adapter's requests, nothing else
-            self._done.put(_Loaded(digest=digest, result=error))
-        else:
-            self._done.put(_Loaded(digest=digest, result=result))
-        if self._on_load_end is not None:
-            self._on_load_end()
+    def _begin_reads(self) -> None:
+        """Not while an image waits for room: what comes behind it would wait too."""
+        if any(read.phase is _Phase.WAIT for read in self._reads.values()):
+            return
+        for digest, read in self._reads.items():
+            if not self._reader.is_free:
+                return
+            if read.phase is _Phase.QUEUED:
+                read.phase = _Phase.MEASURE
+                self._reader.measure(digest)

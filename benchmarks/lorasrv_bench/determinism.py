@@ -21,9 +21,9 @@ from torch import Tensor
 from lorasrv.engine.batch import ChunkInput
 from lorasrv.engine.fitting import page_layout
 from lorasrv.engine.runner import ModelRunner
-from lorasrv.memory.packing import PackedModule, module_geometry, pack_adapter
 from lorasrv.memory.residency import AdapterInput
 from lorasrv.memory.storage import PageStorage
+from lorasrv.memory.tensors import PackedModule, module_geometry, pack_adapter
 from lorasrv.model.decoder import Decoder
 from lorasrv.model.families import Architecture, read_architecture
 from lorasrv.model.loader import dummy_weights
@@ -98,7 +98,7 @@ def build(seed: int) -> Rig:
     adapters: list[AdapterInput] = []
     first_page = 0
     for index in range(NUM_ADAPTERS):
-        packed = pack_adapter(_random_modules(architecture, seed + index), layout, architecture.module_shapes(), DTYPE)
+        packed = pack_adapter(_random_modules(architecture, seed + index), layout, architecture.module_shapes())
         pages = range(first_page, first_page + packed.num_pages)
         directory = storage.write_adapter(packed, pages, wait_for_steps=False).directory
         first_page += packed.num_pages

@@ -167,8 +167,10 @@ def _copies(section: Section, rig: Rig, case: dict[str, object]) -> None:
     ][: 2 * _COPIES_IN_FLIGHT]
     if not targets:
         raise NotRun(f"no {form.num_pages} pages are left to copy an adapter to")
-    image = torch.randint(0, 256, form.image.shape, dtype=torch.uint8, pin_memory=rig.device.type == "cuda")
-    source = replace(form, image=image)
+    shape = (form.num_pages, rig.storage.layout.page_bytes)
+    image = torch.randint(0, 256, shape, dtype=torch.uint8, pin_memory=rig.device.type == "cuda")
+    image[0].copy_(torch.from_numpy(form.pages[form.places[0]]))  # pyright: ignore[reportUnknownMemberType]
+    source = replace(form, pages=image.numpy(), places=tuple(range(form.num_pages)))
     in_flight: deque[AdapterCopy] = deque()
     num_copied = 0
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig
 from lorasrv.engine.batch import ChunkInput, Draw, SampleInput
 from lorasrv.engine.runner import ModelRunner, build_runner
-from lorasrv.memory.packing import PackedAdapter, module_geometry
+from lorasrv.memory.packing import PackedAdapter
 from lorasrv.memory.residency import AdapterInput
 from lorasrv.memory.storage import PageStorage
+from lorasrv.memory.tensors import module_geometry
 from lorasrv.model.decoder import Decoder
 from lorasrv.model.families import Architecture
 from lorasrv.model.loader import dummy_weights

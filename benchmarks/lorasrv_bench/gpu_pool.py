@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lorasrv.memory.layout import MatrixShape, PageLayout, cut_matrix
-from lorasrv.memory.packing import PackedAdapter, PackedModule, pack_adapter
+from lorasrv.memory.packing import PackedAdapter
+from lorasrv.memory.tensors import PackedModule, pack_adapter
 from lorasrv_bench.gpu_models import ModelShape
-from lorasrv_kernels.tiles import ADDRESS_BYTES, HEADER_FIELDS
+from lorasrv_kernels.tiles import ADDRESS_BYTES
 
 BLOCK_TOKENS = 16
 WEIGHT_STD = 0.02
@@ -64,7 +65,6 @@ def adapter_form(
         ],
         layout,
         model.module_shapes,
-        DTYPE,
     )
 
 
@@ -78,7 +78,7 @@ class LaidAdapter:
 
 def lay(pool: Tensor, page_bytes: int, form: PackedAdapter, pages: Sequence[int]) -> LaidAdapter:
     """Write the directory of an adapter that owns these pages; the rest of them is its weights as it stands."""
-    directory = form.directory(torch.tensor(pages, dtype=torch.int64)).view(torch.uint8)
+    directory = torch.from_numpy(form.directory(pages)).view(torch.uint8)  # pyright: ignore[reportUnknownMemberType]
     begin = pages[0] * page_bytes
     pool[begin : begin + directory.numel()].copy_(directory)
     return LaidAdapter(pages=tuple(pages), directory=begin // ADDRESS_BYTES)
@@ -94,7 +94,7 @@ def dense_matrices(
     module_shapes: Sequence[tuple[str, int, int]],
 ) -> tuple[Tensor, Tensor]:  # A [len(adapters), rank, in_features], B transposed [len(adapters), rank, out_features]
     """A module's matrices of every adapter, gathered from their tiles, for those who want each in one piece."""
-    header = form.headers.view(-1, HEADER_FIELDS)[layer * len(module_shapes) + module]
+    header = form.headers[layer * len(module_shapes) + module]
     rank, first_a, first_b, _ = header.tolist()
     _, num_in, num_out = module_shapes[module]
 
@@ -102,8 +102,8 @@ def dense_matrices(
         elems = pool.view(DTYPE)
         dense = torch.empty(len(adapters), rank, cols, dtype=DTYPE, device=pool.device)
         cuts = cut_matrix(0, MatrixShape(rank=rank, cols=cols), page_bytes, DTYPE.itemsize)
-        for index, (_, row, num_rows, col, num_cols) in enumerate(cuts, start=first_address - form.headers.numel()):
-            local, offset = int(form.tile_pages[index]), int(form.tile_offsets[index])
+        for index, (_, row, num_rows, col, num_cols) in enumerate(cuts, start=first_address - form.headers.size):
+            local, offset = divmod(int(form.tile_addresses[index]) * ADDRESS_BYTES, page_bytes)
             starts = torch.tensor([(a.pages[local] * page_bytes + offset) // DTYPE.itemsize for a in adapters])
             places = starts.to(pool.device)[:, None] + torch.arange(num_rows * num_cols, device=pool.device)
             dense[:, row : row + num_rows, col : col + num_cols] = elems[places].view(-1, num_rows, num_cols)

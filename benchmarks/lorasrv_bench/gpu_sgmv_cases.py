@@ -7,7 +7,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from lorasrv.memory.packing import PackedAdapter, module_geometry
+from lorasrv.memory.packing import PackedAdapter
+from lorasrv.memory.tensors import module_geometry
 from lorasrv_bench.gpu_floors import Floor, sgmv_floor
 from lorasrv_bench.gpu_kernels import segments
 from lorasrv_bench.gpu_models import GROUPS, ModelShape

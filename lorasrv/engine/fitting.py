@@ -8,7 +8,7 @@ from lorasrv.model.families import Architecture, read_architecture
 from lorasrv_adapters.errors import AdapterTooLarge, ContentError
 from lorasrv_adapters.peft_format import AdapterSpec, SpecCheck
 
-_ITEMSIZES = {"float32": 4, "bfloat16": 2}
+ITEMSIZES = {"float32": 4, "bfloat16": 2}
 
 
 def page_layout(architecture: Architecture, block_tokens: int, itemsize: int) -> PageLayout:
@@ -29,7 +29,7 @@ def page_check(config: EngineConfig) -> SpecCheck:
     """For validation: refuses an adapter whose tile directory, or a tile, exceeds a page of this engine's pool."""
     architecture = read_architecture(config.model.path)
     modules = architecture.module_shapes()
-    layout = page_layout(architecture, config.pool.block_tokens, _ITEMSIZES[config.model.dtype])
+    layout = page_layout(architecture, config.pool.block_tokens, ITEMSIZES[config.model.dtype])
 
     def check(spec: AdapterSpec) -> list[ContentError]:
         matrices = [

@@ -10,6 +10,7 @@ from heapq import merge
 from operator import itemgetter
 
 from lorasrv.engine.batch import PageCopy
+from lorasrv.engine.messages import failure_of
 from lorasrv.engine.sampling import first_needed_row
 from lorasrv.engine.tiers import AdapterTiers, TierChanges
 from lorasrv.memory.eviction import Candidate, IdleAdapter, IdleBlock
@@ -195,11 +196,11 @@ class Ledger:
         return self._pool.stats()
 
     def adapters(self) -> tuple[AdapterResidency, ...]:
-        """Every adapter version above the disk tier."""
+        """Every adapter version above the disk tier, and those whose last read failed."""
         resident = {
             adapter.digest: AdapterResidency(
                 digest=adapter.digest,
-                tier=Tier.DEVICE if self._residency.is_loaded(adapter.digest) else Tier.HOST,
+                tier=Tier.DEVICE if self._residency.is_loaded(adapter.digest) else Tier.COPYING,
                 num_pages=len(adapter.pages),
                 pins=self._residency.pins(adapter.digest),
             )
@@ -209,7 +210,11 @@ class Ledger:
             digest: AdapterResidency(digest=digest, tier=tier, num_pages=0, pins=0)
             for digest, tier in self._tiers.host_tiers().items()
         }
-        return tuple((below | resident).values())
+        failed = {
+            digest: AdapterResidency(digest=digest, tier=Tier.FAILED, num_pages=0, pins=0, failure=failure_of(error))
+            for digest, error in self._tiers.failures().items()
+        }
+        return tuple((failed | below | resident).values())
 
     def check(self, running: Seq[Sequence]) -> None:
         """Raise AssertionError unless the parts are sound and every page and pin belongs to one of `running`, to the

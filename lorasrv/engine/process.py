@@ -4,9 +4,7 @@ import argparse
 import gc
 import importlib
 import logging
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 
@@ -16,6 +14,7 @@ from lorasrv.config import EngineConfig
 from lorasrv.engine.channel import MESSAGES_AHEAD, decode, encode
 from lorasrv.engine.loop import Core, serve_loop
 from lorasrv.engine.messages import Configure, FromEngine, Message, Ready, StartFailed, failure_of
+from lorasrv.engine.orphans import end_with_parent
 from lorasrv.engine.outbox import Outbox
 from lorasrv.errors import InternalError, LorasrvError
 from lorasrv.types import EngineInfo
@@ -23,8 +22,6 @@ from lorasrv.types import EngineInfo
 CoreFactory = Callable[[EngineConfig], tuple[Core, EngineInfo]]
 DEFAULT_FACTORY = "lorasrv.engine.build:build_core"
 
-_PARENT_CHECK_S = 1.0
-_ORPHANED = 3
 _log = logging.getLogger(__name__)
 
 
@@ -36,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--factory", default=DEFAULT_FACTORY, help="module:function that builds the core")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine[%(process)d] %(message)s")
-    threading.Thread(target=_end_with_parent, args=(arguments.parent_pid,), daemon=True).start()
+    end_with_parent(arguments.parent_pid)
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.setsockopt(zmq.SNDHWM, MESSAGES_AHEAD)
         socket.connect(arguments.address)
@@ -93,13 +90,6 @@ def _build(factory: str, message: Message) -> tuple[Core, EngineInfo]:
     module, _, name = factory.partition(":")
     build: CoreFactory = getattr(importlib.import_module(module), name)
     return build(message.config)
-
-
-def _end_with_parent(parent_pid: int) -> None:
-    """A thread of its own: the parent may die while the main thread loads a model or runs a long step."""
-    while os.getppid() == parent_pid:
-        time.sleep(_PARENT_CHECK_S)
-    os._exit(_ORPHANED)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from lorasrv.engine.fitting import page_layout
 from lorasrv.engine.graphs import DecodeGraph, DecodeGraphs, Forwarded, StaticStep, graph_sizes
 from lorasrv.engine.step_arrays import Room, StepPlan, drawn_rows, step_arrays
 from lorasrv.errors import ConfigurationError
-from lorasrv.memory.packing import module_geometry
 from lorasrv.memory.residency import AdapterInput
 from lorasrv.memory.staging import Array, Staging, num_bytes
 from lorasrv.memory.storage import PageStorage
+from lorasrv.memory.tensors import module_geometry
 from lorasrv.model.decoder import Decoder, ForwardBatch
 from lorasrv.model.families import Architecture, read_architecture
 from lorasrv.model.loader import dummy_weights, load_weights

@@ -1,11 +1,11 @@
-"""Moves adapters between the tiers: disk to host in worker threads, host to device at a step's start."""
+"""Moves adapters between the tiers: disk to host beside the engine's steps, host to device at a step's start."""
 
 import logging
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from lorasrv.engine.image_readers import ImageSource
 from lorasrv.errors import AdapterCorrupt, AdapterLoadFailed, LorasrvError, ResourceExhausted
 from lorasrv.memory.residency import ResidentAdapter
 from lorasrv.types import Tier
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from lorasrv.memory.storage import AdapterCopy, PageStorage
 
 log = logging.getLogger(__name__)
+
+_COPY_POLL_S = 0.0005
+_MAX_FAILURES = 256
 
 _TIERS = {HostState.READING: Tier.READING, HostState.READY: Tier.HOST, HostState.FAILED: Tier.FAILED}
 
@@ -65,6 +68,10 @@ class AdapterTiers(Protocol):
         """Digests above the disk tier, device excluded. Not to be asked within a step."""
         ...
 
+    def failures(self) -> Mapping[str, LorasrvError]:
+        """Why adapters could not be read: the last attempt on each, of some that were not wanted again."""
+        ...
+
     def wait(self, timeout_s: float) -> None:
         """Return when there is something to `poll`, or after `timeout_s`."""
         ...
@@ -75,77 +82,116 @@ class AdapterTiers(Protocol):
 
 
 class Tiers:
-    """Host cache and page storage joined. Owned by the engine's thread.
+    """Host cache and page storage joined. Owned by the engine's thread; `source` reads beside it."""
 
-    The host cache reads and packs in threads of its own, by `read`, and only wakes this one.
-    """
-
-    def __init__(self, storage: "PageStorage", read: "Callable[[str], PackedAdapter]", budget_bytes: int) -> None:
+    def __init__(
+        self,
+        storage: "PageStorage",
+        source: "ImageSource[PackedAdapter]",
+        budget_bytes: int,
+        copy_bytes_per_step: int,
+    ) -> None:
+        """A step copies as many pages as begin within `copy_bytes_per_step`."""
         self._storage = storage
-        self._ended = threading.Event()
-        self._host: HostCache[PackedAdapter] = HostCache(
-            budget_bytes, load=read, size_of=lambda image: image.nbytes, on_load_end=self._ended.set
-        )
+        self._source = source
+        self._host: HostCache[PackedAdapter] = HostCache(budget_bytes, source)
+        self._copy_bytes_per_step = copy_bytes_per_step
+        self._copy_bytes_left = 0
         self._wanted: set[str] = set()
         self._reading: set[str] = set()
-        self._copying: dict[str, AdapterCopy] = {}
+        self._copies: dict[str, AdapterCopy] = {}  # oldest first; their images are pinned
+        self._failures: dict[str, LorasrvError] = {}  # the last ones, oldest first
 
     def want(self, digests: Sequence[str]) -> None:
         for digest in self._wanted.difference(digests):
             self._host.unpin(digest)
+            self._host.cancel(digest)
         for digest in digests:
             if digest not in self._wanted:
+                self._failures.pop(digest, None)
                 self._host.request(digest)
                 self._host.pin(digest)
                 self._reading.add(digest)
         self._wanted = set(digests)
+        self._host.prefer(digests)
 
     def num_pages(self, digest: str) -> int | None:
         image = self._host.get(digest)
         return None if image is None else image.num_pages
 
     def poll(self) -> TierChanges:
-        self._host.poll()
+        self._take_in()
         failures: dict[str, LorasrvError] = {}
         for digest in [d for d in self._reading if self._host.state(d) is not HostState.READING]:
             self._reading.remove(digest)
             error = self._host.failure(digest)
             if error is None:
                 continue
+            self._remember(digest, _describe(digest, error))
             if digest in self._wanted:
-                failures[digest] = _describe(digest, error)
+                failures[digest] = self._failures[digest]
                 self._wanted.remove(digest)
                 self._host.unpin(digest)
             self._host.forget_failure(digest)
-        loaded = tuple(digest for digest, copy in self._copying.items() if copy.ended)
+        self._copy_bytes_left = self._copy_bytes_per_step
+        self._advance_copies()
+        loaded = tuple(digest for digest, copy in self._copies.items() if copy.ended)
         for digest in loaded:
-            del self._copying[digest]
+            del self._copies[digest]
+            self._host.unpin(digest)
         return TierChanges(failed=failures, loaded=loaded)
 
     def load(self, digest: str, pages: list[int], *, wait_for_steps: bool) -> ResidentAdapter:
         image = self._host.get(digest)
         assert image is not None, f"{digest} is not in host memory"
-        copy = self._copying[digest] = self._storage.write_adapter(image, pages, wait_for_steps=wait_for_steps)
-        if copy.ended:
-            self._ended.set()
+        self._host.pin(digest)
+        copy = self._copies[digest] = self._storage.begin_adapter(image, pages, wait_for_steps=wait_for_steps)
+        self._advance_copies()
         return ResidentAdapter(digest=digest, pages=tuple(pages), directory=copy.directory, max_rank=image.max_rank)
 
     def discard(self, digest: str) -> None:
+        self._failures.pop(digest, None)
         self._host.discard(digest)
 
     def host_tiers(self) -> dict[str, Tier]:
-        self._host.poll()
-        return {digest: _TIERS[state] for digest, state in self._host.snapshot().states.items()}
+        self._take_in()
+        snapshot = self._host.snapshot()
+        states = {digest: _TIERS[state] for digest, state in snapshot.states.items()}
+        return states | dict.fromkeys(snapshot.queued, Tier.QUEUED)
+
+    def failures(self) -> Mapping[str, LorasrvError]:
+        return self._failures
 
     def wait(self, timeout_s: float) -> None:
-        self._ended.wait(timeout_s)
-        self._ended.clear()
+        if any(not copy.issued or copy.ended for copy in self._copies.values()):
+            return
+        self._source.wait(min(timeout_s, _COPY_POLL_S) if self._copies else timeout_s)
 
     def check(self) -> None:
         self._host.check()
+        self._source.check()
 
     def close(self) -> None:
         self._host.close()
+        self._source.close()
+
+    def _take_in(self) -> None:
+        self._source.deliver(self._host)
+        self._host.poll()
+
+    def _advance_copies(self) -> None:
+        """Issue what is left of this step's bytes, of the oldest copy first."""
+        for copy in self._copies.values():
+            if self._copy_bytes_left <= 0:
+                return
+            if not copy.issued:
+                self._copy_bytes_left -= self._storage.advance(copy, self._copy_bytes_left)
+
+    def _remember(self, digest: str, error: LorasrvError) -> None:
+        self._failures.pop(digest, None)
+        self._failures[digest] = error
+        if len(self._failures) > _MAX_FAILURES:
+            del self._failures[next(iter(self._failures))]
 
 
 def _describe(digest: str, error: Exception) -> LorasrvError:

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from lorasrv.engine.batch import ChunkInput, Draw, SampleInput
 from lorasrv.engine.runner import ModelRunner
-from lorasrv.memory.packing import pack_adapter
 from lorasrv.memory.residency import AdapterInput
 from lorasrv.memory.storage import PageStorage
+from lorasrv.memory.tensors import pack_adapter
 from lorasrv.model.logit_edits import LogitEdits
 from lorasrv_kernels.work import DECODE_HEIGHT, PREFILL_HEIGHT
 
@@ -22,7 +22,7 @@ def warm_up(
     max_rank: int,
 ) -> None:
     """The pool is nobody's yet: an adapter that leaves every module alone stands in the first page, KV in others."""
-    packed = pack_adapter((), storage.layout, module_shapes, storage.kv.dtype)
+    packed = pack_adapter((), storage.layout, module_shapes)
     directory = storage.write_adapter(packed, list(range(packed.num_pages)), wait_for_steps=False).directory
     tokens = min(_CONTEXT, context_tokens, (storage.num_pages - packed.num_pages) * storage.layout.block_tokens)
     table = tuple(range(packed.num_pages, packed.num_pages + storage.layout.pages_for_tokens(tokens)))

@@ -5,26 +5,40 @@ Which page belongs to whom is accounted elsewhere; nothing here hands out or tak
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from lorasrv.errors import ConfigurationError
+from lorasrv.memory.arena import HostArena
+from lorasrv.memory.casts import Array
 from lorasrv.memory.layout import ALIGN_BYTES, PageLayout
 from lorasrv.memory.packing import PackedAdapter
 
+_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every context
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(kw_only=True)
 class AdapterCopy:
-    """A copy to the device that may still run, and keeps what it reads. `directory` is the adapter's address there."""
+    """A copy to the device, made in slices: `num_issued` of its pages are on their way or there. It keeps what it
+    reads. `directory` is the adapter's address there. Owned by the engine's thread.
+    """
 
+    adapter: PackedAdapter
+    pages: tuple[int, ...]
     directory: int
-    sources: tuple[Tensor, ...]
-    event: torch.Event | None
+    num_issued: int = 0
+    fields: Tensor | None = None  # uint8: the directory's bytes
+    event: torch.Event | None = None
+
+    @property
+    def issued(self) -> bool:
+        return self.num_issued == len(self.pages)
 
     @property
     def ended(self) -> bool:
-        return self.event is None or self.event.query()
+        return self.issued and (self.event is None or self.event.query())
 
 
 class PageStorage:
@@ -57,27 +71,44 @@ class PageStorage:
         """The address, in units of 128 bytes, of the directory of an adapter that lies in `pages`."""
         return pages[0] * self.layout.page_bytes // ALIGN_BYTES
 
-    def write_adapter(self, adapter: PackedAdapter, pages: Sequence[int], *, wait_for_steps: bool) -> AdapterCopy:
-        """Begin to copy an adapter's pages into `pages`, in any order and place.
+    def begin_adapter(self, adapter: PackedAdapter, pages: Sequence[int], *, wait_for_steps: bool) -> AdapterCopy:
+        """A copy of an adapter's pages into `pages`, in any order and place; `advance` makes it.
 
-        On a GPU the copy runs beside the steps; with `wait_for_steps` it begins behind those submitted by now.
+        On a GPU it runs beside the steps; with `wait_for_steps` it begins behind those submitted by now.
         """
         assert len(pages) == adapter.num_pages == len(set(pages)), (pages, adapter.num_pages)
         assert all(0 <= page < self.num_pages for page in pages), (pages, self.num_pages)
         if self._copies is not None and wait_for_steps:
             self._copies.wait_stream(torch.cuda.current_stream(self.bytes.device))
+        return AdapterCopy(adapter=adapter, pages=tuple(pages), directory=self.directory_address(pages))
+
+    def advance(self, copy: AdapterCopy, max_bytes: int) -> int:
+        """Issue the next pages of a copy, as many as begin within `max_bytes`, and return their bytes."""
+        page_bytes = self.layout.page_bytes
+        end = min(len(copy.pages), copy.num_issued - (-max_bytes // page_bytes))
+        slices = range(copy.num_issued, end)
         with torch.cuda.stream(self._copies):
-            for local, page in enumerate(pages):
-                self.pages[page].copy_(adapter.image[local], non_blocking=True)
-            directory = adapter.directory(torch.tensor(pages, dtype=torch.int64)).view(torch.uint8)
-            if self._copies is not None:
-                directory = directory.pin_memory()
-            self.pages[pages[0], : directory.numel()].copy_(directory, non_blocking=True)
-        return AdapterCopy(
-            directory=self.directory_address(pages),
-            sources=(adapter.image, directory),
-            event=None if self._copies is None else self._copies.record_event(),
-        )
+            for local in slices:
+                source = _tensor(copy.adapter.pages[copy.adapter.places[local]])
+                self.pages[copy.pages[local]].copy_(source, non_blocking=True)
+                if local == 0:
+                    self._write_directory(copy)
+            copy.num_issued = end
+            if self._copies is not None and copy.issued:
+                copy.event = self._copies.record_event()
+        return len(slices) * page_bytes
+
+    def write_adapter(self, adapter: PackedAdapter, pages: Sequence[int], *, wait_for_steps: bool) -> AdapterCopy:
+        """The same at once."""
+        copy = self.begin_adapter(adapter, pages, wait_for_steps=wait_for_steps)
+        self.advance(copy, adapter.nbytes)
+        return copy
+
+    def _write_directory(self, copy: AdapterCopy) -> None:
+        """Over the one in the first page, whose addresses are the adapter's own."""
+        fields = _tensor(copy.adapter.directory(copy.pages)).view(torch.uint8)
+        copy.fields = fields.pin_memory() if self._copies is not None else fields
+        self.pages[copy.pages[0], : fields.numel()].copy_(copy.fields, non_blocking=True)
 
     def copy_page(self, source: int, target: int) -> None:
         """In the steps' order."""
@@ -88,3 +119,35 @@ class PageStorage:
         assert self.bytes.numel() == (self.num_pages + 1) * self.layout.page_bytes, (self.bytes.shape, self.num_pages)
         assert self.kv.nbytes == self.bytes.nbytes, (self.kv.shape, self.bytes.shape)
         assert self.kv.data_ptr() == self.bytes.data_ptr()
+
+
+def pinned_pages(num_pages: int, page_bytes: int) -> Array:  # uint8 [num_pages, page_bytes]
+    """Memory of this process that a GPU copies from beside its steps."""
+    return torch.empty(num_pages, page_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+class PinnedArena(HostArena):
+    """An arena that a GPU copies from beside its steps. All of it is backed by real memory from the start.
+
+    Raises ConfigurationError when the driver cannot pin so much.
+    """
+
+    def __init__(self, num_pages: int, page_bytes: int) -> None:
+        super().__init__(num_pages, page_bytes)
+        self._is_pinned = False
+        self._runtime = cast(Any, torch.cuda.cudart())
+        code = int(self._runtime.cudaHostRegister(self.pages.ctypes.data, self.pages.nbytes, _PORTABLE))
+        if code:
+            self.close()
+            raise ConfigurationError(f"{self.pages.nbytes} bytes of host memory cannot be pinned: CUDA error {code}")
+        self._is_pinned = True
+
+    def close(self) -> None:
+        """The device copies from it no more."""
+        if self._is_pinned:
+            self._runtime.cudaHostUnregister(self.pages.ctypes.data)
+        super().close()
+
+
+def _tensor(array: Array) -> Tensor:
+    return torch.from_numpy(array)  # pyright: ignore[reportUnknownMemberType]

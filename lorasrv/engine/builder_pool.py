@@ -1,0 +1,247 @@
+"""Reads adapters' page images for the host cache in processes of their own, into pages of one arena."""
+
+import select
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from lorasrv.engine.builder_messages import Build, Built, Failed, Measure, Measured, Message, Started
+from lorasrv.errors import AdapterLoadFailed
+from lorasrv.memory.arena import HostArena
+from lorasrv.memory.packing import PackedAdapter
+from lorasrv_adapters.errors import CorruptBlob
+from lorasrv_adapters.host_cache import HostCache
+
+# A read that takes this long gets no faster by waiting for it: one more builder goes on with the others.
+_SLOW_S = 1.0
+_MORE_BUILDERS = 6
+_MAX_ATTEMPTS = 2
+_CLOSE_S = 5.0
+
+
+class Builder(Protocol):
+    """`builder_child.BuilderChild`, or a test's."""
+
+    def fileno(self) -> int: ...
+
+    def send(self, message: Measure | Build) -> None: ...
+
+    def receive(self) -> list[Message] | None: ...
+
+    def close(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def has_ended(self) -> bool: ...
+
+    def wait(self, timeout_s: float) -> None: ...
+
+
+@dataclass(kw_only=True)
+class _Job:
+    """A read. `since_s` is when the builder was given `message`, None while the cache has the next word. A build whose
+    `places` are not free yet has no builder at work."""
+
+    digest: str
+    builder: Builder
+    message: Measure | Build
+    since_s: float | None
+    num_attempts: int = 1
+    measured: Measured | None = None
+    places: tuple[int, ...] | None = None
+
+
+class BuilderPool:
+    """An `image_readers.ImageSource`. Owned by the engine's thread, and without one of its own.
+
+    A builder that takes too long is killed, and one that dies is replaced: the first costs its own adapter this
+    attempt, the second a second try. Pages that a killed builder was given are free again once it is gone for good.
+    """
+
+    def __init__(
+        self,
+        arena: HostArena,
+        num_headers: int,
+        spawn: Callable[[], Builder],
+        *,
+        num_builders: int,
+        read_timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`num_headers` are those of every adapter's directory. `spawn` may raise OSError."""
+        self._arena = arena
+        self._num_headers = num_headers
+        self._spawn = spawn
+        self._num_builders = num_builders
+        self._read_timeout_s = read_timeout_s
+        self._clock = clock
+        self._idle = [spawn() for _ in range(num_builders)]
+        self._jobs: dict[str, _Job] = {}
+        self._killed: list[tuple[Builder, tuple[int, ...]]] = []
+        self._given_up: dict[str, Exception] = {}
+        self._held: set[int] = set()  # pages of images that the cache has
+
+    @property
+    def is_free(self) -> bool:
+        return len(self._jobs) + len(self._given_up) < self._num_allowed
+
+    def measure(self, digest: str) -> None:
+        builder = self._take_builder(digest)
+        if builder is not None:
+            message = Measure(digest=digest)
+            self._jobs[digest] = _Job(digest=digest, builder=builder, message=message, since_s=self._clock())
+            builder.send(message)
+
+    def build(self, digest: str) -> PackedAdapter | None:
+        job = self._jobs[digest]
+        job.message, job.since_s = Build(digest=digest, places=()), self._clock()
+        self._start_build(job)
+        return None
+
+    def abandon(self, digest: str) -> None:
+        self._idle.append(self._jobs.pop(digest).builder)
+
+    def free(self, image: PackedAdapter) -> None:
+        self._held.difference_update(image.places)
+        self._arena.free(image.places)
+
+    def deliver(self, cache: HostCache[PackedAdapter]) -> None:
+        for digest, error in list(self._given_up.items()):
+            del self._given_up[digest]
+            cache.finished(digest, error)
+        for job in list(self._jobs.values()):
+            self._hear(job, cache)
+        for job in list(self._jobs.values()):
+            if job.since_s is not None and self._clock() - job.since_s > self._read_timeout_s:
+                self._kill(job.builder, job.places or ())
+                message = f"reading it took longer than {self._read_timeout_s:g} s"
+                self._end(job, AdapterLoadFailed(message), cache)
+        self._reap()
+        for job in self._jobs.values():
+            if isinstance(job.message, Build) and job.places is None:
+                self._start_build(job)
+        while self._idle and len(self._idle) + len(self._jobs) > self._num_allowed:
+            self._dismiss(self._idle.pop())
+
+    def wait(self, timeout_s: float) -> None:
+        if self._given_up:
+            return
+        poll = select.poll()
+        for job in self._jobs.values():
+            poll.register(job.builder.fileno(), select.POLLIN)
+        poll.poll(1000 * timeout_s)
+
+    def check(self) -> None:
+        """Raise AssertionError on a broken invariant."""
+        self._arena.check()
+        used = [*self._held]
+        used += [place for job in self._jobs.values() for place in job.places or ()]
+        used += [place for _, places in self._killed for place in places]
+        assert len(used) == len(set(used)) and self._arena.used == set(used), "host pages leaked"
+        builders = [*self._idle, *(job.builder for job in self._jobs.values())]
+        assert len({id(builder) for builder in builders}) == len(builders), "two reads share a builder"
+        assert len(builders) <= self._num_builders + _MORE_BUILDERS, "too many builders"
+
+    def close(self) -> None:
+        """After the cache, which frees its images."""
+        for builder in (*self._idle, *(job.builder for job in self._jobs.values())):
+            self._kill(builder, ())
+        for builder, _ in self._killed:
+            builder.wait(_CLOSE_S)
+        self._idle.clear()
+        self._jobs.clear()
+        self._given_up.clear()
+        self._arena.close()
+
+    @property
+    def _num_allowed(self) -> int:
+        """Builders that may be at work; one more for each slow read, so that it delays no other."""
+        now = self._clock()
+        slow = sum(job.since_s is not None and now - job.since_s > _SLOW_S for job in self._jobs.values())
+        return self._num_builders + min(slow, _MORE_BUILDERS)
+
+    def _take_builder(self, digest: str) -> Builder | None:
+        """An idle builder or a new one; None, and the read is given up, where no process can be started."""
+        try:
+            return self._idle.pop() if self._idle else self._spawn()
+        except OSError as error:
+            self._given_up[digest] = error
+            return None
+
+    def _start_build(self, job: _Job) -> None:
+        """Unless pages that the cache has counted as free still belong to a killed builder."""
+        assert job.measured is not None and job.places is None, job
+        job.places = self._arena.alloc(job.measured.num_pages)
+        if job.places is not None:
+            job.message, job.since_s = Build(digest=job.digest, places=job.places), self._clock()
+            job.builder.send(job.message)
+
+    def _hear(self, job: _Job, cache: HostCache[PackedAdapter]) -> None:
+        messages = job.builder.receive()
+        if messages is None:
+            self._try_again(job, cache)
+            return
+        for message in messages:
+            match message:
+                case Started():
+                    # A read does not pay for its builder's start.
+                    job.since_s = self._clock() if job.since_s is not None else None
+                case Measured():
+                    job.measured, job.since_s = message, None
+                    cache.measured(job.digest, message.num_pages * self._arena.pages.shape[1])
+                case Built():
+                    self._idle.append(job.builder)
+                    self._end(job, self._image(job), cache)
+                case Failed():
+                    self._idle.append(job.builder)
+                    self._arena.free(job.places or ())
+                    self._end(job, (CorruptBlob if message.corrupt else AdapterLoadFailed)(message.message), cache)
+                case _:
+                    raise TypeError(f"{type(message).__name__} is no message from a builder")
+
+    def _try_again(self, job: _Job, cache: HostCache[PackedAdapter]) -> None:
+        """Its builder has died: that may be its own doing, or not."""
+        if job.num_attempts == _MAX_ATTEMPTS:
+            self._kill(job.builder, job.places or ())
+            self._end(job, AdapterLoadFailed("the process that read it died"), cache)
+            return
+        self._kill(job.builder, ())
+        builder = self._take_builder(job.digest)
+        if builder is None:
+            self._arena.free(job.places or ())
+            self._end(job, self._given_up.pop(job.digest), cache)
+            return
+        job.builder, job.num_attempts = builder, job.num_attempts + 1
+        if job.since_s is not None and (isinstance(job.message, Measure) or job.places is not None):
+            job.since_s = self._clock()
+            builder.send(job.message)
+
+    def _image(self, job: _Job) -> PackedAdapter:
+        assert job.measured is not None and job.places is not None, job
+        self._held.update(job.places)
+        return PackedAdapter(
+            pages=self._arena.pages,
+            places=job.places,
+            num_headers=self._num_headers,
+            num_tiles=job.measured.num_tiles,
+            max_rank=job.measured.max_rank,
+        )
+
+    def _end(self, job: _Job, result: PackedAdapter | Exception, cache: HostCache[PackedAdapter]) -> None:
+        del self._jobs[job.digest]
+        cache.finished(job.digest, result)
+
+    def _dismiss(self, builder: Builder) -> None:
+        """It has nothing to do, and ends on its own."""
+        builder.close()
+        self._killed.append((builder, ()))
+
+    def _kill(self, builder: Builder, places: tuple[int, ...]) -> None:
+        builder.kill()
+        self._killed.append((builder, places))
+
+    def _reap(self) -> None:
+        for builder, places in [each for each in self._killed if each[0].has_ended()]:
+            self._arena.free(places)
+            self._killed.remove((builder, places))
