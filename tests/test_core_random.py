@@ -222,7 +222,7 @@ class Traffic:
             user = (sequence.request.cache_salt, sequence.request.adapter)
             for page, key in zip(sequence.block_table, keys, strict=False):
                 assert self.users.setdefault(key, user) == user, "one name for two users"
-                assert prefix._keys.get(page, key) == key, "a block of another name"
+                assert page not in prefix or prefix._blocks[page].key == key, "a block of another name"
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def make_core(
     tiers = Tiers(cast(PageStorage, storage), cast("Callable[[str], PackedAdapter]", read), budget_bytes)
     limits = Limits(
         num_pages=num_pages,
+        page_bytes=1 << 20,
         block_tokens=BLOCK_TOKENS,
         context_tokens=200,
         vocab_size=VOCAB,

@@ -51,6 +51,7 @@ def assemble(config: EngineConfig, read: Callable[[str, Packer], PackedAdapter])
     packer = Packer(layout=storage.layout, module_shapes=modules, dtype=storage.kv.dtype, pinned=storage.bytes.is_cuda)
     limits = Limits(
         num_pages=info.num_pages,
+        page_bytes=info.page_bytes,
         block_tokens=info.block_tokens,
         context_tokens=info.context_tokens,
         vocab_size=info.vocab_size,

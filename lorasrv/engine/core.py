@@ -25,7 +25,7 @@ from lorasrv.engine.sampling import check_named_tokens, finish_reason, sample_in
 from lorasrv.engine.tiers import AdapterTiers
 from lorasrv.engine.warming import Warms
 from lorasrv.errors import DeadlineExceeded, GenerationExists, InternalError, InvalidRequest, LorasrvError, QueueFull
-from lorasrv.memory.eviction import IdleAdapter
+from lorasrv.memory.eviction import GreedyDual, IdleAdapter, Policy
 from lorasrv.sched.plan import Admission, Chunk, Plan
 from lorasrv.sched.scheduler import Scheduler, View
 from lorasrv.sched.sequence import Sequence
@@ -48,6 +48,7 @@ class Limits:
     """What the model and the pool can take."""
 
     num_pages: int
+    page_bytes: int
     block_tokens: int
     context_tokens: int
     vocab_size: int
@@ -60,6 +61,7 @@ class _InFlight:
 
     chunks: tuple[tuple[Sequence, Chunk], ...]
     running: RunningStep
+    began_s: float
     draws: tuple[int, ...] = ()
 
 
@@ -74,6 +76,7 @@ class EngineCore:
         runner: Runner,
         tiers: AdapterTiers,
         clock: Callable[[], float] = time.monotonic,
+        policy: Policy | None = None,
     ) -> None:
         self._config = config
         self._limits = limits
@@ -86,9 +89,12 @@ class EngineCore:
         self._scheduler = Scheduler(config=config, block_tokens=limits.block_tokens)
         self._ledger = Ledger(
             num_pages=limits.num_pages,
+            page_bytes=limits.page_bytes,
             block_tokens=limits.block_tokens,
             keep_prefixes=config.prefix_cache,
             tiers=tiers,
+            policy=policy or GreedyDual(),
+            clock=clock,
         )
         self._warms = Warms(self._ledger, limits.num_pages)
         self._requests: dict[str, list[Sequence]] = {}
@@ -269,7 +275,7 @@ class EngineCore:
         for victim in plan.evict:
             self._ledger.evict(victim)
             self._count(adapter_evictions=isinstance(victim, IdleAdapter))
-        self._tiers.want(plan.want)
+        self._ledger.want(plan.want)
         for digest in plan.load:
             self._ledger.load(digest)
             self._count(adapter_loads=1)
@@ -280,7 +286,8 @@ class EngineCore:
         chunks = tuple((self._sequences[chunk.sequence_id], chunk) for chunk in plan.chunks)
         inputs = tuple(self._chunk_input(sequence, chunk) for sequence, chunk in chunks)
         self._ledger.step += 1
-        return _InFlight(chunks=chunks, running=self._runner.forward(inputs, copies))
+        began_s = self._clock()
+        return _InFlight(chunks=chunks, running=self._runner.forward(inputs, copies), began_s=began_s)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._ledger.release(sequence)
@@ -328,6 +335,7 @@ class EngineCore:
         if step is None:
             return ()
         output = step.running.output()
+        self._ledger.costs.step_ended([chunk.num_tokens for _, chunk in step.chunks], step.began_s, self._clock())
         self._ledger.completed += 1
         places = {chunk: place for place, chunk in enumerate(step.draws)}
         deltas: list[TokenDelta] = []
@@ -421,7 +429,7 @@ class EngineCore:
     def _want_nothing_for_nobody(self) -> None:
         """Where no step may follow to say so."""
         if not (self._waiting or self._warms.waiting):
-            self._tiers.want(())
+            self._ledger.want(())
 
     def _is_current(self, sequence: Sequence) -> bool:
         """Whether the sequence has not ended since the step was submitted."""
