@@ -11,6 +11,7 @@ from lorasrv.types import AdapterUse, EngineRequest, TokenDelta
 
 BLOCK_TOKENS = 4
 NUM_PAGES = 40
+PAGE_BYTES = 1 << 20
 
 
 def make_core(
@@ -29,6 +30,7 @@ def make_core(
     runner = FakeRunner(device, tiers)
     limits = Limits(
         num_pages=num_pages,
+        page_bytes=PAGE_BYTES,
         block_tokens=BLOCK_TOKENS,
         context_tokens=200,
         vocab_size=VOCAB,

@@ -6,13 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasrv.memory.eviction import IdleAdapter, IdleBlock, choose_victims
+from lorasrv.memory.eviction import Candidate, EvictionOrder, GreedyDual, IdleAdapter, IdleBlock, choose_victims
+from lorasrv.memory.likelihood import Likelihood, RequestClock
 from lorasrv.memory.pages import Owner, OwnerKind, PagePool
 from lorasrv.memory.prefix import BlockKeys, PrefixCache
 from lorasrv.memory.residency import Residency, ResidentAdapter
 
 SEQUENCE = Owner(OwnerKind.SEQUENCE, "s")
 ADAPTER = Owner(OwnerKind.ADAPTER, "a")
+
+
+def name_of(candidate: Candidate) -> str | int:
+    return candidate.digest if isinstance(candidate, IdleAdapter) else candidate.page
 
 
 def test_a_page_names_the_last_step_that_may_touch_it() -> None:
@@ -56,51 +61,105 @@ def test_pool_against_sets() -> None:
     assert held and last_readers
 
 
-def test_residency_orders_idle_adapters_by_last_use() -> None:
-    residency = Residency()
+def make_residency() -> tuple[Residency, EvictionOrder]:
+    order = EvictionOrder(GreedyDual())
+    return Residency(order, Likelihood(RequestClock())), order
+
+
+def add_loaded(residency: Residency, digest: str, pages: tuple[int, ...]) -> None:
+    residency.add(ResidentAdapter(digest=digest, pages=pages, directory=pages[0], max_rank=8))
+    residency.loaded(digest, 1.0)
+
+
+def test_only_loaded_adapters_that_nobody_uses_may_go() -> None:
+    residency, order = make_residency()
     for number in range(3):
-        residency.add(ResidentAdapter(digest=f"a{number}", pages=(number,), directory=number, max_rank=8))
-        residency.loaded(f"a{number}", 0)
+        add_loaded(residency, f"a{number}", (number,))
     residency.pin("a0")
     residency.pin("a0")
-    residency.unpin("a0", 1)
-    assert [adapter.digest for adapter, _ in residency.idle()] == ["a1", "a2"]
-    residency.unpin("a0", 1)
-    assert [adapter.digest for adapter, _ in residency.idle()] == ["a1", "a2", "a0"]
+    residency.unpin("a0", 1.0)
+    assert list(order) == [IdleAdapter("a1", 1), IdleAdapter("a2", 1)]
+    residency.unpin("a0", 1.0)
+    assert list(order) == [IdleAdapter("a1", 1), IdleAdapter("a2", 1), IdleAdapter("a0", 1)]
     assert residency.remove("a1").pages == (1,)
     residency.pin("a2")
     with pytest.raises(AssertionError, match="in use"):
         residency.remove("a2")
     with pytest.raises(AssertionError, match="not pinned"):
-        residency.unpin("a0", 1)
+        residency.unpin("a0", 1.0)
     residency.check()
     residency.add(ResidentAdapter(digest="a9", pages=(9,), directory=9, max_rank=8))
     assert not residency.is_loaded("a9") and residency.is_loaded("a0")
     residency.pin("a9")
-    residency.unpin("a9", 2)
+    residency.unpin("a9", 1.0)
     residency.check()
-    assert "a9" not in [adapter.digest for adapter, _ in residency.idle()], "what is being written may not go"
-    residency.loaded("a9", 2)
-    assert "a9" in [adapter.digest for adapter, _ in residency.idle()]
+    assert "a9" not in order, "what is being written may not go"
+    with pytest.raises(AssertionError, match="being loaded"):
+        residency.remove("a9")
+    residency.loaded("a9", 1.0)
+    assert "a9" in order
     residency.check()
+
+
+def test_what_is_asked_for_most_stays_longest_even_when_it_was_gone_meanwhile() -> None:
+    residency, order = make_residency()
+    for digest, times in (("often", 3), ("once", 1), ("twice", 2)):
+        for _ in range(times):
+            residency.ask(digest, 1.0)
+    for page, digest in enumerate(("often", "once", "twice")):
+        add_loaded(residency, digest, (page,))
+    assert [name_of(each) for each in order] == ["once", "twice", "often"]
+    for _ in range(3):
+        residency.ask("once", 1.0)
+    assert [name_of(each) for each in order] == ["twice", "often", "once"]
+    residency.check()
+
+
+def test_few_of_those_that_are_gone_are_remembered() -> None:
+    order, likelihood = EvictionOrder(GreedyDual()), Likelihood(RequestClock())
+    residency = Residency(order, likelihood, max_remembered=10)
+    for _ in range(3):
+        residency.ask("often", 1.0)
+    for number in range(100):
+        residency.ask(f"a{number}", 1.0)
+        residency.check()
+    for page, digest in enumerate(("often", "a50")):
+        add_loaded(residency, digest, (page,))
+    assert [name_of(each) for each in order] == ["a50", "often"]
 
 
 def test_cached_blocks_go_from_the_end_of_a_sequence() -> None:
-    cache = PrefixCache()
+    order = EvictionOrder(GreedyDual())
+    cache = PrefixCache(order, Likelihood(RequestClock()))
     keys = BlockKeys(weights="base", salt="", block_tokens=2).first(3, [1, 2, 3, 4, 5, 6])
     for page, key in enumerate(keys):
-        assert cache.insert(key, page)
-    assert not cache.insert(keys[0], 9)
-    cache.pin([0])
-    cache.unpin([0, 1, 2], 5)
+        assert cache.insert(key, page, page - 1 if page else None) == page
+    assert cache.insert(keys[0], 9, None) == 0, "its content is cached already"
+    cache.unpin([0, 1, 2], 1.0)
     cache.check()
-    assert [page for page, _ in cache.idle()] == [2, 1]
+    assert list(order) == [IdleBlock(2), IdleBlock(1)]
     cache.remove(2)
     assert cache.match(keys) == [0, 1]
-    cache.unpin([0], 6)
+    cache.unpin([0], 1.0)
+    assert list(order) == [IdleBlock(1), IdleBlock(0)]
+    cache.remove(1)
     cache.remove(0)
-    assert cache.match(keys) == []
+    assert cache.match(keys) == [] and not len(order)
     cache.check()
+
+
+def test_what_is_cached_behind_forgotten_blocks_is_forgotten_too() -> None:
+    order = EvictionOrder(GreedyDual())
+    cache = PrefixCache(order, Likelihood(RequestClock()))
+    parents = {0: None, 1: 0, 2: 1, 3: 1, 4: None, 5: 0}
+    for page, parent in parents.items():
+        cache.insert(bytes([page]), page, parent)
+    for chain in ([0, 1, 2], [4], [3], [5]):
+        cache.unpin(chain, 1.0)
+    assert cache.idle_from([1]) == [3, 2, 1]
+    assert cache.idle_from([]) == []
+    cache.pin([0, 5])
+    assert cache.idle_from([0, 1]) == [3, 2, 1]
 
 
 @given(
@@ -122,6 +181,4 @@ def test_keys_are_equal_when_all_that_made_the_block_is(cases: list[tuple[str, s
 def test_victims_go_in_order_and_are_no_more_than_needed(num_pages: int, expected: list[str | int] | None) -> None:
     candidates = [IdleAdapter("a", 2), IdleBlock(7), IdleAdapter("c", 4)]
     victims = choose_victims(candidates, num_pages)
-    assert (
-        None if victims is None else [v.digest if isinstance(v, IdleAdapter) else v.page for v in victims]
-    ) == expected
+    assert (None if victims is None else [name_of(victim) for victim in victims]) == expected

@@ -83,6 +83,7 @@ def make_core(
     tiers = Tiers(cast(PageStorage, storage), reader, budget_bytes, copy_bytes)
     limits = Limits(
         num_pages=num_pages,
+        page_bytes=1 << 20,
         block_tokens=BLOCK_TOKENS,
         context_tokens=200,
         vocab_size=VOCAB,

@@ -112,6 +112,7 @@ def measure(load: Load, num_steps: int, seed: int) -> Measured:
         ),
         limits=Limits(
             num_pages=load.num_pages,
+            page_bytes=1 << 20,
             block_tokens=BLOCK_TOKENS,
             context_tokens=1 << 15,
             vocab_size=1000,

@@ -87,6 +87,7 @@ def _assemble(config: EngineConfig, make_source: Callable[[Packer, bool], ImageS
     packer = Packer(layout=storage.layout, module_shapes=modules, allocate=pinned_pages if on_gpu else pageable)
     limits = Limits(
         num_pages=info.num_pages,
+        page_bytes=info.page_bytes,
         block_tokens=info.block_tokens,
         context_tokens=info.context_tokens,
         vocab_size=info.vocab_size,

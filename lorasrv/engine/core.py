@@ -26,7 +26,7 @@ from lorasrv.engine.sampling import check_named_tokens, finish_reason, sample_in
 from lorasrv.engine.tiers import AdapterTiers
 from lorasrv.engine.warming import Warms
 from lorasrv.errors import DeadlineExceeded, GenerationExists, InternalError, InvalidRequest, LorasrvError, QueueFull
-from lorasrv.memory.eviction import Candidate, IdleAdapter
+from lorasrv.memory.eviction import Candidate, GreedyDual, IdleAdapter, Policy
 from lorasrv.sched.fairness import OUTPUT_COST, Shares
 from lorasrv.sched.plan import Admission, Chunk, Plan
 from lorasrv.sched.queue import WaitingQueue
@@ -51,6 +51,7 @@ class Limits:
     """What the model and the pool can take."""
 
     num_pages: int
+    page_bytes: int
     block_tokens: int
     context_tokens: int
     vocab_size: int
@@ -63,6 +64,7 @@ class _InFlight:
 
     chunks: tuple[Chunk, ...]
     running: RunningStep
+    began_s: float
     draws: tuple[int, ...] = ()
 
 
@@ -77,6 +79,7 @@ class EngineCore:
         runner: Runner,
         tiers: AdapterTiers,
         clock: Callable[[], float] = time.monotonic,
+        policy: Policy | None = None,
     ) -> None:
         self._config = config
         self._limits = limits
@@ -89,9 +92,12 @@ class EngineCore:
         self._scheduler = Scheduler(config=config, block_tokens=limits.block_tokens)
         self._ledger = Ledger(
             num_pages=limits.num_pages,
+            page_bytes=limits.page_bytes,
             block_tokens=limits.block_tokens,
             keep_prefixes=config.prefix_cache,
             tiers=tiers,
+            policy=policy or GreedyDual(),
+            clock=clock,
         )
         self._warms = Warms(self._ledger, limits.num_pages)
         self._requests: dict[str, list[Sequence]] = {}
@@ -286,7 +292,7 @@ class EngineCore:
             self._preempt(sequence)
         for victim in plan.evict:
             self._evict(victim)
-        self._tiers.want(plan.want)
+        self._ledger.want(plan.want)
         for digest in plan.load:
             self._ledger.load(digest)
             self._waiting.move(digest, away=False)
@@ -297,7 +303,8 @@ class EngineCore:
             return None
         inputs = self._chunk_inputs(plan.chunks)
         self._ledger.step += 1
-        return _InFlight(chunks=plan.chunks, running=self._runner.forward(inputs, copies))
+        began_s = self._clock()
+        return _InFlight(chunks=plan.chunks, running=self._runner.forward(inputs, copies), began_s=began_s)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop_running(sequence)
@@ -375,6 +382,8 @@ class EngineCore:
         if step is None:
             return ()
         output = step.running.output()
+        total = sum([chunk.num_tokens for chunk in step.chunks])
+        self._ledger.costs.step_ended(len(step.chunks), total, step.began_s, self._clock())
         self._ledger.completed += 1
         deltas: list[TokenDelta] = []
         num_prompt, num_drawn, place = 0, 0, 0
@@ -472,7 +481,7 @@ class EngineCore:
     def _want_nothing_for_nobody(self) -> None:
         """Where no step may follow to say so."""
         if not (self._waiting or self._warms.waiting):
-            self._tiers.want(())
+            self._ledger.want(())
 
 
 def _past_deadline() -> DeadlineExceeded:

@@ -4,16 +4,16 @@ The scheduler asks (`sched.scheduler.Resources`); the core carries out what it d
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from heapq import merge
-from operator import itemgetter
 
 from lorasrv.engine.batch import PageCopy
+from lorasrv.engine.costs import Costs
 from lorasrv.engine.messages import failure_of
 from lorasrv.engine.sampling import first_needed_row
 from lorasrv.engine.tiers import AdapterTiers, TierChanges
-from lorasrv.memory.eviction import Candidate, IdleAdapter, IdleBlock
+from lorasrv.memory.eviction import Candidate, EvictionOrder, IdleAdapter, IdleBlock, Policy
+from lorasrv.memory.likelihood import Likelihood, RequestClock
 from lorasrv.memory.pages import Owner, OwnerKind, PagePool
 from lorasrv.memory.prefix import BlockKeys, PrefixCache
 from lorasrv.memory.residency import AdapterInput, Residency
@@ -28,15 +28,30 @@ class Ledger:
     """Owned by the engine's thread. `step` is the number of the last submitted step, `completed` of the last one that
     has run to its end; the core keeps both."""
 
-    def __init__(self, *, num_pages: int, block_tokens: int, keep_prefixes: bool, tiers: AdapterTiers) -> None:
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_bytes: int,
+        block_tokens: int,
+        keep_prefixes: bool,
+        tiers: AdapterTiers,
+        policy: Policy,
+        clock: Callable[[], float],
+    ) -> None:
         self.step = 0
         self.completed = 0
+        self.costs = Costs()
+        self._clock = clock
+        self._page_bytes = page_bytes
         self._block_tokens = block_tokens
         self._keep_prefixes = keep_prefixes
         self._tiers = tiers
         self._pool = PagePool(num_pages)
-        self._residency = Residency()
-        self._prefix = PrefixCache()
+        self._requests = RequestClock()
+        self._order = EvictionOrder(policy)
+        self._residency = Residency(self._order, Likelihood(self._requests))
+        self._prefix = PrefixCache(self._order, Likelihood(self._requests))
         self._discarded: set[str] = set()
 
     @property
@@ -64,9 +79,7 @@ class Ledger:
         return self._tiers.num_pages(digest)
 
     def idle(self) -> Iterable[Candidate]:
-        adapters = ((now, IdleAdapter(each.digest, len(each.pages))) for each, now in self._residency.idle())
-        blocks = ((now, IdleBlock(page)) for page, now in self._prefix.idle())
-        return (candidate for _, candidate in merge(adapters, blocks, key=itemgetter(0)))
+        return self._order
 
     def num_own_pages(self, sequence: Sequence) -> int:
         return sum(page not in self._prefix for page in sequence.block_table)
@@ -88,10 +101,26 @@ class Ledger:
 
     def poll(self) -> TierChanges:
         """Take in what the tiers have done."""
-        changes = self._tiers.poll()
+        changes, now = self._tiers.poll(), self._clock()
         for digest in changes.loaded:
-            self._residency.loaded(digest, self.step)
+            self._residency.loaded(digest, self._adapter_cost_s(digest))
+            self.costs.copies.arrived(digest, self._num_bytes(digest), now)
+        for digest in self.costs.reads:
+            if digest in changes.failed:
+                self.costs.reads.given_up(digest, now)
+            elif self._tiers.num_pages(digest) is not None:
+                self.costs.reads.arrived(digest, self._num_bytes(digest), now)
         return changes
+
+    def want(self, digests: Seq[str]) -> None:
+        """Have adapters read to host memory, where they are not, and kept there: `AdapterTiers.want`."""
+        reads, now = self.costs.reads, self._clock()
+        for digest in set(reads).difference(digests):
+            reads.given_up(digest, now)
+        for digest in digests:
+            if digest not in reads and self._tiers.num_pages(digest) is None:
+                reads.began(digest, now)
+        self._tiers.want(digests)
 
     def block_keys(self, request: EngineRequest) -> BlockKeys:
         """What names the blocks of a request: without a kept cache, only its own samples know their names."""
@@ -104,22 +133,26 @@ class Ledger:
         assert num_pages is not None, f"{digest} is planned to load but not in host memory"
         pages = self._pool.alloc(num_pages, Owner(OwnerKind.ADAPTER, digest))
         wait_for_steps = self._pool.last_reader(pages) > self.completed
+        self.costs.copies.began(digest, self._clock())
         self._residency.add(self._tiers.load(digest, pages, wait_for_steps=wait_for_steps))
 
     def evict(self, victim: Candidate) -> None:
+        """Make room."""
         match victim:
             case IdleAdapter(digest):
-                adapter = self._residency.remove(digest)
-                self._pool.retire(adapter.pages, Owner(OwnerKind.ADAPTER, digest), self.step)
+                self._order.evict(digest)
+                self._remove_adapter(digest)
             case IdleBlock(page):
-                self._prefix.remove(page)
-                self._pool.retire([page], _CACHE, self.step)
+                self._order.evict(page)
+                self._remove_block(page)
 
     def admit(self, sequence: Sequence, admission: Admission) -> PageCopy | None:
         """Give a sequence the pages of its known tokens, cached ones first. Returns what is to be copied to them."""
         num_cached = admission.num_cached_blocks
         sequence.block_table = self.cached_blocks(sequence)[:num_cached]
-        self._prefix.pin(sequence.block_table)
+        # Further samples of a request tell nothing of requests to come.
+        self._prefix.pin(sequence.block_table, again=sequence.sample == 0)
+        self._requests.now += 1
         sequence.num_keyed_blocks = num_cached
         sequence.num_computed = num_cached * self._block_tokens
         self.grow(sequence, len(sequence.token_ids))
@@ -145,8 +178,12 @@ class Ledger:
             keys = sequence.keys.first(num_full, sequence.token_ids)
             for index in range(sequence.num_keyed_blocks, num_full):
                 page = sequence.block_table[index]
-                if self._prefix.insert(keys[index], page):
+                cached = self._prefix.insert(keys[index], page, sequence.block_table[index - 1] if index else None)
+                if cached == page:
                     self._pool.transfer(page, _owner(sequence), _CACHE)
+                else:
+                    sequence.block_table[index] = cached
+                    self._pool.retire([page], _owner(sequence), self.step)
         sequence.num_keyed_blocks = max(num_full, sequence.num_keyed_blocks)
 
     def release(self, sequence: Sequence, *, forget: bool = False) -> None:
@@ -154,27 +191,28 @@ class Ledger:
         that nobody else uses do not."""
         cached = [page for page in sequence.block_table if page in self._prefix]
         own = [page for page in sequence.block_table if page not in self._prefix]
-        self._prefix.unpin(cached, self.step)
+        self._prefix.unpin(cached, self.costs.prefill_s_per_token * self._block_tokens)
         self._pool.retire(own, _owner(sequence), self.step)
         if forget or not self._keep_prefixes:
-            self._evict_unpinned(cached)
+            self._remove_idle_from(cached)
         sequence.block_table = []
         sequence.num_computed = sequence.num_keyed_blocks = 0
         sequence.adapter, sequence.held_up = None, False
         if sequence.digest is not None:
-            self._residency.unpin(sequence.digest, self.step)
+            self._residency.unpin(sequence.digest, self._adapter_cost_s(sequence.digest))
 
     def forget(self, sequence: Sequence) -> None:
         """Take a queued sequence's full blocks, which it had before it was preempted, out of the prefix cache."""
         keys = sequence.keys.first(len(sequence.token_ids) // self._block_tokens, sequence.token_ids)
-        self._evict_unpinned(self._prefix.match(keys))
+        self._remove_idle_from(self._prefix.match(keys))
 
     def discard(self, digest: str) -> None:
         self._discarded.add(digest)
 
     def keep(self, digest: str) -> None:
-        """Undo a `discard` that has not been carried out."""
+        """Somebody is going to use this adapter: undo a `discard` that has not been carried out."""
         self._discarded.discard(digest)
+        self._residency.ask(digest, self._adapter_cost_s(digest))
 
     def drop_discarded(self, used: set[str]) -> None:
         """Let go of the discarded adapters that are not `used`."""
@@ -182,7 +220,7 @@ class Ledger:
             if digest in self._residency:
                 if not self._residency.is_loaded(digest):
                     continue  # its pages are being written
-                self.evict(IdleAdapter(digest, len(self._residency[digest].pages)))
+                self._remove_adapter(digest)
             self._tiers.discard(digest)
             self._discarded.remove(digest)
 
@@ -222,6 +260,7 @@ class Ledger:
         self._pool.check()
         self._residency.check()
         self._prefix.check()
+        self._order.check()
         self._tiers.check()
         for sequence in running:
             owners = {_CACHE, _owner(sequence)}
@@ -233,7 +272,7 @@ class Ledger:
         assert stats.sequences == num_blocks - shared.total(), "sequence pages leaked"
         assert stats.prefix == len(self._prefix), "cached pages leaked"
         assert all(self._prefix.pins(page) == count for page, count in shared.items()), "a cached block's pins are off"
-        num_idle = sum(1 for _ in self._prefix.idle())
+        num_idle = self._prefix.num_idle
         assert len(shared) + num_idle == len(self._prefix), "a cached block is pinned by nobody"
         assert self._keep_prefixes or not num_idle, "a block is kept without a cache"
         assert stats.adapters == sum(len(adapter.pages) for adapter in self._residency), "adapter pages leaked"
@@ -246,10 +285,31 @@ class Ledger:
         resident = self._residency[request.adapter.digest]
         return AdapterInput(directory=resident.directory, max_rank=resident.max_rank, scale=request.adapter.scale)
 
-    def _evict_unpinned(self, blocks: Iterable[int]) -> None:
-        for page in blocks:
-            if not self._prefix.pins(page):
-                self.evict(IdleBlock(page))
+    def _remove_adapter(self, digest: str) -> None:
+        adapter = self._residency.remove(digest)
+        self._pool.retire(adapter.pages, Owner(OwnerKind.ADAPTER, digest), self.step)
+
+    def _remove_block(self, page: int) -> None:
+        self._prefix.remove(page)
+        self._pool.retire([page], _CACHE, self.step)
+
+    def _remove_idle_from(self, pages: Iterable[int]) -> None:
+        for page in self._prefix.idle_from(pages):
+            self._remove_block(page)
+
+    def _num_bytes(self, digest: str) -> int:
+        num_pages = self.num_pages(digest)
+        assert num_pages is not None, f"{digest} is neither on the device nor in host memory"
+        return num_pages * self._page_bytes
+
+    def _adapter_cost_s(self, digest: str) -> float:
+        """Of bringing a resident adapter back; 0 of another."""
+        if digest not in self._residency:
+            return 0.0
+        per_byte = self.costs.copy_s_per_byte
+        if self._tiers.num_pages(digest) is None:
+            per_byte += self.costs.read_s_per_byte
+        return per_byte * self._num_bytes(digest)
 
     def _shares(self, sequence: Sequence) -> bool:
         return self._keep_prefixes or sequence.request.n > 1

@@ -6,9 +6,13 @@ the same tenant, behind the same tokens. (Keys chained by block: vLLM, SOSP 2023
 """
 
 from array import array
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
+
+from lorasrv.memory.eviction import EvictionOrder, IdleBlock
+from lorasrv.memory.likelihood import Likelihood, Uses
 
 _KEY_BYTES = 32
 
@@ -31,23 +35,35 @@ class BlockKeys:
         return self._chain[1 : count + 1]
 
 
-class PrefixCache:
-    """Cached blocks by key; idle ones, that no running sequence pins, in least-recently-used order.
+@dataclass(slots=True)
+class _Block:
+    """A cached block; `parent` is the page of the one before it. `priority` is at least that of each idle block behind
+    it, and its own when it is idle."""
 
-    Owned by the engine's thread. `now` is any number that never falls.
+    key: bytes
+    parent: int | None
+    uses: Uses
+    pins: int = 1
+    priority: float = 0.0
+
+
+class PrefixCache:
+    """Cached blocks by key. Those that no running sequence pins are in the eviction order, none before one behind it.
+
+    Who pins a block pins all blocks before it. Owned by the engine's thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, order: EvictionOrder, likelihood: Likelihood) -> None:
+        self._order = order
+        self._likelihood = likelihood
         self._pages: dict[bytes, int] = {}
-        self._keys: dict[int, bytes] = {}
-        self._pins: dict[int, int] = {}
-        self._idle: OrderedDict[int, int] = OrderedDict()
+        self._blocks: dict[int, _Block] = {}
 
     def __len__(self) -> int:
-        return len(self._pages)
+        return len(self._blocks)
 
     def __contains__(self, page: object) -> bool:
-        return page in self._keys
+        return page in self._blocks
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """Pages of the longest cached prefix."""
@@ -59,46 +75,81 @@ class PrefixCache:
             pages.append(page)
         return pages
 
-    def insert(self, key: bytes, page: int) -> bool:
-        """Cache a block that a running sequence has filled, and pin it for it. False if its content is cached already:
-        then the page stays the sequence's own."""
-        if key in self._pages:
-            return False
-        self._pages[key] = page
-        self._keys[page] = key
-        self._pins[page] = 1
-        return True
+    def insert(self, key: bytes, page: int, parent: int | None) -> int:
+        """Cache a block that a running sequence has filled, behind the cached block `parent`, and pin it for it. Where
+        its content is cached already that block is pinned. Returns the page that the sequence is to read."""
+        cached = self._pages.setdefault(key, page)
+        if cached == page:
+            self._blocks[page] = _Block(key=key, parent=parent, uses=self._likelihood.first())
+        else:
+            self.pin([cached])
+        return cached
 
-    def pin(self, pages: Sequence[int]) -> None:
+    def pin(self, pages: Sequence[int], *, again: bool = True) -> None:
+        """For a running sequence; `again` says that this tells of further uses."""
         for page in pages:
-            self._pins[page] += 1
-            self._idle.pop(page, None)
+            block = self._blocks[page]
+            if not block.pins:
+                self._order.discard(page)
+            block.pins += 1
+            if again:
+                self._likelihood.again(block.uses)
 
-    def unpin(self, pages: Sequence[int], now: int) -> None:
-        """Give back a sequence's cached blocks, in the sequence's order: its last block will be the first to go, since
-        a block is of no use without those before it."""
+    def unpin(self, pages: Sequence[int], cost_s: float) -> None:
+        """Give back all the cached blocks of a sequence, first to last. `cost_s` is what computing one costs."""
+        order = self._order
+        fresh = order.worth(self._likelihood.assumed, cost_s, 1)
+        worth, priority = 0.0, order.priority(0.0)
         for page in reversed(pages):
-            assert self._pins[page] > 0, f"page {page} is not pinned"
-            self._pins[page] -= 1
-            if not self._pins[page]:
-                self._idle[page] = now
+            block = self._blocks[page]
+            assert block.pins > 0, f"page {page} is not pinned"
+            block.pins -= 1
+            own = order.worth(self._likelihood.of(block.uses), cost_s, 1) if block.uses.again else fresh
+            if own > worth or priority < block.priority:
+                worth = max(worth, own, order.worth_of(block.priority))
+                priority = order.priority(worth)
+            block.priority = priority
+            if not block.pins:
+                order.add(page, 1, worth)
 
     def remove(self, page: int) -> None:
-        """Forget an idle block; its page is the caller's to retire."""
-        del self._idle[page], self._pins[page]
-        del self._pages[self._keys.pop(page)]
+        """Forget an idle block behind which there is none; its page is the caller's to retire."""
+        block = self._blocks.pop(page)
+        assert not block.pins, f"page {page} is in use"
+        self._order.discard(page)
+        del self._pages[block.key]
+
+    def idle_from(self, pages: Iterable[int]) -> list[int]:
+        """Those of the blocks that are idle and all that is cached behind them, last ones first. Looks at all."""
+        found = {page for page in pages if not self._blocks[page].pins}
+        if not found:
+            return []
+        for page, block in self._blocks.items():  # each stands behind its parent
+            if block.parent in found:
+                found.add(page)
+        return [page for page in reversed(self._blocks) if page in found]
 
     def pins(self, page: int) -> int:
-        return self._pins[page]
+        return self._blocks[page].pins
 
-    def idle(self) -> Iterator[tuple[int, int]]:
-        """(page, when it became idle), least recently used first."""
-        return iter(self._idle.items())
+    @property
+    def num_idle(self) -> int:
+        return sum(not block.pins for block in self._blocks.values())
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
-        assert {page: key for key, page in self._pages.items()} == self._keys, "keys and pages differ"
-        assert self._pins.keys() == self._keys.keys(), "pins and pages differ"
-        assert set(self._idle) == {page for page, pins in self._pins.items() if not pins}, "idle set is stale"
-        stamps = list(self._idle.values())
-        assert stamps == sorted(stamps), "idle blocks are out of order"
+        assert {page: key for key, page in self._pages.items()} == {p: b.key for p, b in self._blocks.items()}
+        ways: Counter[int] = Counter()
+        for page, block in self._blocks.items():
+            assert (page in self._order) == (not block.pins), f"page {page} is idle or not, and in the order or not"
+            if block.parent is not None:
+                parent = self._blocks[block.parent]
+                ways[block.parent] += block.pins
+                assert block.pins or parent.priority >= block.priority, f"page {block.parent} goes before {page}"
+        assert all(block.pins >= ways[page] for page, block in self._blocks.items()), "a block is pinned alone"
+        place = {each.page: index for index, each in enumerate(self._order) if isinstance(each, IdleBlock)}
+        for page, index in place.items():
+            parent = self._blocks[page].parent
+            assert parent is None or place.get(parent, index) >= index, (
+                f"page {parent} goes before {page}, which is behind it"
+            )

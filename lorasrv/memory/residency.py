@@ -1,8 +1,10 @@
 """Which adapter versions are in the pool, on which pages, and who uses them. Integers and digests only."""
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+from lorasrv.memory.eviction import EvictionOrder, IdleAdapter
+from lorasrv.memory.likelihood import Likelihood, Uses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,16 +28,20 @@ class AdapterInput:
 
 class Residency:
     """Adapters that have pages; loaded ones have their weights in them. Idle ones, loaded and pinned by no running
-    request, stand in least-recently-used order.
+    request, are in the eviction order.
 
-    Owned by the engine's thread. `now` is any number that never falls.
+    Of adapters that are gone it is remembered how often they were asked for: of at most `max_remembered`, about. Owned
+    by the engine's thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, order: EvictionOrder, likelihood: Likelihood, max_remembered: int = 16_384) -> None:
+        self._order = order
+        self._likelihood = likelihood
+        self._max_remembered = max_remembered
         self._adapters: dict[str, ResidentAdapter] = {}
         self._pins: dict[str, int] = {}
         self._loading: set[str] = set()
-        self._idle: OrderedDict[str, int] = OrderedDict()
+        self._uses: dict[str, Uses] = {}
 
     def __contains__(self, digest: object) -> bool:
         return digest in self._adapters
@@ -46,6 +52,19 @@ class Residency:
     def __iter__(self) -> Iterator[ResidentAdapter]:
         return iter(self._adapters.values())
 
+    def ask(self, digest: str, cost_s: float) -> None:
+        """Somebody is going to use the adapter. `cost_s` is what bringing it back costs, here and below."""
+        uses = self._uses.get(digest)
+        if uses is not None:
+            self._likelihood.again(uses)
+        else:
+            if len(self._uses) >= self._max_remembered + len(self._adapters):
+                self._forget_half()
+            self._uses[digest] = self._likelihood.first()
+        if digest in self._order:
+            self._order.discard(digest)
+            self._add_idle(digest, cost_s)
+
     def add(self, adapter: ResidentAdapter) -> None:
         """An adapter whose weights are on their way to its pages."""
         assert adapter.digest not in self._adapters, f"{adapter.digest} is resident already"
@@ -53,11 +72,11 @@ class Residency:
         self._pins[adapter.digest] = 0
         self._loading.add(adapter.digest)
 
-    def loaded(self, digest: str, now: int) -> None:
+    def loaded(self, digest: str, cost_s: float) -> None:
         """They have arrived."""
         self._loading.remove(digest)
         if not self._pins[digest]:
-            self._idle[digest] = now
+            self._add_idle(digest, cost_s)
 
     def is_loaded(self, digest: str) -> bool:
         return digest in self._adapters and digest not in self._loading
@@ -65,18 +84,20 @@ class Residency:
     def remove(self, digest: str) -> ResidentAdapter:
         """Forget an idle adapter; its pages are the caller's to retire."""
         assert not self._pins[digest], f"{digest} is in use"
-        del self._pins[digest], self._idle[digest]
+        assert digest not in self._loading, f"{digest} is being loaded"
+        del self._pins[digest]
+        self._order.discard(digest)
         return self._adapters.pop(digest)
 
     def pin(self, digest: str) -> None:
         self._pins[digest] += 1
-        self._idle.pop(digest, None)
+        self._order.discard(digest)
 
-    def unpin(self, digest: str, now: int) -> None:
+    def unpin(self, digest: str, cost_s: float) -> None:
         assert self._pins[digest] > 0, f"{digest} is not pinned"
         self._pins[digest] -= 1
         if not self._pins[digest] and digest not in self._loading:
-            self._idle[digest] = now
+            self._add_idle(digest, cost_s)
 
     def pins(self, digest: str) -> int:
         return self._pins[digest]
@@ -85,16 +106,25 @@ class Residency:
     def num_pins(self) -> int:
         return sum(self._pins.values())
 
-    def idle(self) -> Iterator[tuple[ResidentAdapter, int]]:
-        """(adapter, when it became idle), least recently used first."""
-        return ((self._adapters[digest], now) for digest, now in self._idle.items())
-
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
         assert self._adapters.keys() == self._pins.keys(), "pins and adapters differ"
         assert self._loading <= self._adapters.keys(), "an adapter without pages is loading"
-        unpinned = {digest for digest, pins in self._pins.items() if not pins}
-        assert set(self._idle) == unpinned - self._loading, "idle set is stale"
+        idle = {digest for digest, pins in self._pins.items() if not pins} - self._loading
+        assert idle == {each.digest for each in self._order if isinstance(each, IdleAdapter)}, "idle set is stale"
         assert all(pins >= 0 for pins in self._pins.values()), "negative pins"
         pages = [page for adapter in self for page in adapter.pages]
         assert len(pages) == len(set(pages)), "two adapters share a page"
+
+    def _add_idle(self, digest: str, cost_s: float) -> None:
+        num_pages = len(self._adapters[digest].pages)
+        uses = self._uses.get(digest)
+        likelihood = self._likelihood.assumed if uses is None else self._likelihood.of(uses)
+        self._order.add(digest, num_pages, self._order.worth(likelihood, cost_s, num_pages))
+
+    def _forget_half(self) -> None:
+        """The less likely half of what is not here."""
+        gone = [digest for digest in self._uses if digest not in self._adapters]
+        gone.sort(key=lambda digest: self._likelihood.of(self._uses[digest]))
+        for digest in gone[: len(gone) // 2 + 1]:
+            del self._uses[digest]
