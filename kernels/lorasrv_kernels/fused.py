@@ -416,7 +416,12 @@ def _add_variant(
         **dict.fromkeys(("residual_ptr", "base_ptr", "out_ptr"), _pointer(dtype)),
         **dict.fromkeys(("residual_stride", "base_stride", "out_stride", "num_rows", "hidden"), "i32"),
     }
-    return _variant(_add_kernel, rows, dtype, height, rank_step, _tile_cols(height, chunk, tuned, 128), tuned, widen)
+    block = _tile_cols(height, chunk, tuned, 128)
+    variant = _variant(_add_kernel, rows, dtype, height, rank_step, block, tuned, widen)
+    if (height, rank_step, block) == (PREFILL_HEIGHT, 16, 64):
+        # So many it takes anyway, but for an sm_80 it spills unless it is told.
+        return replace(variant, max_registers=80)
+    return variant
 
 
 @lru_cache
@@ -442,9 +447,7 @@ def _rope_variant(
     variant = _variant(_rope_write_kv_kernel, rows, dtype, height, rank_step, half, tuned, widen)
     constexprs = {**variant.constexprs, "HEIGHT": height or _HEAD_ROWS}
     limit = 232 if half > 64 else variant.max_registers
-    if normed and half == 64 and height == PREFILL_HEIGHT:
-        limit = 128
-    elif normed and half <= 64 and height == DECODE_HEIGHT:
+    if normed and half <= 64 and height == DECODE_HEIGHT:
         limit = 168
     return replace(variant, constexprs=constexprs, max_registers=limit)
 

@@ -210,10 +210,11 @@ def load_row_block(row_blocks_ptr, directories_ptr, block, row_parts, HEIGHT: tl
     entry = row_blocks_ptr + block * 4
     rows = first_row + tl.arange(0, HEIGHT)
     in_rows = rows < tl.load(entry + 1)
+    rows += tl.load(entry)
     rank, directory = tl.load(entry + 3), tl.cast(0, tl.int64)
     if rank > 0:
         directory = tl.load(directories_ptr + tl.load(entry + 2)).to(tl.int64) * ADDRESS_WORDS
-    return (tl.load(entry) + rows).to(tl.int64), in_rows, rank, directory
+    return rows.to(tl.int64), in_rows, rank, directory
 
 
 @triton.jit
