@@ -83,9 +83,15 @@ def _silu_mul_kernel(
     counts_ptr,
     directories_ptr,
     row_parts,
-    cols,
-    chunks,
-    odd_chunks,
+    cols_0,
+    chunk_0,
+    odd_chunk_0,
+    cols_1,
+    chunk_1,
+    odd_chunk_1,
+    cols_2,
+    chunk_2,
+    odd_chunk_2,
     HEIGHT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -110,7 +116,7 @@ def _silu_mul_kernel(
         up = tl.load(up_ptr, mask=mask, other=0.0).to(tl.float32)
         if row_blocks_ptr is not None:  # noqa: SIM102 - known when the kernel is compiled
             if rank > 0:
-                cut = (intermediate, chunks[0], odd_chunks[0])
+                cut = (intermediate, chunk_0, odd_chunk_0)
                 gate = expand_tile(gate, lora, directory, 0, rows, in_rows, col, cut, BLOCK_R, ALIGN, WIDEN)
                 up = expand_tile(up, lora, directory, 1, rows, in_rows, col, cut, BLOCK_R, ALIGN, WIDEN)
         act = act_ptr + tl.multiple_of(rows[:, None] * act_stride + col, [1, ALIGN]) + c[None, :]
@@ -141,9 +147,15 @@ def _add_kernel(
     counts_ptr,
     directories_ptr,
     row_parts,
-    cols,
-    chunks,
-    odd_chunks,
+    cols_0,
+    chunk_0,
+    odd_chunk_0,
+    cols_1,
+    chunk_1,
+    odd_chunk_1,
+    cols_2,
+    chunk_2,
+    odd_chunk_2,
     HEIGHT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -166,7 +178,7 @@ def _add_kernel(
         acc += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
         if row_blocks_ptr is not None:  # noqa: SIM102 - known when the kernel is compiled
             if rank > 0:
-                cut = (hidden, chunks[0], odd_chunks[0])
+                cut = (hidden, chunk_0, odd_chunk_0)
                 acc = expand_tile(acc, lora, directory, 0, rows, in_rows, col, cut, BLOCK_R, ALIGN, WIDEN)
         out = out_ptr + tl.multiple_of(rows[:, None] * out_stride + col, [1, ALIGN]) + c[None, :]
         tl.store(out, acc, mask=mask)
@@ -231,9 +243,15 @@ def _rope_write_kv_kernel(
     counts_ptr,
     directories_ptr,
     row_parts,
-    cols,
-    chunks,
-    odd_chunks,
+    cols_0,
+    chunk_0,
+    odd_chunk_0,
+    cols_1,
+    chunk_1,
+    odd_chunk_1,
+    cols_2,
+    chunk_2,
+    odd_chunk_2,
     HEIGHT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -263,9 +281,9 @@ def _rope_write_kv_kernel(
         if row_blocks_ptr is not None:  # noqa: SIM102 - known when the kernel is compiled
             if rank > 0:
                 module = tl.where(is_query, 0, tl.where(is_value, 2, 1))
-                own_cols = tl.where(is_query, cols[0], cols[1])
-                chunk = tl.where(is_query, chunks[0], chunks[1])
-                cut = (own_cols, chunk, tl.where(is_query, odd_chunks[0], odd_chunks[1]))
+                own_cols = tl.where(is_query, cols_0, cols_1)
+                chunk = tl.where(is_query, chunk_0, chunk_1)
+                cut = (own_cols, chunk, tl.where(is_query, odd_chunk_0, odd_chunk_1))
                 col = own_head * head_dim
                 first, second = expand_halves(  # pyright: ignore[reportGeneralTypeIssues]
                     first,

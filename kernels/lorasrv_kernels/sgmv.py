@@ -33,7 +33,8 @@ from lorasrv_kernels.work import DECODE_HEIGHT, PREFILL_HEIGHT, Work, split_cols
 
 # Numbers that differ between batches, layers and models, of which no kernel is to be compiled anew.
 LORA_NUMBERS = ("split_stride", "module_stride", "row_stride", "num_splits", "first_header")
-CUTS = ("cols", "chunks", "odd_chunks")
+# Not tuples, whose numbers Triton would specialize.
+CUTS = tuple(f"{name}_{module}" for module in range(3) for name in ("cols", "chunk", "odd_chunk"))
 LORA_CUTS = ("row_parts", *CUTS)
 _SHRINK_NUMBERS = (
     *(*LORA_NUMBERS, "x_stride", "in_features", "chunk", "odd_chunk"),
@@ -326,9 +327,15 @@ def _expand_kernel(
     counts_ptr,
     directories_ptr,
     row_parts,
-    cols,
-    chunks,
-    odd_chunks,
+    cols_0,
+    chunk_0,
+    odd_chunk_0,
+    cols_1,
+    chunk_1,
+    odd_chunk_1,
+    cols_2,
+    chunk_2,
+    odd_chunk_2,
     HEIGHT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -336,8 +343,10 @@ def _expand_kernel(
     WIDEN: tl.constexpr,
 ):
     lora = (h_ptr, split_stride, module_stride, row_stride, num_splits, words_ptr, elems_ptr, first_header)
+    cols, chunks = (cols_0, cols_1, cols_2), (chunk_0, chunk_1, chunk_2)
+    odd_chunks = (odd_chunk_0, odd_chunk_1, odd_chunk_2)
     tiles_per_block = 0
-    for m in tl.static_range(len(cols)):  # pyright: ignore[reportGeneralTypeIssues]
+    for m in tl.static_range(3):  # pyright: ignore[reportGeneralTypeIssues]
         tiles_per_block += tl.cdiv(cols[m], BLOCK_C)
     begin, end = share(num_row_blocks(counts_ptr, row_parts) * tiles_per_block)  # pyright: ignore[reportGeneralTypeIssues]
     for item in range(begin, end):
@@ -349,7 +358,7 @@ def _expand_kernel(
             tile = item % tiles_per_block
             module, col, first_col, own_cols, chunk, odd_chunk = 0, tile * BLOCK_C, 0, cols[0], chunks[0], odd_chunks[0]
             tiles_before, cols_before = tl.cdiv(cols[0], BLOCK_C), cols[0]
-            for m in tl.static_range(1, len(cols)):
+            for m in tl.static_range(1, 3):
                 behind = tile >= tiles_before
                 module = tl.where(behind, m, module)
                 col = tl.where(behind, (tile - tiles_before) * BLOCK_C, col)
@@ -459,12 +468,11 @@ def least_chunk(modules: tuple[Module, ...]) -> int:
 
 
 def lora_arguments(delta: Delta, dtype: torch.dtype, tuned: bool) -> tuple[object, ...]:
-    """What a kernel that expands takes from `h_ptr` to `odd_chunks`."""
+    """What a kernel that expands takes from `h_ptr` to the last cut."""
     h, pool, segments, modules = delta.h, delta.pool, delta.segments, delta.modules
     _check_adjacent(modules)
     assert h.stride(3) == 1, h.stride()
-    # Modules without columns have no tiles.
-    none = (0,) * (_MAX_MODULES - len(modules))
+    cuts = [(module.b.cols, module.b.chunk, module.b.odd_chunk) for module in modules]
     return (
         h,
         *h.stride()[:3],
@@ -476,9 +484,8 @@ def lora_arguments(delta: Delta, dtype: torch.dtype, tuned: bool) -> tuple[objec
         segments.work.counts,
         segments.directories,
         None if tuned else segments.work.height // PLAIN_SIZE[0],
-        (*(module.b.cols for module in modules), *none),
-        (*(module.b.chunk for module in modules), *none),
-        (*(module.b.odd_chunk for module in modules), *none),
+        # Modules without columns have no tiles.
+        *(number for cut in (*cuts, *((0, 0, 0),) * (_MAX_MODULES - len(modules))) for number in cut),
     )
 
 
@@ -498,7 +505,7 @@ def lora_types(dtype: torch.dtype, tuned: bool) -> dict[str, ArgumentType]:
         "elems_ptr": f"*{TRITON_TYPES[dtype]}:16",
         **dict.fromkeys(("row_blocks_ptr", "counts_ptr", "directories_ptr"), _WORDS),
         "row_parts": "none" if tuned else "i32",
-        **dict.fromkeys(CUTS, ("i32",) * _MAX_MODULES),
+        **dict.fromkeys(CUTS, "i32"),
     }
 
 
