@@ -18,12 +18,12 @@ LAYER = 1
 # Odd widths; widths of several tiles, whose rows begin at multiples of 16 bytes; q, k and v of one input.
 SHAPES = {
     "odd": (("q", 75, 131), ("k", 75, 40), ("v", 75, 77)),
-    "even": (("q", 200, 136), ("k", 200, 72), ("v", 200, 264)),
+    "even": (("q", 208, 144), ("k", 208, 80), ("v", 208, 272)),
 }
 RANKS = {1: (0, 1, 2), 3: (0, 2), 16: (1,), 40: (0, 1, 2), 72: (0, 2), 200: (2,), 256: (0,)}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16)
 # What a sum may lose: the order in fp32; h and the result rounded to the type, by the interpreter towards zero.
-PRECISION = {torch.float32: 4e-6, torch.bfloat16: 2**-6, torch.float16: 2**-9}
+PRECISION = {torch.float32: 4e-6, torch.bfloat16: 2**-6}
 
 
 @cache
@@ -55,7 +55,9 @@ def run(
     pool: LoraPool, segments: Segments, x: Tensor, ranges: Sequence[Range], modules: slice, num_splits: int
 ) -> None:
     geometry, memory, num_rows = pool.geometry[modules], pool.storage.bytes, len(x)
-    shape = (num_splits, len(geometry), num_rows, segments.max_rank + 3)
+    # Rows of h begin at multiples of 16 bytes, as the rows of the others do, or all do not.
+    width = segments.max_rank + (-segments.max_rank % 16 if geometry[0].a.cols % 16 == 0 else 3)
+    shape = (num_splits, len(geometry), num_rows, width)
     oracle = plain(segments, len(ranges))
     h, want_h = (torch.full(shape, float("nan"), device=DEVICE) for _ in range(2))
     sgmv.sgmv_shrink(x, memory, segments, LAYER, geometry, h)
@@ -118,11 +120,14 @@ def test_equals_the_oracle(case: str) -> None:
     equals_the_oracle(case, "even", torch.float32, height=64, spare=3)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", ["ragged", "no_segments"])
-def test_equals_the_oracle_in_half_precision(case: str, dtype: torch.dtype) -> None:
-    equals_the_oracle(case, "even", dtype, height=16)
-    equals_the_oracle(case, "odd", dtype, height=64, num_splits=3)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_oracle_where_it_is_tuned(case: str) -> None:
+    equals_the_oracle(case, "even", torch.bfloat16, height=16, num_splits=2)
+    equals_the_oracle(case, "even", torch.bfloat16, height=64, spare=3)
+
+
+def test_equals_the_oracle_in_bf16_that_is_not_aligned() -> None:
+    equals_the_oracle("ragged", "odd", torch.bfloat16, height=64, num_splits=3)
 
 
 @pytest.mark.slow
@@ -196,7 +201,7 @@ def random_step(data: st.DataObject) -> None:
 
 def test_a_row_has_the_same_bits_in_any_company() -> None:
     pool, adapters = pool_of("even", torch.bfloat16)
-    x, other = pool.normal(1, 200).to(DEVICE), pool.normal(20, 200).to(DEVICE)
+    x, other = pool.normal(1, 208).to(DEVICE), pool.normal(20, 208).to(DEVICE)
     geometry = pool.geometry
     results: list[Tensor] = []
     for row, ranges in (
@@ -220,7 +225,7 @@ def test_adapters_move_between_replays() -> None:
     adapters = [pool.load({0: 3, 2: 8}), pool.load({0: 16, 1: 16, 2: 16}), pool.load({1: 40})]
     spans = ((0, 1), (1, 4), (4, 5))
     fixed = pool.segments(6, [Range(start=0, end=1, adapter=adapters[2])] * 1, height=16, spare=8)
-    x = torch.empty(6, 200, device=DEVICE)
+    x = torch.empty(6, 208, device=DEVICE)
     for step in range(6):
         if step:
             moved = step % 3
@@ -243,7 +248,7 @@ def test_adapters_move_between_replays() -> None:
             (fixed.work.counts, new.work.counts),
         ):
             target[: len(source)] = source
-        x.copy_(pool.normal(6, 200))
+        x.copy_(pool.normal(6, 208))
         x[untouched(6, ranges)] = float("nan")
         step_segments = Segments(
             starts=new.starts,
@@ -264,7 +269,7 @@ def test_an_adapters_nan_stays_its_own() -> None:
         pool.storage.pages[page].view(pool.dtype).fill_(float("nan"))
     ranges = [Range(start=0, end=3, adapter=adapters[40]), Range(start=3, end=5, adapter=spoilt)]
     segments = pool.segments(8, ranges)
-    h, out = torch.empty(1, 3, 8, 40, device=DEVICE), torch.zeros(8, 472, dtype=pool.dtype, device=DEVICE)
-    sgmv.sgmv_shrink(pool.normal(8, 200).to(DEVICE), pool.storage.bytes, segments, LAYER, pool.geometry, h)
+    h, out = torch.empty(1, 3, 8, 40, device=DEVICE), torch.zeros(8, 496, dtype=pool.dtype, device=DEVICE)
+    sgmv.sgmv_shrink(pool.normal(8, 208).to(DEVICE), pool.storage.bytes, segments, LAYER, pool.geometry, h)
     sgmv.sgmv_expand(h, pool.storage.bytes, segments, LAYER, pool.geometry, out)
     assert out.isnan().any(1).tolist() == [False] * 3 + [True] * 2 + [False] * 3

@@ -44,6 +44,7 @@ def _blocks(
     keys,  # pointer to the kv head in place 0 of page 0
     table,  # pointer to the sequence's first page
     stride_page,
+    stride_token,
     scale,  # of scores, to units of log 2
     first,  # a multiple of WIDTH
     end,
@@ -55,7 +56,6 @@ def _blocks(
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-    STRIDE_TOKEN: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     column = tl.arange(0, WIDTH)
@@ -66,7 +66,7 @@ def _blocks(
     )
     for block in range(first, end, WIDTH):
         key_position = block + column
-        at = page.to(tl.int64) * stride_page + key_position % BLOCK_TOKENS * STRIDE_TOKEN
+        at = page.to(tl.int64) * stride_page + key_position % BLOCK_TOKENS * stride_token
         pointers = keys + at[:, None] + dim[None, :]
         ahead = key_position + WIDTH
         page = tl.load(table + ahead // BLOCK_TOKENS, mask=_readable(ahead, low, end, WINDOWED), other=0)
@@ -76,10 +76,10 @@ def _blocks(
             if MASKED:
                 readable = readable & there[:, None]
             key = tl.load(pointers, mask=readable, other=0.0)
-            value = tl.load(pointers + BLOCK_TOKENS * STRIDE_TOKEN, mask=readable, other=0.0)
+            value = tl.load(pointers + BLOCK_TOKENS * stride_token, mask=readable, other=0.0)
         else:
             key = tl.load(pointers)
-            value = tl.load(pointers + BLOCK_TOKENS * STRIDE_TOKEN)
+            value = tl.load(pointers + BLOCK_TOKENS * stride_token)
         if WIDEN:
             key, value = key.to(tl.float32), value.to(tl.float32)
         else:
@@ -102,12 +102,12 @@ def _blocks(
 
 
 @triton.jit(
-    do_not_specialize=["layer", "stride_table", "window"],
+    do_not_specialize=["layer", "stride_table", "window", "group", "kv_heads"],
     do_not_specialize_on_alignment=["block_tables", "items", "counts"],
 )
 def attend_kernel(
     query,  # [num_tokens, num_heads, HEAD_DIM]
-    kv,  # [num_pages, layers, 2, BLOCK_TOKENS, KV_HEADS, HEAD_DIM]
+    kv,  # [num_pages, layers, 2, BLOCK_TOKENS, kv_heads, HEAD_DIM]
     out,  # [num_tokens, num_heads, HEAD_DIM]
     sums,  # float32 [num_slots, num_heads, HEAD_DIM]
     stats,  # float32 [num_slots, num_heads, 2], top and total
@@ -121,11 +121,11 @@ def attend_kernel(
     stride_layer,
     stride_table,
     window,
+    group,  # query heads of a kv head
+    kv_heads,
     scale,  # float32
     WINDOWED: tl.constexpr,
     SPLIT: tl.constexpr,  # whether an item may be one of several of its rows
-    GROUP: tl.constexpr,
-    KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -134,21 +134,21 @@ def attend_kernel(
     FIELDS: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    STRIDE_TOKEN: tl.constexpr = KV_HEADS * HEAD_DIM
+    stride_token = kv_heads * HEAD_DIM
     packed = tl.arange(0, HEIGHT)
     dim = tl.arange(0, BLOCK_DIM)
-    for unit in range(tl.program_id(0), tl.load(counts) * KV_HEADS, tl.num_programs(0)):
+    for unit in range(tl.program_id(0), tl.load(counts) * kv_heads, tl.num_programs(0)):
         # The heads of an item are neighbours, in programs as in memory.
-        item = items + unit // KV_HEADS * FIELDS
-        kv_head = unit % KV_HEADS  # pyright: ignore[reportOperatorIssue]
+        item = items + unit // kv_heads * FIELDS
+        kv_head = unit % kv_heads  # pyright: ignore[reportOperatorIssue]
         sequence, first_row, num_rows = tl.load(item), tl.load(item + 1), tl.load(item + 2)
         first_position, first_key, end_key = tl.load(item + 3), tl.load(item + 4), tl.load(item + 5)
         low = first_key
         if WINDOWED:
             low = tl.maximum(low, first_position - window + 1)
         if low < end_key:
-            row = packed // GROUP
-            head = kv_head * GROUP + packed % GROUP
+            row = packed // group
+            head = kv_head * group + packed % group
             live = (row < num_rows)[:, None] & (dim < HEAD_DIM)[None, :]
             at = (first_row + row).to(tl.int64)
             offset = head[:, None] * HEAD_DIM + dim[None, :]
@@ -166,13 +166,13 @@ def attend_kernel(
                 # Up to here every row sees all. A split is read in one loop: a second would start its loads anew.
                 whole = tl.maximum(begin, tl.minimum((first_position + 1) // WIDTH * WIDTH, end_key))
                 top, total, acc = _blocks(
-                    top, total, acc, q, position, keys, table, stride_page, scale, begin, whole, low, window,
-                    False, WINDOWED, WIDTH, HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS, STRIDE_TOKEN, WIDEN,
+                    top, total, acc, q, position, keys, table, stride_page, stride_token, scale, begin, whole, low,
+                    window, False, WINDOWED, WIDTH, HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS, WIDEN,
                 )  # fmt: skip
                 begin = whole
             top, total, acc = _blocks(
-                top, total, acc, q, position, keys, table, stride_page, scale, begin, end_key, low, window,
-                True, WINDOWED, WIDTH, HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS, STRIDE_TOKEN, WIDEN,
+                top, total, acc, q, position, keys, table, stride_page, stride_token, scale, begin, end_key, low,
+                window, True, WINDOWED, WIDTH, HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS, WIDEN,
             )  # fmt: skip
             alone = True
             if SPLIT:
@@ -181,33 +181,33 @@ def attend_kernel(
                 result = acc / tl.where(total > 0.0, total, 1.0)[:, None]
                 tl.store(out + at[:, None] * stride_out + offset, result.to(out.dtype.element_ty), mask=live)
             else:
-                place = (tl.load(item + 6) + row).to(tl.int64) * (KV_HEADS * GROUP) + head
+                place = (tl.load(item + 6) + row).to(tl.int64) * (kv_heads * group) + head
                 tl.store(sums + place[:, None] * HEAD_DIM + dim[None, :], acc, mask=live)
                 tl.store(stats + place * 2, top, mask=row < num_rows)
                 tl.store(stats + place * 2 + 1, total, mask=row < num_rows)
 
 
-@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["merges", "counts"])
+@triton.jit(do_not_specialize=["window", "heads"], do_not_specialize_on_alignment=["merges", "counts"])
 def merge_kernel(
-    sums,  # float32 [num_slots, HEADS, HEAD_DIM]
-    stats,  # float32 [num_slots, HEADS, 2]
-    out,  # [num_tokens, HEADS, HEAD_DIM]
+    sums,  # float32 [num_slots, heads, HEAD_DIM]
+    stats,  # float32 [num_slots, heads, 2]
+    out,  # [num_tokens, heads, HEAD_DIM]
     merges,  # int32 [capacity, FIELDS]
     counts,  # int32 [at least 1], how many merges
     stride_out,
     window,
+    heads,
     WINDOWED: tl.constexpr,
-    HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     MOST: tl.constexpr,  # splits of a row
     FIELDS: tl.constexpr,
 ):
-    index = tl.program_id(0) // HEADS
+    index = tl.program_id(0) // heads
     if index < tl.load(counts):
         merge = merges + index * FIELDS
         row, slot, step, num_splits = tl.load(merge), tl.load(merge + 1), tl.load(merge + 2), tl.load(merge + 3)
-        head = tl.program_id(0) % HEADS
+        head = tl.program_id(0) % heads
         split = tl.arange(0, MOST)
         dim = tl.arange(0, BLOCK_DIM)
         there = split < num_splits
@@ -215,7 +215,7 @@ def merge_kernel(
             # What lies before the window has not been computed.
             low = tl.maximum(tl.load(merge + 5) - window + 1, 0)
             there = there & (split >= low // tl.load(merge + 4))
-        place = (slot + split * step).to(tl.int64) * HEADS + head
+        place = (slot + split * step).to(tl.int64) * heads + head
         tops = tl.load(stats + place * 2, mask=there, other=float("-inf"))
         totals = tl.load(stats + place * 2 + 1, mask=there, other=0.0)
         weights = tl.exp2(tops - tl.max(tops, 0))
@@ -251,8 +251,7 @@ def paged_attention(
     windowed, widen = window is not None, interpreting()
 
     def attend(items: Tensor, count: Tensor, tile: Tile, num_programs: int, split: bool) -> None:
-        shape = (query.dtype, work.tiling.group, kv_heads, head_dim, block_tokens)
-        variant = attend_variant(*shape, tile, split, windowed, widen)
+        variant = attend_variant(query.dtype, head_dim, block_tokens, tile, split, windowed, widen)
         variant.launch(
             num_programs,
             query,
@@ -270,6 +269,8 @@ def paged_attention(
             kv.stride(1),
             block_tables.stride(0),
             window or 0,
+            work.tiling.group,
+            kv_heads,
             head_dim**-0.5 * _LOG2_E,
         )
 
@@ -282,7 +283,7 @@ def paged_attention(
         programs = min(len(work.splits) * kv_heads, work.tiling.short.per_processor * _num_processors(query.device))
         attend(work.splits, work.counts[1:], work.tiling.short, programs, True)
     if len(work.merges):
-        variant = merge_variant(query.dtype, heads, head_dim, windowed)
+        variant = merge_variant(query.dtype, head_dim, windowed)
         variant.launch(
             len(work.merges) * heads,
             sums,
@@ -292,14 +293,13 @@ def paged_attention(
             work.counts[2:],
             out.stride(0),
             window or 0,
+            heads,
         )
 
 
 @lru_cache
 def attend_variant(
     dtype: torch.dtype,
-    group: int,
-    kv_heads: int,
     head_dim: int,
     block_tokens: int,
     tile: Tile,
@@ -308,6 +308,8 @@ def attend_variant(
     widen: bool,
 ) -> Variant:
     element = "*" + _TRITON_TYPES[dtype] + ":16"
+    # Two high tiles fit on a processor; and the assembler spills narrow ones for an sm_80 unless it is told.
+    limited = dtype.itemsize == 2 and not split and (head_dim <= 32 or (head_dim <= 64 and tile.num_warps == 8))
     aligned = {"query": element, "kv": element, "out": element, "sums": "*fp32:16", "stats": "*fp32:16"}
     numbers = dict.fromkeys(("stride_query", "stride_out", "stride_page", "stride_layer"), "i32:16")
     return Variant(
@@ -316,14 +318,12 @@ def attend_variant(
             **aligned,
             **dict.fromkeys(("block_tables", "items", "counts"), "*i32"),
             **numbers,
-            **dict.fromkeys(("layer", "stride_table", "window"), "i32"),
+            **dict.fromkeys(("layer", "stride_table", "window", "group", "kv_heads"), "i32"),
             "scale": "fp32",
         },
         constexprs={
             "WINDOWED": windowed,
             "SPLIT": split,
-            "GROUP": group,
-            "KV_HEADS": kv_heads,
             "HEAD_DIM": head_dim,
             "BLOCK_DIM": _block_dim(head_dim),
             "BLOCK_TOKENS": block_tokens,
@@ -334,12 +334,13 @@ def attend_variant(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        max_registers=128 if limited else None,
         tensor_cores=dtype.itemsize == 2,
     )
 
 
 @lru_cache
-def merge_variant(dtype: torch.dtype, heads: int, head_dim: int, windowed: bool) -> Variant:
+def merge_variant(dtype: torch.dtype, head_dim: int, windowed: bool) -> Variant:
     return Variant(
         kernel=merge_kernel,
         arguments={
@@ -349,11 +350,10 @@ def merge_variant(dtype: torch.dtype, heads: int, head_dim: int, windowed: bool)
             "merges": "*i32",
             "counts": "*i32",
             "stride_out": "i32:16",
-            "window": "i32",
+            **dict.fromkeys(("window", "heads"), "i32"),
         },
         constexprs={
             "WINDOWED": windowed,
-            "HEADS": heads,
             "HEAD_DIM": head_dim,
             "BLOCK_DIM": _block_dim(head_dim),
             "MOST": MAX_SPLITS,
@@ -366,31 +366,30 @@ def merge_variant(dtype: torch.dtype, heads: int, head_dim: int, windowed: bool)
 
 
 def variants() -> Iterator[Variant]:
-    """Every kernel of the table for models of these shapes, at 16 tokens a block."""
-    for dtype, group, head_dim in _SHAPES:
-        tiles: dict[tuple[Tile, bool], int] = {}  # with the least capability that takes it
-        for capability, deterministic in product((80, 90), (False, True)):
-            table = tiling(head_dim, group, dtype, capability=capability, deterministic=deterministic)
-            for tile in (table.tall, table.short):
-                if tile is not None:
-                    tiles.setdefault((tile, tile is table.short), capability)
-        for windowed in (False, True):
-            for (tile, split), since in tiles.items():
-                found = attend_variant(dtype, group, 8, head_dim, 16, tile, split, windowed, False)
-                yield replace(found, since=since)
-            yield merge_variant(dtype, 8 * group, head_dim, windowed)
+    """Every kernel of the table at 16 tokens a block and up to 16 query heads of a kv head, whatever their number."""
+    for dtype, head_dims in _HEAD_DIMS.items():
+        for head_dim in head_dims:
+            tiles: dict[tuple[Tile, bool], int] = {}  # with the least capability that takes it
+            for capability, deterministic in product((80, 90), (False, True)):
+                table = tiling(head_dim, 1, dtype, capability=capability, deterministic=deterministic)
+                for tile in (table.tall, table.short):
+                    if tile is not None:
+                        # How many programs a processor holds is not compiled in.
+                        kind = replace(tile, per_processor=1), tile is table.short
+                        tiles.setdefault(kind, capability)
+            for windowed in (False, True):
+                for (tile, split), since in tiles.items():
+                    found = attend_variant(dtype, head_dim, 16, tile, split, windowed, False)
+                    yield replace(found, since=since)
+                yield merge_variant(dtype, head_dim, windowed)
 
 
-# (dtype, query heads of a kv head, head_dim): of Llama 3 8B and 70B, Qwen 2 0.5B, Phi 3, Gemma 2, and for parity tests.
-# bf16 and fp16 differ in nothing but the instruction that multiplies them.
-_SHAPES = (
-    (torch.bfloat16, 4, 128),
-    (torch.float16, 8, 128),
-    (torch.float16, 7, 64),
-    (torch.float16, 1, 96),
-    (torch.float16, 2, 256),
-    (torch.float32, 4, 128),
-)
+# Of published models, and of small ones. fp16 differs from bf16 in nothing but the instruction that multiplies.
+_HEAD_DIMS = {
+    torch.bfloat16: (32, 64, 80, 96, 128, 256),
+    torch.float16: (128,),
+    torch.float32: (32, 64, 80, 96, 128, 256),
+}
 
 
 def _num_processors(device: torch.device) -> int:

@@ -5,7 +5,8 @@ base output and the adapters' part are added, normed, rotated or multiplied in f
 output is only read. Of a step with adapters, rows that lie in no row block of its work are not computed.
 
 An item is (row block, column tile): a tile of gate and of up; a head's two halves; a tile of the residual. Row blocks
-are those of the step's work, or where there are no adapters just so many rows.
+are those of the step's work, or where there are no adapters just so many rows. What is tuned and what plain is as in
+`sgmv`.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,15 +20,21 @@ import triton.language as tl
 from torch import Tensor
 
 from lorasrv_kernels.sgmv import (
-    ADDRESS_WORDS,
+    ITEM_SIZES,
+    LORA_CUTS,
     LORA_NUMBERS,
+    PLAIN_SIZE,
     TRITON_TYPES,
     expand_halves,
     expand_tile,
     is_aligned,
+    is_tuned,
+    item_size,
     least_chunk,
+    load_row_block,
     lora_arguments,
     lora_types,
+    num_row_blocks,
     share,
 )
 from lorasrv_kernels.tiles import Delta
@@ -39,32 +46,24 @@ _ROWS, _COLS, _HEAD_ROWS = 4, 512, 16
 
 
 @triton.jit
-def num_row_blocks(counts_ptr, num_rows, HEIGHT: tl.constexpr):
+def num_blocks(counts_ptr, row_parts, num_rows, HEIGHT: tl.constexpr):
     if counts_ptr is None:
         return tl.cdiv(num_rows, HEIGHT)
     else:
-        return tl.load(counts_ptr)
+        return num_row_blocks(counts_ptr, row_parts)
 
 
 @triton.jit
-def row_block(row_blocks_ptr, directories_ptr, block, num_rows, HEIGHT: tl.constexpr):
-    """(rows, which of them are in the block, its adapter's rank, the word of the adapter's directory)"""
-    rows = tl.arange(0, HEIGHT)
-    rank, directory = 0, tl.cast(0, tl.int64)
+def row_block(row_blocks_ptr, directories_ptr, block, row_parts, num_rows, HEIGHT: tl.constexpr):
+    """As `load_row_block`; without lists, the next rows and no adapter."""
     if row_blocks_ptr is None:
-        rows += block * HEIGHT
-        in_rows = rows < num_rows
+        rows = block * HEIGHT + tl.arange(0, HEIGHT)
+        return rows.to(tl.int64), rows < num_rows, 0, tl.cast(0, tl.int64)
     else:
-        entry = row_blocks_ptr + block * 4
-        in_rows = rows < tl.load(entry + 1)
-        rows += tl.load(entry)
-        rank = tl.load(entry + 3)
-        if rank > 0:
-            directory = tl.load(directories_ptr + tl.load(entry + 2)).to(tl.int64) * ADDRESS_WORDS
-    return rows.to(tl.int64), in_rows, rank, directory
+        return load_row_block(row_blocks_ptr, directories_ptr, block, row_parts, HEIGHT)
 
 
-@triton.jit(do_not_specialize=(*LORA_NUMBERS, "gate_up_stride", "act_stride", "num_rows", "intermediate"))
+@triton.jit(do_not_specialize=(*LORA_NUMBERS, *LORA_CUTS, "gate_up_stride", "act_stride", "num_rows", "intermediate"))
 def _silu_mul_kernel(
     gate_up_ptr,
     gate_up_stride,
@@ -83,9 +82,16 @@ def _silu_mul_kernel(
     row_blocks_ptr,
     counts_ptr,
     directories_ptr,
-    cols,
-    chunks,
-    odd_chunks,
+    row_parts,
+    cols_0,
+    chunk_0,
+    odd_chunk_0,
+    cols_1,
+    chunk_1,
+    odd_chunk_1,
+    cols_2,
+    chunk_2,
+    odd_chunk_2,
     HEIGHT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -95,10 +101,12 @@ def _silu_mul_kernel(
     lora = (h_ptr, split_stride, module_stride, row_stride, num_splits, words_ptr, elems_ptr, first_header)
     c = tl.arange(0, BLOCK_C)
     num_tiles = tl.cdiv(intermediate, BLOCK_C)
-    begin, end = share(num_row_blocks(counts_ptr, num_rows, HEIGHT) * num_tiles)  # pyright: ignore[reportGeneralTypeIssues]
+    begin, end = share(num_blocks(counts_ptr, row_parts, num_rows, HEIGHT) * num_tiles)  # pyright: ignore[reportGeneralTypeIssues]
     for item in range(begin, end):
         col = item % num_tiles * BLOCK_C
-        rows, in_rows, rank, directory = row_block(row_blocks_ptr, directories_ptr, item // num_tiles, num_rows, HEIGHT)
+        rows, in_rows, rank, directory = row_block(
+            row_blocks_ptr, directories_ptr, item // num_tiles, row_parts, num_rows, HEIGHT
+        )
         mask = in_rows[:, None] & (c < tl.multiple_of(tl.minimum(intermediate - col, BLOCK_C), ALIGN))[None, :]
         gate_ptr = gate_up_ptr + tl.multiple_of(rows[:, None] * gate_up_stride + col, [1, ALIGN]) + c[None, :]
         up_ptr = (
@@ -108,14 +116,16 @@ def _silu_mul_kernel(
         up = tl.load(up_ptr, mask=mask, other=0.0).to(tl.float32)
         if row_blocks_ptr is not None:  # noqa: SIM102 - known when the kernel is compiled
             if rank > 0:
-                cut = (intermediate, chunks[0], odd_chunks[0])
+                cut = (intermediate, chunk_0, odd_chunk_0)
                 gate = expand_tile(gate, lora, directory, 0, rows, in_rows, col, cut, BLOCK_R, ALIGN, WIDEN)
                 up = expand_tile(up, lora, directory, 1, rows, in_rows, col, cut, BLOCK_R, ALIGN, WIDEN)
         act = act_ptr + tl.multiple_of(rows[:, None] * act_stride + col, [1, ALIGN]) + c[None, :]
         tl.store(act, gate * tl.sigmoid(gate) * up, mask=mask)
 
 
-@triton.jit(do_not_specialize=(*LORA_NUMBERS, "residual_stride", "base_stride", "out_stride", "num_rows", "hidden"))
+@triton.jit(
+    do_not_specialize=(*LORA_NUMBERS, *LORA_CUTS, "residual_stride", "base_stride", "out_stride", "num_rows", "hidden")
+)
 def _add_kernel(
     residual_ptr,
     residual_stride,
@@ -136,9 +146,16 @@ def _add_kernel(
     row_blocks_ptr,
     counts_ptr,
     directories_ptr,
-    cols,
-    chunks,
-    odd_chunks,
+    row_parts,
+    cols_0,
+    chunk_0,
+    odd_chunk_0,
+    cols_1,
+    chunk_1,
+    odd_chunk_1,
+    cols_2,
+    chunk_2,
+    odd_chunk_2,
     HEIGHT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -148,10 +165,12 @@ def _add_kernel(
     lora = (h_ptr, split_stride, module_stride, row_stride, num_splits, words_ptr, elems_ptr, first_header)
     c = tl.arange(0, BLOCK_C)
     num_tiles = tl.cdiv(hidden, BLOCK_C)
-    begin, end = share(num_row_blocks(counts_ptr, num_rows, HEIGHT) * num_tiles)  # pyright: ignore[reportGeneralTypeIssues]
+    begin, end = share(num_blocks(counts_ptr, row_parts, num_rows, HEIGHT) * num_tiles)  # pyright: ignore[reportGeneralTypeIssues]
     for item in range(begin, end):
         col = item % num_tiles * BLOCK_C
-        rows, in_rows, rank, directory = row_block(row_blocks_ptr, directories_ptr, item // num_tiles, num_rows, HEIGHT)
+        rows, in_rows, rank, directory = row_block(
+            row_blocks_ptr, directories_ptr, item // num_tiles, row_parts, num_rows, HEIGHT
+        )
         mask = in_rows[:, None] & (c < tl.multiple_of(tl.minimum(hidden - col, BLOCK_C), ALIGN))[None, :]
         base = base_ptr + tl.multiple_of(rows[:, None] * base_stride + col, [1, ALIGN]) + c[None, :]
         residual = residual_ptr + tl.multiple_of(rows[:, None] * residual_stride + col, [1, ALIGN]) + c[None, :]
@@ -159,7 +178,7 @@ def _add_kernel(
         acc += tl.load(residual, mask=mask, other=0.0).to(tl.float32)
         if row_blocks_ptr is not None:  # noqa: SIM102 - known when the kernel is compiled
             if rank > 0:
-                cut = (hidden, chunks[0], odd_chunks[0])
+                cut = (hidden, chunk_0, odd_chunk_0)
                 acc = expand_tile(acc, lora, directory, 0, rows, in_rows, col, cut, BLOCK_R, ALIGN, WIDEN)
         out = out_ptr + tl.multiple_of(rows[:, None] * out_stride + col, [1, ALIGN]) + c[None, :]
         tl.store(out, acc, mask=mask)
@@ -175,6 +194,7 @@ def store_halves(out_ptr, place, head, half, low, high, mask, ALIGN: tl.constexp
 @triton.jit(
     do_not_specialize=(
         *LORA_NUMBERS,
+        *LORA_CUTS,
         "qkv_stride",
         "query_stride",
         "angle_stride",
@@ -222,25 +242,33 @@ def _rope_write_kv_kernel(
     row_blocks_ptr,
     counts_ptr,
     directories_ptr,
-    cols,
-    chunks,
-    odd_chunks,
+    row_parts,
+    cols_0,
+    chunk_0,
+    odd_chunk_0,
+    cols_1,
+    chunk_1,
+    odd_chunk_1,
+    cols_2,
+    chunk_2,
+    odd_chunk_2,
     HEIGHT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDEN: tl.constexpr,
-    GATHER: tl.constexpr,
 ):
     lora = (h_ptr, split_stride, module_stride, row_stride, num_splits, words_ptr, elems_ptr, first_header)
     c = tl.arange(0, BLOCK_C)
     half = tl.multiple_of(head_dim // 2, ALIGN)
     in_half = c < tl.multiple_of(tl.minimum(half, BLOCK_C), ALIGN)
     all_heads = num_heads + 2 * kv_heads
-    begin, end = share(num_row_blocks(counts_ptr, num_rows, HEIGHT) * all_heads)  # pyright: ignore[reportGeneralTypeIssues]
+    begin, end = share(num_blocks(counts_ptr, row_parts, num_rows, HEIGHT) * all_heads)  # pyright: ignore[reportGeneralTypeIssues]
     for item in range(begin, end):
         head = item % all_heads
-        rows, in_rows, rank, directory = row_block(row_blocks_ptr, directories_ptr, item // all_heads, num_rows, HEIGHT)
+        rows, in_rows, rank, directory = row_block(
+            row_blocks_ptr, directories_ptr, item // all_heads, row_parts, num_rows, HEIGHT
+        )
         mask = in_rows[:, None] & in_half[None, :]
         first_ptr = qkv_ptr + tl.multiple_of(rows[:, None] * qkv_stride + head * head_dim, [1, ALIGN]) + c[None, :]
         at_half = rows[:, None] * qkv_stride + (head * head_dim + half)
@@ -253,9 +281,9 @@ def _rope_write_kv_kernel(
         if row_blocks_ptr is not None:  # noqa: SIM102 - known when the kernel is compiled
             if rank > 0:
                 module = tl.where(is_query, 0, tl.where(is_value, 2, 1))
-                own_cols = tl.where(is_query, cols[0], cols[1])
-                chunk = tl.where(is_query, chunks[0], chunks[1])
-                cut = (own_cols, chunk, tl.where(is_query, odd_chunks[0], odd_chunks[1]))
+                own_cols = tl.where(is_query, cols_0, cols_1)
+                chunk = tl.where(is_query, chunk_0, chunk_1)
+                cut = (own_cols, chunk, tl.where(is_query, odd_chunk_0, odd_chunk_1))
                 col = own_head * head_dim
                 first, second = expand_halves(  # pyright: ignore[reportGeneralTypeIssues]
                     first,
@@ -271,7 +299,6 @@ def _rope_write_kv_kernel(
                     BLOCK_R,
                     ALIGN,
                     WIDEN,
-                    GATHER,
                 )
         angles = tl.multiple_of(rows[:, None] * angle_stride, [1, ALIGN]) + c[None, :]
         cos = tl.load(cos_ptr + angles, mask=mask, other=0.0).to(tl.float32)
@@ -305,11 +332,10 @@ def silu_mul(
 ) -> Tensor:  # [num_tokens, intermediate]
     num_rows, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
     act = gate_up.new_empty(num_rows, intermediate)
-    aligned = intermediate % 16 == 0 and gate_up.stride(0) % 16 == 0
     _launch(
         _silu_variant,
         delta,
-        aligned,
+        is_tuned(gate_up.dtype, intermediate, gate_up.stride(0)),
         (gate_up, gate_up.stride(0), act, act.stride(0), num_rows, intermediate),
         lambda block: -(-intermediate // block),
     )
@@ -322,9 +348,9 @@ def add(
     delta: Delta | None,
 ) -> Tensor:  # [num_tokens, hidden]
     x, (num_rows, hidden) = torch.empty_like(residual), residual.shape
-    aligned = hidden % 16 == 0 and residual.stride(0) % 16 == 0 and out.stride(0) % 16 == 0
+    tuned = is_tuned(residual.dtype, hidden, residual.stride(0), out.stride(0))
     rows = (residual, residual.stride(0), out, out.stride(0), x, x.stride(0), num_rows, hidden)
-    _launch(_add_variant, delta, aligned, rows, lambda block: -(-hidden // block))
+    _launch(_add_variant, delta, tuned, rows, lambda block: -(-hidden // block))
     return x
 
 
@@ -350,76 +376,81 @@ def rope_write_kv(
         *(kv, kv.stride(0), layer * kv.stride(1), kv.stride(2), kv.stride(3), kv.shape[3]),
         *(slots, qkv.shape[0], num_heads, kv_heads, head_dim),
     )
-    # Halves of a power of two begin at multiples of themselves, so no border of a chunk divides them.
-    gather = half & (half - 1) != 0 or (delta is not None and half > least_chunk(delta.modules))
-    aligned = half % 16 == 0 and not gather and qkv.stride(0) % 16 == 0 and cos.stride(0) % 16 == 0
-    variant = partial(_rope_variant, norms is not None, max(16, triton.next_power_of_2(half)), gather)
-    _launch(variant, delta, aligned, arguments, lambda _: all_heads)
+    tuned = is_tuned(qkv.dtype, half, qkv.stride(0), cos.stride(0))
+    if delta is not None:
+        # Halves of a power of two begin at multiples of themselves, so no border of a chunk divides them.
+        tuned = tuned and half & (half - 1) == 0 and half <= least_chunk(delta.modules)
+    variant = partial(_rope_variant, norms is not None, max(_HALVES[0], triton.next_power_of_2(half)))
+    _launch(variant, delta, tuned, arguments, lambda _: all_heads)
     return query
 
 
 def _launch(
     variant_of: Callable[..., Variant],
     delta: Delta | None,
-    aligned: bool,
+    tuned: bool,
     arguments: tuple[object, ...],
     num_tiles: Callable[[int], int],  # of a row, for the columns of a tile
 ) -> None:
     tensor = arguments[0]
     assert isinstance(tensor, Tensor) and tensor.stride(-1) == 1
     if delta is None:
-        variant = variant_of(tensor.dtype, None, 0, _COLS, aligned, interpreting())
+        variant = variant_of(tensor.dtype, None, 0, _COLS, tuned, interpreting())
         num_blocks = -(-tensor.shape[0] // variant.constexprs["HEIGHT"])
         # Nothing is gained by fewer programs, as there is no table to read.
         programs = max(1, num_blocks * num_tiles(variant.constexprs["BLOCK_C"]))
         variant.launch(programs, *arguments, *(None for _ in _NO_LORA))
         return
-    work = delta.segments.work
-    aligned = aligned and is_aligned(delta)
-    variant = variant_of(tensor.dtype, work.height, work.rank_step, least_chunk(delta.modules), aligned, interpreting())
-    programs = num_programs(work.row_blocks.shape[0] * num_tiles(variant.constexprs["BLOCK_C"]), tensor.device)
-    variant.launch(programs, *arguments, *lora_arguments(delta, tensor.dtype))
+    work, tuned = delta.segments.work, tuned and is_aligned(delta)
+    height, rank_step = item_size(work, tuned)
+    variant = variant_of(tensor.dtype, height, rank_step, least_chunk(delta.modules), tuned, interpreting())
+    blocks = work.row_blocks.shape[0] * (work.height // height)
+    programs = num_programs(blocks * num_tiles(variant.constexprs["BLOCK_C"]), tensor.device)
+    variant.launch(programs, *arguments, *lora_arguments(delta, tensor.dtype, tuned))
 
 
-_NO_LORA: dict[str, ArgumentType] = dict.fromkeys(lora_types(torch.float32, 1, True), "none")
-_HALVES = (16, 32, 64, 128)
+_NO_LORA: dict[str, ArgumentType] = dict.fromkeys(lora_types(torch.float32, False), "none")
+_HALVES = (32, 64, 128)
 
 
 @lru_cache
 def _silu_variant(
-    dtype: torch.dtype, height: int | None, rank_step: int, chunk: int, aligned: bool, widen: bool
+    dtype: torch.dtype, height: int | None, rank_step: int, chunk: int, tuned: bool, widen: bool
 ) -> Variant:
     rows: dict[str, ArgumentType] = {
-        "gate_up_ptr": _pointer(dtype),
-        "act_ptr": _pointer(dtype),
+        **dict.fromkeys(("gate_up_ptr", "act_ptr"), _pointer(dtype)),
         **dict.fromkeys(("gate_up_stride", "act_stride", "num_rows", "intermediate"), "i32"),
     }
-    block = _tile_cols(height, chunk, aligned, 256)
-    return _variant(_silu_mul_kernel, rows, dtype, height, rank_step, 2, block, aligned, widen)
+    return _variant(
+        _silu_mul_kernel, rows, dtype, height, rank_step, _tile_cols(height, chunk, tuned, 256), tuned, widen
+    )
 
 
 @lru_cache
 def _add_variant(
-    dtype: torch.dtype, height: int | None, rank_step: int, chunk: int, aligned: bool, widen: bool
+    dtype: torch.dtype, height: int | None, rank_step: int, chunk: int, tuned: bool, widen: bool
 ) -> Variant:
     rows: dict[str, ArgumentType] = {
         **dict.fromkeys(("residual_ptr", "base_ptr", "out_ptr"), _pointer(dtype)),
         **dict.fromkeys(("residual_stride", "base_stride", "out_stride", "num_rows", "hidden"), "i32"),
     }
-    block = _tile_cols(height, chunk, aligned, 128)
-    return _variant(_add_kernel, rows, dtype, height, rank_step, 1, block, aligned, widen)
+    block = _tile_cols(height, chunk, tuned, 128)
+    variant = _variant(_add_kernel, rows, dtype, height, rank_step, block, tuned, widen)
+    if (height, rank_step, block) == (PREFILL_HEIGHT, 16, 64):
+        # So many it takes anyway, but for an sm_80 it spills unless it is told.
+        return replace(variant, max_registers=80)
+    return variant
 
 
 @lru_cache
 def _rope_variant(
     normed: bool,
     half: int,
-    gather: bool,
     dtype: torch.dtype,
     height: int | None,
     rank_step: int,
-    chunk: int,
-    aligned: bool,
+    chunk: int,  # of no meaning here
+    tuned: bool,
     widen: bool,
 ) -> Variant:
     numbers = ("qkv_stride", "query_stride", "angle_stride", "page_stride", "layer_offset", "value_offset")
@@ -431,49 +462,45 @@ def _rope_variant(
         "slots_ptr": "*i64:16",
         "eps": "fp32",
     }
-    variant = _variant(
-        _rope_write_kv_kernel, rows, dtype, height or _HEAD_ROWS, rank_step, 3 if height else 0, half, aligned, widen
-    )
-    return replace(
-        variant,
-        constexprs={**variant.constexprs, "GATHER": gather},
-        max_registers=232 if half > 64 else 168 if normed and height == DECODE_HEIGHT else variant.max_registers,
-    )
+    variant = _variant(_rope_write_kv_kernel, rows, dtype, height, rank_step, half, tuned, widen)
+    constexprs = {**variant.constexprs, "HEIGHT": height or _HEAD_ROWS}
+    limit = 232 if half > 64 else variant.max_registers
+    if normed and half <= 64 and height == DECODE_HEIGHT:
+        limit = 168
+    return replace(variant, constexprs=constexprs, max_registers=limit)
 
 
 def _variant(
     kernel: object,
     rows: dict[str, ArgumentType],
     dtype: torch.dtype,
-    height: int | None,
+    height: int | None,  # None without adapters
     rank_step: int,
-    num_modules: int,
     block: int,
-    aligned: bool,
+    tuned: bool,
     widen: bool,
 ) -> Variant:
-    lora = lora_types(dtype, num_modules, aligned) if num_modules and height else _NO_LORA
     return Variant(
         kernel=kernel,
-        arguments={**rows, **lora},
+        arguments={**rows, **(lora_types(dtype, tuned) if height else _NO_LORA)},
         constexprs={
             "HEIGHT": height or _ROWS,
             "BLOCK_R": rank_step,
             "BLOCK_C": block,
-            "ALIGN": 16 // dtype.itemsize if aligned else 1,
+            "ALIGN": 8 if tuned else 1,
             "WIDEN": widen,
         },
         num_warps=8 if height == PREFILL_HEIGHT or block > 128 else 4,
         num_stages=3,
-        max_registers=168 if height == DECODE_HEIGHT and not aligned else None,
-        tensor_cores=lora is not _NO_LORA and dtype != torch.float32,
+        max_registers=168 if height and not tuned else None,
+        tensor_cores=height is not None and dtype == torch.bfloat16,
     )
 
 
-def _tile_cols(height: int | None, chunk: int, aligned: bool, decode: int) -> int:
+def _tile_cols(height: int | None, chunk: int, tuned: bool, decode: int) -> int:
     if height is None:
         return _COLS
-    return min(chunk, decode if height == DECODE_HEIGHT else 128) if aligned else 64
+    return min(chunk, decode if height == DECODE_HEIGHT else 128) if tuned else 64
 
 
 def _pointer(dtype: torch.dtype) -> str:
@@ -482,12 +509,12 @@ def _pointer(dtype: torch.dtype) -> str:
 
 def variants() -> Iterator[Variant]:
     """Everything that the launchers can choose on a GPU."""
-    steps = ((None, 0), (DECODE_HEIGHT, 16), (PREFILL_HEIGHT, 16), (PREFILL_HEIGHT, 32))
-    for dtype, aligned, (height, step) in product(TRITON_TYPES, (True, False), steps):
-        for chunk in {_tile_cols(height, chunk, aligned, 256) for chunk in (64, 128, 256)}:
-            yield _silu_variant(dtype, height, step, chunk, aligned, False)
-        for chunk in {_tile_cols(height, chunk, aligned, 128) for chunk in (64, 128)}:
-            yield _add_variant(dtype, height, step, chunk, aligned, False)
-        for normed, half, gather in product((False, True), _HALVES, (False, True)):
-            if not (aligned and gather):
-                yield _rope_variant(normed, half, gather, dtype, height, step, 64, aligned, False)
+    sizes = {True: ((None, 0), *ITEM_SIZES), False: ((None, 0), PLAIN_SIZE)}
+    for dtype, tuned in ((torch.bfloat16, True), *((dtype, False) for dtype in TRITON_TYPES)):
+        for height, step in sizes[tuned]:
+            for chunk in {_tile_cols(height, chunk, tuned, 256) for chunk in (64, 128, 256)}:
+                yield _silu_variant(dtype, height, step, chunk, tuned, False)
+            for chunk in {_tile_cols(height, chunk, tuned, 128) for chunk in (64, 128)}:
+                yield _add_variant(dtype, height, step, chunk, tuned, False)
+            for normed, half in product((False, True), _HALVES):
+                yield _rope_variant(normed, half, dtype, height, step, 64, tuned, False)

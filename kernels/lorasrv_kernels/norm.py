@@ -2,12 +2,11 @@
 
 Semantics: those of `reference`, under the same names and signatures, but that x / sqrt(mean(x^2) + eps) * weight is
 rounded once. A program has a row. What adapters add to a linear module's output comes before it (`fused.add`), spread
-over the device: a program would wait long for all of B.
+over the device: a program would wait long for all of B. What is tuned and what plain is as in `sgmv`.
 """
 
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import product
 
 import torch
 import triton
@@ -15,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorasrv_kernels import fused
-from lorasrv_kernels.sgmv import TRITON_TYPES
+from lorasrv_kernels.sgmv import TRITON_TYPES, is_tuned
 from lorasrv_kernels.tiles import Delta
 from lorasrv_kernels.variant import ArgumentType, Variant
 
@@ -84,15 +83,15 @@ def _launch(rows: tuple[object, ...], normed: Tensor, weight: Tensor, eps: float
     if not num_rows:
         return
     strides = (*rows[1::2], normed.stride(0))
-    aligned = hidden % 16 == 0 and all(isinstance(stride, int) and stride % 16 == 0 for stride in strides)
-    block = next((block for block in _BLOCKS if block >= hidden), None)
-    assert block is not None, f"rows of {hidden} elements; at most {_BLOCKS[-1]} can be normed"
-    variant = norm_variant(normed.dtype, rows[2] is not None, block, aligned)
+    assert hidden <= _BLOCKS[-1], f"rows of {hidden} elements; at most {_BLOCKS[-1]} can be normed"
+    tuned = is_tuned(normed.dtype, hidden, *(stride for stride in strides if isinstance(stride, int)))
+    block = next(block for block in _BLOCKS if block >= hidden) if tuned else _BLOCKS[-1]
+    variant = norm_variant(normed.dtype, rows[2] is not None, block, tuned)
     variant.launch(num_rows, *rows, weight, normed, normed.stride(0), hidden, eps)
 
 
 @lru_cache
-def norm_variant(dtype: torch.dtype, adds: bool, block: int, aligned: bool) -> Variant:
+def norm_variant(dtype: torch.dtype, adds: bool, block: int, tuned: bool) -> Variant:
     pointer = f"*{TRITON_TYPES[dtype]}:16"
     arguments: dict[str, ArgumentType] = {
         **dict.fromkeys(("x_ptr", "weight_ptr", "normed_ptr"), pointer),
@@ -103,7 +102,7 @@ def norm_variant(dtype: torch.dtype, adds: bool, block: int, aligned: bool) -> V
     return Variant(
         kernel=_norm_kernel,
         arguments=arguments,
-        constexprs={"BLOCK": block, "ALIGN": 16 // dtype.itemsize if aligned else 1},
+        constexprs={"BLOCK": block, "ALIGN": 8 if tuned else 1},
         num_warps=min(16, max(1, block // 512)),
         num_stages=1,
         tensor_cores=False,
@@ -112,5 +111,8 @@ def norm_variant(dtype: torch.dtype, adds: bool, block: int, aligned: bool) -> V
 
 def variants() -> Iterator[Variant]:
     """Everything that the launchers can choose on a GPU."""
-    for dtype, adds, block, aligned in product(TRITON_TYPES, (False, True), _BLOCKS, (True, False)):
-        yield norm_variant(dtype, adds, block, aligned)
+    for adds in (False, True):
+        for block in _BLOCKS:
+            yield norm_variant(torch.bfloat16, adds, block, True)
+        for dtype in TRITON_TYPES:
+            yield norm_variant(dtype, adds, _BLOCKS[-1], False)

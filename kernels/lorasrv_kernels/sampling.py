@@ -22,7 +22,7 @@ from lorasrv_kernels.variant import Variant
 
 _BLOCK = 1024
 _FEWEST = 128  # blocks that the second kernel is compiled for
-_ELEMENTS = {torch.float64: "fp64", torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_ELEMENTS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
 @triton.jit

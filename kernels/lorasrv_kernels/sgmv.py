@@ -9,8 +9,10 @@ segment's adapter are not read.
                 Short row blocks wait for A's bytes, so every module is an item of its own; high ones wait for x, which
                 is read once for all modules.
     expand      an item is (row block, column tile of a module): out += sum of h's splits @ B, over the rank in blocks.
-                h is rounded for the tensor cores: to bf16, or to tf32 where the adapter is fp16, whose range h may
-                exceed.
+                h is rounded to bf16 for the tensor cores.
+
+bf16 in rows that begin at multiples of 16 bytes is what serves, and is tuned. All else goes one plain way, in items of
+16 rows and 16 rank rows whatever the work's height.
 
 A row block, or a column tile, is computed alone, in the order of its rank rows and columns: the bits of a result depend
 on the work's height, on the splits and on nothing else in the batch. There are no atomics.
@@ -18,7 +20,7 @@ on the work's height, on the splits and on nothing else in the batch. There are 
 
 from collections.abc import Iterator
 from functools import lru_cache
-from itertools import product
+from math import prod
 
 import torch
 import triton
@@ -27,10 +29,19 @@ from torch import Tensor
 
 from lorasrv_kernels.tiles import ADDRESS_BYTES, HEADER_FIELDS, Delta, Module, Segments
 from lorasrv_kernels.variant import ArgumentType, Variant, interpreting, num_programs
-from lorasrv_kernels.work import DECODE_HEIGHT, PREFILL_HEIGHT, split_cols
+from lorasrv_kernels.work import DECODE_HEIGHT, PREFILL_HEIGHT, Work, split_cols
 
-# Numbers that differ between batches and layers, of which no kernel is to be compiled anew.
+# Numbers that differ between batches, layers and models, of which no kernel is to be compiled anew.
 LORA_NUMBERS = ("split_stride", "module_stride", "row_stride", "num_splits", "first_header")
+# Not tuples, whose numbers Triton would specialize.
+CUTS = tuple(f"{name}_{module}" for module in range(3) for name in ("cols", "chunk", "odd_chunk"))
+LORA_CUTS = ("row_parts", *CUTS)
+_SHRINK_NUMBERS = (
+    *(*LORA_NUMBERS, "x_stride", "in_features", "chunk", "odd_chunk"),
+    "split_cols",
+)
+# What a block of the lists is divided into, each None where it is not.
+_PARTS = ("num_groups", "row_parts", "rank_parts")
 ADDRESS_BITS = tl.constexpr(ADDRESS_BYTES * 8)
 ADDRESS_WORDS = tl.constexpr(ADDRESS_BYTES // 4)
 HEADER_WORDS = tl.constexpr(HEADER_FIELDS)
@@ -70,7 +81,7 @@ def share(num_items):
     return begin, tl.minimum(begin + most, num_items)
 
 
-@triton.jit(do_not_specialize=(*LORA_NUMBERS, "x_stride", "in_features", "chunk", "odd_chunk", "split_cols"))
+@triton.jit(do_not_specialize=(*_SHRINK_NUMBERS, *_PARTS))
 def _shrink_kernel(
     x_ptr,
     x_stride,
@@ -91,7 +102,9 @@ def _shrink_kernel(
     odd_chunk,
     split_cols,
     num_splits,
-    NUM_MODULES: tl.constexpr,
+    num_groups,
+    row_parts,
+    rank_parts,
     GROUP: tl.constexpr,
     HEIGHT: tl.constexpr,
     RANK_STEP: tl.constexpr,
@@ -100,18 +113,28 @@ def _shrink_kernel(
     ALIGN: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    NUM_GROUPS: tl.constexpr = NUM_MODULES // GROUP
     n = tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     step = tl.minimum(chunk, odd_chunk)  # columns that no chunk's border divides
-    num_items = tl.load(counts_ptr + 1) * (NUM_GROUPS * num_splits)
+    num_items = tl.load(counts_ptr + 1) * num_splits
+    if num_groups is not None:
+        num_items *= num_groups
+    if row_parts is not None:
+        num_items *= row_parts * rank_parts
     begin_item, end_item = share(num_items)  # pyright: ignore[reportGeneralTypeIssues]
     for item in range(begin_item, end_item):
         split = item % num_splits
-        group = item // num_splits % NUM_GROUPS
-        rank_block = rank_blocks_ptr + item // (num_splits * NUM_GROUPS) * 2
+        block, group, first_row, rank_offset = item // num_splits, 0, 0, 0
+        if num_groups is not None:
+            group = block % num_groups
+            block = block // num_groups
+        if row_parts is not None:
+            rank_offset = block % rank_parts * RANK_STEP
+            first_row = block // rank_parts % row_parts * HEIGHT
+            block = block // (rank_parts * row_parts)
+        rank_block = rank_blocks_ptr + block * 2
         row_block = row_blocks_ptr + tl.load(rank_block) * 4
-        first_rank = tl.load(rank_block + 1)
+        first_rank = tl.load(rank_block + 1) + rank_offset
         segment = tl.load(row_block + 2)
         directory = tl.load(directories_ptr + segment).to(tl.int64) * ADDRESS_WORDS
 
@@ -131,7 +154,7 @@ def _shrink_kernel(
         if most > first_rank:
             rank_row = first_rank + n % RANK_STEP
             wanted = rank_row < rank
-            rows = tl.arange(0, HEIGHT)
+            rows = first_row + tl.arange(0, HEIGHT)
             in_rows = rows < tl.load(row_block + 1)
             rows = (tl.load(row_block) + rows).to(tl.int64)
             begin = tl.multiple_of(split * split_cols, 128)
@@ -170,6 +193,32 @@ def _shrink_kernel(
 
 
 @triton.jit
+def num_row_blocks(counts_ptr, row_parts):
+    num_blocks = tl.load(counts_ptr)
+    if row_parts is not None:
+        num_blocks *= row_parts
+    return num_blocks
+
+
+@triton.jit
+def load_row_block(row_blocks_ptr, directories_ptr, block, row_parts, HEIGHT: tl.constexpr):
+    """(rows, which of them are in the block, its adapter's rank, the word of the adapter's directory) of a row block
+    or, where they are higher than HEIGHT, of one of its `row_parts` parts."""
+    first_row = 0
+    if row_parts is not None:
+        first_row = block % row_parts * HEIGHT
+        block = block // row_parts
+    entry = row_blocks_ptr + block * 4
+    rows = first_row + tl.arange(0, HEIGHT)
+    in_rows = rows < tl.load(entry + 1)
+    rows += tl.load(entry)
+    rank, directory = tl.load(entry + 3), tl.cast(0, tl.int64)
+    if rank > 0:
+        directory = tl.load(directories_ptr + tl.load(entry + 2)).to(tl.int64) * ADDRESS_WORDS
+    return rows.to(tl.int64), in_rows, rank, directory
+
+
+@triton.jit
 def summed_h(lora, module, rows, in_rows, r, wanted, ALIGN: tl.constexpr):
     """float32 [HEIGHT, BLOCK_R]: the columns `r` of h, its splits added in their order."""
     h_ptr, split_stride, module_stride, row_stride, num_splits, _, _, _ = lora
@@ -205,8 +254,6 @@ def multiply_b(
         b = tl.load(elems_ptr + offsets[:, None] + c[None, :], mask=mask, other=0.0)
     if b.dtype == tl.bfloat16:
         return multiply(h.to(tl.bfloat16), b, acc, WIDEN)
-    elif b.dtype == tl.float16:
-        return tl.dot(h, b.to(tl.float32), acc, input_precision="tf32")
     else:
         return multiply(h, b, acc, WIDEN)
 
@@ -249,23 +296,22 @@ def expand_halves(
     half,
     cut,
     BLOCK_R: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr,  # 1 where borders of chunks may divide the columns
     WIDEN: tl.constexpr,
-    GATHER: tl.constexpr,
 ):
-    """`expand_tile` from `col` and from `col + half` on; with GATHER, columns may lie in any chunks."""
+    """`expand_tile` from `col` and from `col + half` on."""
     header_ptr = lora[5] + directory + lora[7] + module * HEADER_WORDS
     rank, first = tl.load(header_ptr), directory + tl.load(header_ptr + 2)
     for first_rank in range(0, rank, BLOCK_R):
         r = first_rank + tl.arange(0, BLOCK_R)
         wanted = r < rank
         h = summed_h(lora, module, rows, in_rows, r, wanted, ALIGN)
-        low = multiply_b(h, low, lora, first, rank, r, wanted, col, cut, ALIGN, WIDEN, GATHER)
-        high = multiply_b(h, high, lora, first, rank, r, wanted, col + half, cut, ALIGN, WIDEN, GATHER)
+        low = multiply_b(h, low, lora, first, rank, r, wanted, col, cut, ALIGN, WIDEN, ALIGN == 1)
+        high = multiply_b(h, high, lora, first, rank, r, wanted, col + half, cut, ALIGN, WIDEN, ALIGN == 1)
     return low, high
 
 
-@triton.jit(do_not_specialize=(*LORA_NUMBERS, "out_stride"))
+@triton.jit(do_not_specialize=(*LORA_NUMBERS, *LORA_CUTS, "out_stride"))
 def _expand_kernel(
     out_ptr,
     out_stride,
@@ -280,9 +326,16 @@ def _expand_kernel(
     row_blocks_ptr,
     counts_ptr,
     directories_ptr,
-    cols,
-    chunks,
-    odd_chunks,
+    row_parts,
+    cols_0,
+    chunk_0,
+    odd_chunk_0,
+    cols_1,
+    chunk_1,
+    odd_chunk_1,
+    cols_2,
+    chunk_2,
+    odd_chunk_2,
     HEIGHT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -290,18 +343,22 @@ def _expand_kernel(
     WIDEN: tl.constexpr,
 ):
     lora = (h_ptr, split_stride, module_stride, row_stride, num_splits, words_ptr, elems_ptr, first_header)
+    cols, chunks = (cols_0, cols_1, cols_2), (chunk_0, chunk_1, chunk_2)
+    odd_chunks = (odd_chunk_0, odd_chunk_1, odd_chunk_2)
     tiles_per_block = 0
-    for m in tl.static_range(len(cols)):  # pyright: ignore[reportGeneralTypeIssues]
+    for m in tl.static_range(3):  # pyright: ignore[reportGeneralTypeIssues]
         tiles_per_block += tl.cdiv(cols[m], BLOCK_C)
-    begin, end = share(tl.load(counts_ptr) * tiles_per_block)  # pyright: ignore[reportGeneralTypeIssues]
+    begin, end = share(num_row_blocks(counts_ptr, row_parts) * tiles_per_block)  # pyright: ignore[reportGeneralTypeIssues]
     for item in range(begin, end):
-        row_block = row_blocks_ptr + item // tiles_per_block * 4
-        if tl.load(row_block + 3) > 0:
+        rows, in_rows, rank, directory = load_row_block(
+            row_blocks_ptr, directories_ptr, item // tiles_per_block, row_parts, HEIGHT
+        )
+        if rank > 0:
             # The module that this column tile belongs to.
             tile = item % tiles_per_block
             module, col, first_col, own_cols, chunk, odd_chunk = 0, tile * BLOCK_C, 0, cols[0], chunks[0], odd_chunks[0]
             tiles_before, cols_before = tl.cdiv(cols[0], BLOCK_C), cols[0]
-            for m in tl.static_range(1, len(cols)):
+            for m in tl.static_range(1, 3):
                 behind = tile >= tiles_before
                 module = tl.where(behind, m, module)
                 col = tl.where(behind, (tile - tiles_before) * BLOCK_C, col)
@@ -311,11 +368,7 @@ def _expand_kernel(
                 odd_chunk = tl.where(behind, odd_chunks[m], odd_chunk)
                 tiles_before += tl.cdiv(cols[m], BLOCK_C)
                 cols_before += cols[m]
-            directory = tl.load(directories_ptr + tl.load(row_block + 2)).to(tl.int64) * ADDRESS_WORDS
             if tl.load(words_ptr + directory + first_header + module * HEADER_WORDS) > 0:
-                rows = tl.arange(0, HEIGHT)
-                in_rows = rows < tl.load(row_block + 1)
-                rows = (tl.load(row_block) + rows).to(tl.int64)
                 c = tl.arange(0, BLOCK_C)
                 row_offsets = tl.multiple_of(rows[:, None] * out_stride + (first_col + col), [1, ALIGN])
                 out = out_ptr + row_offsets + c[None, :]
@@ -339,12 +392,16 @@ def sgmv_shrink(
     a, work, num_splits = modules[0].a, segments.work, out.shape[0]
     assert all(module.a == a for module in modules) and x.shape[1] == a.cols, (modules, x.shape)
     assert x.stride(1) == 1 and out.stride(3) == 1, (x.stride(), out.stride())
-    aligned = a.cols % 16 == 0 and x.stride(0) % 16 == 0
-    block = _shrink_block(work.height, min(a.chunk, a.odd_chunk), aligned)
-    variant = shrink_variant(x.dtype, work.height, work.rank_step, len(modules), block, aligned, interpreting())
-    groups = len(modules) if work.height == DECODE_HEIGHT else 1
+    tuned = is_tuned(x.dtype, a.cols, x.stride(0))
+    height, rank_step = item_size(work, tuned)
+    group = 1 if height == DECODE_HEIGHT else len(modules)
+    least = min(a.chunk, a.odd_chunk)
+    variant = shrink_variant(
+        x.dtype, height, rank_step, group, _shrink_block(height, least, tuned), tuned, interpreting()
+    )
+    parts = (len(modules) // group, work.height // height, work.rank_step // rank_step)
     variant.launch(
-        num_programs(work.rank_blocks.shape[0] * groups * num_splits, x.device),
+        num_programs(work.rank_blocks.shape[0] * prod(parts) * num_splits, x.device),
         x,
         x.stride(0),
         pool.view(torch.int32),
@@ -362,6 +419,7 @@ def sgmv_shrink(
         a.odd_chunk,
         split_cols(a.cols, num_splits),
         num_splits,
+        *(None if variant.arguments[name] == "none" else part for name, part in zip(_PARTS, parts, strict=True)),
     )
 
 
@@ -375,16 +433,23 @@ def sgmv_expand(
 ) -> None:
     delta, work = Delta(h=h, pool=pool, segments=segments, layer=layer, modules=modules), segments.work
     assert out.stride(1) == 1, out.stride()
-    aligned = is_aligned(delta) and out.stride(0) % 16 == 0
-    block = _expand_block(least_chunk(modules), aligned)
-    variant = expand_variant(out.dtype, work.height, work.rank_step, len(modules), block, aligned, interpreting())
+    tuned = is_tuned(out.dtype, out.stride(0)) and is_aligned(delta)
+    height, rank_step = item_size(work, tuned)
+    block = _expand_block(least_chunk(modules), tuned)
+    variant = expand_variant(out.dtype, height, rank_step, block, tuned, interpreting())
     tiles = sum(-(-module.b.cols // block) for module in modules)
     variant.launch(
-        num_programs(work.row_blocks.shape[0] * tiles, out.device),
+        num_programs(work.row_blocks.shape[0] * (work.height // height) * tiles, out.device),
         out,
         out.stride(0),
-        *lora_arguments(delta, out.dtype),
+        *lora_arguments(delta, out.dtype, tuned),
     )
+
+
+def is_tuned(dtype: torch.dtype, *numbers: int) -> bool:
+    """Whether rows are what serves: bf16, of so many columns and with such strides that they begin at multiples of 16
+    bytes."""
+    return dtype == torch.bfloat16 and all(number % 16 == 0 for number in numbers)
 
 
 def is_aligned(delta: Delta) -> bool:
@@ -392,16 +457,22 @@ def is_aligned(delta: Delta) -> bool:
     return all(module.b.cols % 16 == 0 for module in delta.modules) and delta.h.stride(2) % 4 == 0
 
 
+def item_size(work: Work, tuned: bool) -> tuple[int, int]:
+    """Rows and rank rows of an item."""
+    return (work.height, work.rank_step) if tuned else PLAIN_SIZE
+
+
 def least_chunk(modules: tuple[Module, ...]) -> int:
     """Columns of the modules' outputs that no border of a chunk divides, from any multiple of them on."""
     return min(min(module.b.chunk, module.b.odd_chunk) for module in modules)
 
 
-def lora_arguments(delta: Delta, dtype: torch.dtype) -> tuple[object, ...]:
-    """What a kernel that expands takes from `h_ptr` to `odd_chunks`."""
+def lora_arguments(delta: Delta, dtype: torch.dtype, tuned: bool) -> tuple[object, ...]:
+    """What a kernel that expands takes from `h_ptr` to the last cut."""
     h, pool, segments, modules = delta.h, delta.pool, delta.segments, delta.modules
     _check_adjacent(modules)
     assert h.stride(3) == 1, h.stride()
+    cuts = [(module.b.cols, module.b.chunk, module.b.odd_chunk) for module in modules]
     return (
         h,
         *h.stride()[:3],
@@ -412,127 +483,109 @@ def lora_arguments(delta: Delta, dtype: torch.dtype) -> tuple[object, ...]:
         segments.work.row_blocks,
         segments.work.counts,
         segments.directories,
-        tuple(module.b.cols for module in modules),
-        tuple(module.b.chunk for module in modules),
-        tuple(module.b.odd_chunk for module in modules),
+        None if tuned else segments.work.height // PLAIN_SIZE[0],
+        # Modules without columns have no tiles.
+        *(number for cut in (*cuts, *((0, 0, 0),) * (_MAX_MODULES - len(modules))) for number in cut),
     )
 
 
 # The most modules that share an input: q, k, v.
 _MAX_MODULES = 3
-TRITON_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+TRITON_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 _WORDS = "*i32:16"
+PLAIN_SIZE = (DECODE_HEIGHT, 16)
 
 
-def lora_types(dtype: torch.dtype, num_modules: int, aligned: bool) -> dict[str, ArgumentType]:
+def lora_types(dtype: torch.dtype, tuned: bool) -> dict[str, ArgumentType]:
     """Those of `lora_arguments`."""
     return {
         "h_ptr": "*fp32:16",
         **dict.fromkeys(LORA_NUMBERS, "i32"),
         "words_ptr": _WORDS,
         "elems_ptr": f"*{TRITON_TYPES[dtype]}:16",
-        "row_blocks_ptr": _WORDS,
-        "counts_ptr": _WORDS,
-        "directories_ptr": _WORDS,
-        "cols": ("i32:16" if aligned else "i32",) * num_modules,
-        "chunks": ("i32:16",) * num_modules,
-        "odd_chunks": ("i32:16",) * num_modules,
+        **dict.fromkeys(("row_blocks_ptr", "counts_ptr", "directories_ptr"), _WORDS),
+        "row_parts": "none" if tuned else "i32",
+        **dict.fromkeys(CUTS, "i32"),
     }
 
 
 @lru_cache
 def shrink_variant(
-    dtype: torch.dtype,
-    height: int,
-    rank_step: int,
-    num_modules: int,
-    block_k: int,
-    aligned: bool,  # rows of x and of tiles begin at multiples of 16 bytes
-    widen: bool,
+    dtype: torch.dtype, height: int, rank_step: int, group: int, block_k: int, tuned: bool, widen: bool
 ) -> Variant:
-    decode = height == DECODE_HEIGHT
-    group = 1 if decode else num_modules
     block_n = triton.next_power_of_2(group * rank_step)
     element = TRITON_TYPES[dtype]
     tables = ("words_ptr", "row_blocks_ptr", "rank_blocks_ptr", "counts_ptr", "directories_ptr")
     return Variant(
         kernel=_shrink_kernel,
         arguments={
-            "x_ptr": f"*{element}:16",
-            "x_stride": "i32",
-            "elems_ptr": f"*{element}:16",
+            **dict.fromkeys(("x_ptr", "elems_ptr"), f"*{element}:16"),
             **dict.fromkeys(tables, _WORDS),
-            "scales_ptr": "*fp32:16",
-            "out_ptr": "*fp32:16",
-            **dict.fromkeys((*LORA_NUMBERS, "in_features", "chunk", "odd_chunk", "split_cols"), "i32"),
+            **dict.fromkeys(("scales_ptr", "out_ptr"), "*fp32:16"),
+            **dict.fromkeys(_SHRINK_NUMBERS, "i32"),
+            "num_groups": "i32" if height == DECODE_HEIGHT else "none",
+            **dict.fromkeys(("row_parts", "rank_parts"), "none" if tuned else "i32"),
         },
         constexprs={
-            "NUM_MODULES": num_modules,
             "GROUP": group,
             "HEIGHT": height,
             "RANK_STEP": rank_step,
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
-            "ALIGN": 16 // dtype.itemsize if aligned else 1,
+            "ALIGN": 8 if tuned else 1,
             "WIDEN": widen,
         },
-        num_warps=8 if block_n > 64 or not (decode or aligned) else 4,
+        num_warps=8 if block_n > 64 else 4,
         num_stages=4,
-        tensor_cores=dtype != torch.float32,
+        tensor_cores=dtype == torch.bfloat16,
     )
 
 
 @lru_cache
-def expand_variant(
-    dtype: torch.dtype,
-    height: int,
-    rank_step: int,
-    num_modules: int,
-    block_c: int,
-    aligned: bool,  # rows of out and of tiles begin at multiples of 16 bytes
-    widen: bool,
-) -> Variant:
+def expand_variant(dtype: torch.dtype, height: int, rank_step: int, block_c: int, tuned: bool, widen: bool) -> Variant:
     return Variant(
         kernel=_expand_kernel,
         arguments={
             "out_ptr": f"*{TRITON_TYPES[dtype]}:16",
             "out_stride": "i32",
-            **lora_types(dtype, num_modules, aligned),
+            **lora_types(dtype, tuned),
         },
         constexprs={
             "HEIGHT": height,
             "BLOCK_R": rank_step,
             "BLOCK_C": block_c,
-            "ALIGN": 16 // dtype.itemsize if aligned else 1,
+            "ALIGN": 8 if tuned else 1,
             "WIDEN": widen,
         },
         num_warps=8 if block_c * height > 4096 else 4,
-        max_registers=168 if height == DECODE_HEIGHT and not aligned else None,
+        max_registers=None if tuned else 168,
         num_stages=3,
-        tensor_cores=dtype != torch.float32,
+        tensor_cores=dtype == torch.bfloat16,
     )
 
 
-def _shrink_block(height: int, chunk: int, aligned: bool) -> int:
-    if height == DECODE_HEIGHT:
-        return min(chunk, 128) if aligned else 64
-    return 64 if aligned else 32
+def _shrink_block(height: int, chunk: int, tuned: bool) -> int:
+    return min(chunk, 128) if tuned and height == DECODE_HEIGHT else 64
 
 
-def _expand_block(chunk: int, aligned: bool) -> int:
-    return min(chunk, 128) if aligned else 64
+def _expand_block(chunk: int, tuned: bool) -> int:
+    return min(chunk, 128) if tuned else 64
+
+
+ITEM_SIZES = ((DECODE_HEIGHT, 16), (PREFILL_HEIGHT, 16), (PREFILL_HEIGHT, 32))  # of a tuned kernel
 
 
 def variants() -> Iterator[Variant]:
     """Everything that the launchers can choose on a GPU."""
-    steps = ((DECODE_HEIGHT, 16), (PREFILL_HEIGHT, 16), (PREFILL_HEIGHT, 32))
-    for dtype, aligned, num_modules, (height, step) in product(
-        TRITON_TYPES, (True, False), range(1, _MAX_MODULES + 1), steps
-    ):
-        for block in {_shrink_block(height, chunk, aligned) for chunk in (64, 128)}:
-            yield shrink_variant(dtype, height, step, num_modules, block, aligned, widen=False)
-        for block in {_expand_block(chunk, aligned) for chunk in (64, 128)}:
-            yield expand_variant(dtype, height, step, num_modules, block, aligned, widen=False)
+    for height, step in ITEM_SIZES:
+        for group in (1,) if height == DECODE_HEIGHT else range(1, _MAX_MODULES + 1):
+            for block in {_shrink_block(height, chunk, True) for chunk in (64, 128)}:
+                yield shrink_variant(torch.bfloat16, height, step, group, block, True, widen=False)
+        for block in {_expand_block(chunk, True) for chunk in (64, 128)}:
+            yield expand_variant(torch.bfloat16, height, step, block, True, widen=False)
+    for dtype in TRITON_TYPES:
+        yield shrink_variant(dtype, *PLAIN_SIZE, 1, _shrink_block(DECODE_HEIGHT, 64, False), False, widen=False)
+        yield expand_variant(dtype, *PLAIN_SIZE, _expand_block(64, False), False, widen=False)
 
 
 def _check_adjacent(modules: tuple[Module, ...]) -> None:
