@@ -8,7 +8,7 @@ import numpy as np
 from lorasrv.types import BASE_ID
 from lorasrv_bench.workloads import Arrival
 
-# What a word to generator.default_rng says after the seed: so that no two draws share numbers.
+# Behind the seeds, so that no two draws share numbers.
 PREFIX, REST = 1, 2
 
 
@@ -31,8 +31,8 @@ class Ask:
     answer: str | None = None
 
 
-def make_asks(arrivals: Sequence[Arrival], names: Sequence[str], seed: int, vocab_size: int) -> list[Ask]:
-    """Prompts are drawn tokens, the same wherever the same arrival is sent; requests of one prefix begin alike."""
+def make_asks(arrivals: Sequence[Arrival], names: Sequence[str], seeds: tuple[int, ...], vocab_size: int) -> list[Ask]:
+    """Prompts are drawn tokens, by the seeds, a request and its place; requests of one prefix begin alike."""
     return [
         Ask(
             index=index,
@@ -40,16 +40,17 @@ def make_asks(arrivals: Sequence[Arrival], names: Sequence[str], seed: int, voca
             name=BASE_ID if arrival.adapter is None else names[arrival.adapter],
             adapter=arrival.adapter,
             tenant=arrival.tenant,
-            prompt=prompt_of(arrival, index, seed, vocab_size),
+            prompt=prompt_of(arrival, index, seeds, vocab_size),
             max_tokens=arrival.output_tokens,
         )
         for index, arrival in enumerate(arrivals)
     ]
 
 
-def prompt_of(arrival: Arrival, index: int, seed: int, vocab_size: int) -> tuple[int, ...]:
-    shared = np.random.default_rng([seed, PREFIX, arrival.prefix or 0]).integers(0, vocab_size, arrival.prefix_tokens)
-    own = np.random.default_rng([seed, REST, index]).integers(
-        0, vocab_size, arrival.prompt_tokens - arrival.prefix_tokens
+def prompt_of(arrival: Arrival, index: int, seeds: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
+    shared = np.random.default_rng([*seeds, PREFIX, arrival.prefix or 0])
+    own = np.random.default_rng([*seeds, REST, index])
+    return (
+        *shared.integers(0, vocab_size, arrival.prefix_tokens).tolist(),
+        *own.integers(0, vocab_size, arrival.prompt_tokens - arrival.prefix_tokens).tolist(),
     )
-    return (*shared.tolist(), *own.tolist())

@@ -16,13 +16,13 @@ from lorasrv_adapters.base import BaseShapes
 DELTA = 0.02
 
 
-def write_adapter(folder: Path, base: BaseShapes, *, rank: int, seed: int) -> Path:
+def write_adapter(folder: Path, base: BaseShapes, *, rank: int, seeds: tuple[int, ...]) -> Path:
     """A PEFT folder of that rank on all linear modules: A normal, B so that each element of B·A deviates by DELTA."""
     # Loaded here: a client that makes no adapters needs none of it.
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng([seed, rank])
+    rng = np.random.default_rng([*seeds, rank])
     tensors: dict[str, np.ndarray] = {}
     for layer in range(base.num_layers):
         for module in base.modules:
@@ -44,15 +44,18 @@ def write_adapter(folder: Path, base: BaseShapes, *, rank: int, seed: int) -> Pa
 
 
 def write_adapters(
-    folder: Path, model: Path, ranks: Mapping[int, int], *, seed: int, advance: Callable[[], None] = lambda: None
+    folder: Path,
+    model: Path,
+    ranks: Mapping[int, int],
+    *,
+    seeds: tuple[int, ...],
+    advance: Callable[[], None] = lambda: None,
 ) -> dict[int, Path]:
     """A folder for each adapter, by number, of the rank that `ranks` gives it. Raises UnsupportedModel, OSError."""
     base = base_shapes(model, "float32")
     folders: dict[int, Path] = {}
     for number, rank in ranks.items():
-        folders[number] = write_adapter(
-            folder / f"adapter-{number:05d}", base, rank=rank, seed=seed * 1_000_003 + number
-        )
+        folders[number] = write_adapter(folder / f"adapter-{number:05d}", base, rank=rank, seeds=(*seeds, number))
         advance()
     return folders
 

@@ -31,10 +31,10 @@ def run(
     ranks = {number: workload.rank(number) for number in asked}
     with tempfile.TemporaryDirectory(prefix="lorasrv-bench-") as folder:
         with phase("make adapters", len(asked)) as advance:
-            made = write_adapters(Path(folder), model, ranks, seed=workload.seed, advance=advance)
+            made = write_adapters(Path(folder), model, ranks, seeds=(workload.seed,), advance=advance)
         for number, path in made.items():
             llm.add_adapter(names[number], path)
-    asks = make_asks(workload.arrivals, names, workload.seed, read_architecture(model).vocab_size)
+    asks = make_asks(workload.arrivals, names, (workload.seed,), read_architecture(model).vocab_size)
     runs: list[tuple[float, list[Generation]]] = []
     with phase("runs", repeats + 1) as advance:
         for _ in range(repeats + 1):

@@ -93,10 +93,11 @@ class Outcome:
 
 @contextmanager
 def grpc_ready(
-    server: Server, workload: Workload, source: Path, kind: Literal["fresh", "demo"], phase: Phase = silent
+    server: Server, workload: Workload, source: Path, kind: Literal["fresh", "demo"], salt: int, phase: Phase = silent
 ) -> Iterator[Ready]:
     """Our server with the workload's adapters under names of their own, which are gone in the end.
 
+    Another `salt` makes other weights and prompts, of the same sizes: a server may still hold those of runs before.
     `source` is the base's folder, of which only the shapes are read (for "fresh"), or that of the samples (for "demo").
     Raises ConfigurationError for requests that do not fit the server's context, ClientError, OSError.
     """
@@ -109,17 +110,17 @@ def grpc_ready(
             paths = demo_folders(source)
             names = [f"{run}-{path.name}" for path in paths]
             folders, tenants = dict(zip(names, paths, strict=True)), dict.fromkeys(names, 0)
-            asks = demo_asks(workload.arrivals, names, workload.seed)
+            asks = demo_asks(workload.arrivals, names, workload.seed + salt)
         else:
             _check_room(workload, info.base_model.context_tokens)
             names = [f"{run}-{number:05d}" for number in range(workload.num_adapters)]
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorasrv-bench-")))
             ranks = {number: workload.rank(number) for number in asked_by}
             with phase("make adapters", len(ranks)) as advance:
-                made = write_adapters(folder, source, ranks, seed=workload.seed, advance=advance)
+                made = write_adapters(folder, source, ranks, seeds=(workload.seed, salt), advance=advance)
             folders = {names[number]: path for number, path in made.items()}
             tenants = {names[number]: tenant for number, tenant in asked_by.items()}
-            asks = make_asks(workload.arrivals, names, workload.seed, info.base_model.vocab_size)
+            asks = make_asks(workload.arrivals, names, (workload.seed, salt), info.base_model.vocab_size)
         with phase("push adapters", len(folders)) as advance:
             versions = stack.enter_context(pushed(clients, folders, tenants, advance))
         yield Ready(
@@ -131,17 +132,19 @@ def grpc_ready(
         )
 
 
-def openai_ready(workload: Workload, base_name: str, adapter_names: str, vocab_size: int, *, exact: bool) -> Ready:
+def openai_ready(
+    workload: Workload, base_name: str, adapter_names: str, vocab_size: int, salt: int, *, exact: bool
+) -> Ready:
     """A server that has the adapters already, adapter number 7 by the name `adapter_names.format(7)`."""
     names = [adapter_names.format(number) for number in range(workload.num_adapters)]
-    asks = make_asks(workload.arrivals, names, workload.seed, vocab_size)
+    asks = make_asks(workload.arrivals, names, (workload.seed, salt), vocab_size)
     asks = [replace(ask, name=base_name) if ask.adapter is None else ask for ask in asks]
     return Ready(asks=tuple(asks), versions={}, base_name=base_name, exact=exact)
 
 
 async def run(setup: Setup, ready: Ready, clients: Clients, phase: Phase = silent) -> Outcome:
     """One run, measured and checked. Raises CallFailed where a client process dies, and ClientError."""
-    warm_up = [replace(ask, name=ready.base_name, answer=None) for ask in ready.asks[: setup.warm_up]]
+    warm_up = [_for_warming(ask, ready.base_name) for ask in ready.asks[: setup.warm_up]]
     if warm_up:
         with phase("warm up", len(warm_up)) as advance:
             await clients.send(setup.server, warm_up, len(warm_up), lambda _: advance())
@@ -159,6 +162,11 @@ async def run(setup: Setup, ready: Ready, clients: Clients, phase: Phase = silen
         start_s=start_s,
         summary=_summary(setup, ready, calls, sent, looks, verdict),
     )
+
+
+def _for_warming(ask: Ask, base_name: str) -> Ask:
+    """The same to the base, the prompt backwards: what a server keeps of it serves nothing that is measured."""
+    return replace(ask, name=base_name, prompt=ask.prompt[::-1], answer=None, exact_tokens=False)
 
 
 def _check_room(workload: Workload, context_tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,9 @@ def serve(
     warm_up: Annotated[int, typer.Option(min=0, help="Requests to the base before it begins.")] = 8,
     processes: Annotated[int, typer.Option(min=1, max=64, help="Client processes.")] = 1,
     seed: SeedOption = 0,
+    salt: Annotated[
+        int | None, typer.Option(min=0, help="Draws weights and prompts anew for each run; give it to repeat one.")
+    ] = None,
     tenant_keys: Annotated[
         Path | None,
         typer.Option(dir_okay=False, help="API keys, one a line: tenant t of the workload sends with key t."),
@@ -79,6 +83,7 @@ def serve(
         from lorasrv_bench.workloads import parse_workload
 
         drawn = parse_workload(workload, seed)
+        salt = secrets.randbits(32) if salt is None else salt
         if openai is not None:
             server = Server(api="openai", url=openai, api_keys=_keys(tenant_keys, None))
         else:
@@ -95,14 +100,14 @@ def serve(
             clients = Clients(processes)
             try:
                 if openai is not None:
-                    ready = serving.openai_ready(drawn, base_name, adapter_names, vocab_size, exact=exact)
+                    ready = serving.openai_ready(drawn, base_name, adapter_names, vocab_size, salt, exact=exact)
                     outcome = asyncio.run(serving.run(setup, ready, clients, phase))
                 else:
                     if (model is None) == (demo is None):
                         raise ConfigurationError("give --model, whose shapes adapters are made for, or --demo")
                     source, kind = (model, "fresh") if model is not None else (demo, "demo")
                     assert source is not None
-                    with serving.grpc_ready(server, drawn, source, kind, phase) as ready:
+                    with serving.grpc_ready(server, drawn, source, kind, salt, phase) as ready:
                         outcome = asyncio.run(serving.run(setup, ready, clients, phase))
             finally:
                 clients.close()
@@ -116,6 +121,7 @@ def serve(
             resident=resident,
             warm_up=warm_up,
             slo=slo,
+            salt=salt,
             processes=processes,
         )
         if out is not None:
