@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lorasrv import __version__
-from lorasrv.cli import adapters, chat, context, demo, doctor, generate, keys, serve, status
+from lorasrv.cli import adapters, bench, chat, context, demo, doctor, generate, keys, serve, status
 from lorasrv.cli.connection import CONTEXT_VARIABLE
 from lorasrv.cli.output import EXIT_CODES
 
@@ -23,6 +23,7 @@ app.command("chat")(chat.chat)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(bench.app, name="bench")
 app.add_typer(context.app, name="context")
 app.add_typer(keys.app, name="keys")
 
