@@ -5,7 +5,11 @@ from typing import Annotated
 import typer
 
 from lorasrv import __version__
+<<<<<<< HEAD
 from lorasrv.cli import adapters, bench, chat, context, demo, doctor, generate, keys, serve, status
+=======
+from lorasrv.cli import adapters, chat, context, demo, doctor, generate, keys, serve, simulate, status
+>>>>>>> c88fe96 (The simulator: the engine's own core and tiers under a cost model and a virtual clock; lorasrv simulate)
 from lorasrv.cli.connection import CONTEXT_VARIABLE
 from lorasrv.cli.output import EXIT_CODES
 
@@ -22,6 +26,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
+app.command("simulate")(simulate.simulate)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(bench.app, name="bench")
 app.add_typer(context.app, name="context")

@@ -1,0 +1,117 @@
+"""A device of time alone: a runner and a page storage that only say when things will have happened."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, StepOutput
+from lorasrv.sim.clock import VirtualClock
+from lorasrv.sim.cost import CostModel, StepWork
+from lorasrv.sim.images import SimImage
+
+
+@dataclass(kw_only=True)
+class SimDevice:
+    """When its two streams are free, the steps' and the copies', and the adapters in its pages by their directory."""
+
+    clock: VirtualClock
+    costs: CostModel
+    steps_free_s: float = 0.0
+    copies_free_s: float = 0.0
+    copied_bytes: int = 0
+    busy_s: float = 0.0
+    images: dict[int, SimImage] = field(default_factory=dict[int, SimImage])
+
+
+class SimStorage:
+    """In place of `memory.storage.PageStorage`."""
+
+    def __init__(self, device: SimDevice) -> None:
+        self._device = device
+
+    def write_adapter(self, adapter: SimImage, pages: Sequence[int], *, wait_for_steps: bool) -> "SimCopy":
+        """Beside the steps where they run beside the host, else at once and for all to wait."""
+        device = self._device
+        copy_s = device.costs.copy_s(adapter.nbytes)
+        if device.costs.hardware.runs_ahead:
+            begin_s = max(device.clock.now_s, device.copies_free_s, device.steps_free_s if wait_for_steps else 0.0)
+            device.copies_free_s = begin_s + copy_s
+        else:
+            device.clock.now_s += copy_s
+            device.copies_free_s = device.clock.now_s
+        device.copied_bytes += adapter.nbytes
+        device.images[pages[0]] = adapter
+        return SimCopy(directory=pages[0], clock=device.clock, end_s=device.copies_free_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SimCopy:
+    """In place of `memory.storage.AdapterCopy`."""
+
+    directory: int
+    clock: VirtualClock
+    end_s: float
+
+    @property
+    def ended(self) -> bool:
+        return self.end_s <= self.clock.now_s
+
+
+class SimRunner:
+    """In place of `engine.runner`: every draw gives token 0."""
+
+    def __init__(self, device: SimDevice) -> None:
+        self._device = device
+
+    @property
+    def runs_ahead(self) -> bool:
+        return self._device.costs.hardware.runs_ahead
+
+    def forward(self, chunks: tuple[ChunkInput, ...], copies: tuple[PageCopy, ...] = ()) -> "SimStep":
+        device = self._device
+        device.clock.now_s += device.costs.host_s(len(chunks))
+        forward_s = device.costs.forward_s(self.work(chunks))
+        device.steps_free_s = max(device.clock.now_s, device.steps_free_s) + forward_s
+        device.busy_s += forward_s
+        return SimStep(device)
+
+    def work(self, chunks: tuple[ChunkInput, ...]) -> StepWork:
+        num_tokens, context, pairs = 0, 0, 0
+        rows: dict[int, int] = {}
+        for chunk in chunks:
+            num = len(chunk.token_ids) or 1
+            end = chunk.start + num
+            num_tokens += num
+            context += end
+            pairs += end if num == 1 else num * chunk.start + num * (num + 1) // 2
+            adapter = chunk.adapter
+            if adapter is not None:
+                directory = adapter.directory
+                rows[directory] = rows.get(directory, 0) + num
+        images = self._device.images
+        return StepWork(
+            num_rows=len(chunks),
+            num_tokens=num_tokens,
+            context_tokens=context,
+            pairs=pairs,
+            num_adapters=len(rows),
+            adapter_params=sum(images[directory].params for directory in rows),
+            adapter_products=sum(images[directory].params * num for directory, num in rows.items()),
+        )
+
+
+class SimStep:
+    """A submitted step: it ends when its forward has, and not before its draws were submitted."""
+
+    def __init__(self, device: SimDevice) -> None:
+        self._device = device
+        self._num_draws = 0
+        self._end_s = 0.0
+
+    def draw(self, draws: tuple[Draw, ...]) -> None:
+        device = self._device
+        self._num_draws = len(draws)
+        self._end_s = device.steps_free_s = max(device.steps_free_s, device.clock.now_s)
+
+    def output(self) -> StepOutput:
+        self._device.clock.sleep_until(self._end_s)
+        return StepOutput(tokens=(0,) * self._num_draws)
