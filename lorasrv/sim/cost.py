@@ -5,8 +5,11 @@ with the adapters, and attention. Between them stand the latencies of the kernel
 which are small beside the rest, count nothing. (Roofline: Williams et al., CACM 2009.)
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import mul
 
+from lorasrv.engine.batch import AdapterInput, ChunkInput
 from lorasrv.model.shape import ModelShape
 from lorasrv.sim.hardware import Hardware
 
@@ -33,6 +36,37 @@ class StepWork:
     num_adapters: int = 0
     adapter_params: int = 0
     adapter_products: int = 0
+
+
+def step_work(chunks: Sequence[ChunkInput], params_of: Callable[[AdapterInput], int]) -> StepWork:
+    """Of a step's chunks; `params_of` counts a resident adapter's weights."""
+    num_tokens, context, pairs = 0, 0, 0
+    rows: dict[int, int] = {}
+    adapters: dict[int, AdapterInput] = {}
+    for chunk in chunks:
+        num = len(chunk.token_ids) or 1
+        end = chunk.start + num
+        num_tokens += num
+        context += end
+        # Row i of the chunk sees start + i + 1 positions.
+        pairs += end if num == 1 else num * chunk.start + num * (num + 1) // 2
+        adapter = chunk.adapter
+        if adapter is not None:
+            directory = adapter.directory
+            if directory in rows:
+                rows[directory] += num
+            else:
+                rows[directory], adapters[directory] = num, adapter
+    params = [params_of(adapter) for adapter in adapters.values()]
+    return StepWork(
+        num_rows=len(chunks),
+        num_tokens=num_tokens,
+        context_tokens=context,
+        pairs=pairs,
+        num_adapters=len(params),
+        adapter_params=sum(params),
+        adapter_products=sum(map(mul, params, rows.values())),
+    )
 
 
 class CostModel:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, StepOutput
+from lorasrv.engine.batch import AdapterInput, ChunkInput, Draw, PageCopy, StepOutput
 from lorasrv.sim.clock import VirtualClock
-from lorasrv.sim.cost import CostModel, StepWork
+from lorasrv.sim.cost import CostModel, step_work
 from lorasrv.sim.images import SimImage
 
 
@@ -69,34 +69,13 @@ class SimRunner:
     def forward(self, chunks: tuple[ChunkInput, ...], copies: tuple[PageCopy, ...] = ()) -> "SimStep":
         device = self._device
         device.clock.now_s += device.costs.host_s(len(chunks))
-        forward_s = device.costs.forward_s(self.work(chunks))
+        forward_s = device.costs.forward_s(step_work(chunks, self._params_of))
         device.steps_free_s = max(device.clock.now_s, device.steps_free_s) + forward_s
         device.busy_s += forward_s
         return SimStep(device)
 
-    def work(self, chunks: tuple[ChunkInput, ...]) -> StepWork:
-        num_tokens, context, pairs = 0, 0, 0
-        rows: dict[int, int] = {}
-        for chunk in chunks:
-            num = len(chunk.token_ids) or 1
-            end = chunk.start + num
-            num_tokens += num
-            context += end
-            pairs += end if num == 1 else num * chunk.start + num * (num + 1) // 2
-            adapter = chunk.adapter
-            if adapter is not None:
-                directory = adapter.directory
-                rows[directory] = rows.get(directory, 0) + num
-        images = self._device.images
-        return StepWork(
-            num_rows=len(chunks),
-            num_tokens=num_tokens,
-            context_tokens=context,
-            pairs=pairs,
-            num_adapters=len(rows),
-            adapter_params=sum(images[directory].params for directory in rows),
-            adapter_products=sum(images[directory].params * num for directory, num in rows.items()),
-        )
+    def _params_of(self, adapter: AdapterInput) -> int:
+        return self._device.images[adapter.directory].params
 
 
 class SimStep:

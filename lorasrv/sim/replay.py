@@ -13,7 +13,7 @@ from lorasrv.errors import LorasrvError
 from lorasrv.sim.clock import Clock
 from lorasrv.sim.routing import Router
 from lorasrv.sim.slo import SHARE, Slo
-from lorasrv.sim.workload import Arrival, digest_of
+from lorasrv.sim.workload import Arrival
 from lorasrv.types import EngineRequest, PoolStats, Tier, TokenDelta, Warm
 
 
@@ -123,18 +123,20 @@ def replay(
     router: Router,
     make_request: Callable[[int, Arrival], EngineRequest],
     *,
-    resident: range = range(0),
+    resident: Sequence[str] = (),
     slo: Slo | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> bool:
-    """Ask all `arrivals` and wait for their ends. With `slo`, stop as soon as that cannot be kept any more. `progress`
-    is told the share of requests that have been asked, now and then.
+    """Ask all `arrivals` and wait for their ends. With `slo`, stop as soon as that cannot be kept any more.
+
+    `resident` are the digests of adapters that are brought to all devices before. `progress` is told now and then which
+    share of the requests has been asked.
 
     Returns whether it came to the end. Clocks that stand apart are brought to one time first.
     """
     for replica in replicas:
-        for adapter in resident:
-            replica.warm_up(digest_of(adapter))
+        for digest in resident:
+            replica.warm_up(digest)
     start_s = max(replica.clock() for replica in replicas)
     most_late = (1 - SHARE) * len(arrivals)
     most_slow = (1 - SHARE) * sum(max(0, arrival.output_tokens - 1) for arrival in arrivals)

@@ -8,7 +8,7 @@ from lorasrv.sim.outcome import Outcome, Traffic, summarize
 from lorasrv.sim.replay import Replica, replay
 from lorasrv.sim.routing import ROUTERS
 from lorasrv.sim.slo import Slo
-from lorasrv.sim.workload import Workload, make_request
+from lorasrv.sim.workload import Workload, digest_of, make_request
 
 _NUM_SAMPLES = 200
 
@@ -95,7 +95,7 @@ def _run(
         replicas,
         ROUTERS[routing](),
         make_request,
-        resident=workload.resident,
+        resident=[digest_of(adapter) for adapter in workload.resident],
         slo=slo if stop else None,
         progress=progress,
     )
