@@ -45,9 +45,9 @@ class Calibration:
     errors: tuple[float, ...]
 
 
-def calibrate(engine: RealEngine, *, repeats: int = 9) -> Calibration:
-    """Measure `engine`, which has no work, and whose first 32 adapters are its own to use."""
-    prober = _Prober(engine, repeats)
+def calibrate(engine: RealEngine, *, timer: Callable[[], float], repeats: int = 9) -> Calibration:
+    """Measure `engine`, which has no work and at least 32 adapters, in the seconds of `timer`."""
+    prober = _Prober(engine, timer, repeats)
     read_s, disk_bytes_per_s, copy_bytes_per_s = prober.transfers()
     timed = tuple(prober.steps())
     fitted = fit(engine.shape, timed)
@@ -121,8 +121,9 @@ def _errors(shape: ModelShape, hardware: Hardware, timed: Sequence[Timed]) -> tu
 class _Prober:
     """Asks a real engine for steps of one kind after the other."""
 
-    def __init__(self, engine: RealEngine, repeats: int) -> None:
+    def __init__(self, engine: RealEngine, timer: Callable[[], float], repeats: int) -> None:
         self._engine = engine
+        self._timer = timer
         self._repeats = repeats
         self._numbers = itertools.count()
 
@@ -170,7 +171,7 @@ class _Prober:
         waiting = {self._add(context, 2 * self._repeats + batch, place, adapters) for place in range(batch)}
         while waiting:
             waiting -= {delta.request_id for delta in core.step() if delta.token_ids}
-        seconds = [_seconds_of(core.step) for _ in range(self._repeats)]
+        seconds = [self._step_s() for _ in range(self._repeats)]
         while core.has_work():
             core.step()
         params = self._params(batch, adapters)
@@ -192,7 +193,7 @@ class _Prober:
         seconds: list[float] = []
         for _ in range(self._repeats):
             self._add(tokens, 1, 0, adapters)
-            seconds.append(_seconds_of(core.step))
+            seconds.append(self._step_s())
             assert not core.has_work(), "a prefill of more than one step"
         params = sum(self._params(1, adapters))
         work = StepWork(
@@ -225,14 +226,13 @@ class _Prober:
         engine.core.add(request)
         return request.request_id
 
+    def _step_s(self) -> float:
+        begin = self._timer()
+        self._engine.core.step()
+        return self._timer() - begin
+
     def _params(self, batch: int, adapters: int) -> list[int]:
         """Of the adapter of each request of a batch."""
         engine = self._engine
         numbers = [place % adapters for place in range(batch)] if adapters else []
         return [engine.shape.adapter_params(engine.ranks[number % len(engine.ranks)]) for number in numbers]
-
-
-def _seconds_of(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin

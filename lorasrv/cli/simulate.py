@@ -56,6 +56,8 @@ def simulate(
         from lorasrv.sim.slo import parse_slo
         from lorasrv_bench.workloads import parse_workload
 
+        if plot is not None and not _has_matplotlib():
+            raise ConfigurationError("--plot needs matplotlib; pip install 'lorasrv[plot]' has it")
         if routing not in ROUTERS:
             raise ConfigurationError(f"routing {routing!r} is none of {', '.join(ROUTERS)}")
         asked, bounds, engines = parse_workload(workload, seed), parse_slo(slo), _engines(gpus)
@@ -96,6 +98,14 @@ def simulate(
             print_json(_as_dict(asked.text, seed, setup, dtype, routing, outcome))
         else:
             _show(title, setup, routing, outcome)
+
+
+def _has_matplotlib() -> bool:
+    try:
+        import matplotlib  # pyright: ignore[reportMissingImports]
+    except ModuleNotFoundError:
+        return False
+    return bool(matplotlib)
 
 
 def _engines(text: str) -> int | None:
