@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from lorasrv.config import SchedulerConfig
+from lorasrv.config import SchedulerConfig, TierConfig
 from lorasrv.model.shape import ModelShape
 from lorasrv.sim.engine import EngineSetup
 from lorasrv.sim.hardware import Hardware
@@ -52,7 +52,6 @@ def hardware(**changes: Any) -> Hardware:
         "flops_per_s": 1e9,
         "copy_bytes_per_s": 1e6,
         "disk_bytes_per_s": 1e5,
-        "num_readers": 2,
         "read_s": 0.01,
         "kernel_s": 1e-5,
         "step_s": 1e-3,
@@ -68,8 +67,8 @@ def setup(machine: Hardware | None = None, *, pool_bytes: int = 1 << 22, **sched
         hardware=machine or hardware(),
         itemsize=4,
         pool_bytes=pool_bytes,
-        host_bytes=1 << 20,
         scheduler=SchedulerConfig(**({"max_step_tokens": 16, "max_running": 4} | scheduler)),
+        tiers=TierConfig(host_cache_bytes=1 << 20),
     )
 
 

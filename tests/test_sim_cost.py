@@ -108,8 +108,8 @@ def test_an_adapters_pages_are_the_layouts() -> None:
 
 def test_a_hardware_table_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "box.json"
-    write_hardware(hardware(runs_ahead=False, num_readers=3), path)
-    assert find_hardware(str(path)) == hardware(runs_ahead=False, num_readers=3)
+    write_hardware(hardware(runs_ahead=False, row_s=3e-6), path)
+    assert find_hardware(str(path)) == hardware(runs_ahead=False, row_s=3e-6)
     assert find_hardware("h200") is HARDWARE["h200"]
 
 
@@ -120,8 +120,8 @@ def test_a_hardware_table_in_a_file(tmp_path: Path) -> None:
         ({"flops_per_s": 0}, "flops_per_s is 0; it must be > 0"),
         ({"step_s": -1.0}, "step_s is -1.0; it must be >= 0"),
         ({"flops_per_s": float("nan")}, "flops_per_s is nan"),
-        ({"num_readers": "2"}, "num_readers is '2'"),
-        ({"num_readers": True}, "num_readers is True"),
+        ({"row_s": "2"}, "row_s is '2'"),
+        ({"row_s": True}, "row_s is True"),
         ({"runs_ahead": 1}, "runs_ahead is 1"),
         ({"name": None}, "name is None"),
     ],

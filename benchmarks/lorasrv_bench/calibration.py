@@ -89,7 +89,6 @@ def _fit(shape: ModelShape, timed: Sequence[Timed], balance: float) -> Hardware:
         flops_per_s=flops_per_s,
         copy_bytes_per_s=_UNBOUNDED,
         disk_bytes_per_s=_UNBOUNDED,
-        num_readers=2,
         read_s=0.0,
         step_s=step_s,
         row_s=row_s,
@@ -221,7 +220,7 @@ class _Prober:
             seed=0,
             temperature=0.0,
             ignore_eos=True,
-            cache_salt=str(number),
+            tenant=str(number),
         )
         engine.core.add(request)
         return request.request_id

@@ -63,7 +63,7 @@ class RealEngine:
             seed=0,
             temperature=0.0,
             ignore_eos=True,
-            cache_salt=str(arrival.tenant),
+            tenant=str(arrival.tenant),
         )
 
     def _tokens(self, seed: str, count: int) -> tuple[int, ...]:
@@ -77,7 +77,6 @@ def build_real(
     ranks: tuple[int, ...],
     pool_bytes: int,
     scheduler: SchedulerConfig,
-    host_bytes: int = 1 << 30,
     model: Path | None = None,
 ) -> RealEngine:
     """`folder` gets the random model, unless `model` is given (weights are random then too), and adapters' blobs."""
@@ -93,7 +92,6 @@ def build_real(
         pool=PoolConfig(pool_bytes=pool_bytes),
         scheduler=scheduler,
         blob_root=str(folder / "blobs"),
-        host_cache_bytes=host_bytes,
         max_rank=MAX_RANK,
     )
     core, info = build_core(config)

@@ -182,8 +182,8 @@ def _compare(case: Case, run: Run) -> bool:
         hardware=run.hardware,
         itemsize=ITEMSIZE,
         pool_bytes=case.pool_bytes,
-        host_bytes=engine.config.host_cache_bytes,
         scheduler=SCHEDULER,
+        tiers=engine.config.tiers,
     )
     workload = _workload(case, case.load * _capacity(setup, case, run.seed), run.requests, run.seed)
     simulated = run_simulated(setup, workload)

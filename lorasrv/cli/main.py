@@ -5,11 +5,7 @@ from typing import Annotated
 import typer
 
 from lorasrv import __version__
-<<<<<<< HEAD
-from lorasrv.cli import adapters, bench, chat, context, demo, doctor, generate, keys, serve, status
-=======
-from lorasrv.cli import adapters, chat, context, demo, doctor, generate, keys, serve, simulate, status
->>>>>>> c88fe96 (The simulator: the engine's own core and tiers under a cost model and a virtual clock; lorasrv simulate)
+from lorasrv.cli import adapters, bench, chat, context, demo, doctor, generate, keys, serve, simulate, status
 from lorasrv.cli.connection import CONTEXT_VARIABLE
 from lorasrv.cli.output import EXIT_CODES
 

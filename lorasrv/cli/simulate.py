@@ -11,7 +11,7 @@ from rich.table import Table
 
 from lorasrv.cli.output import REFUSED, JsonOption, fail, print_json, print_table, progress, reported_errors
 from lorasrv.cli.pool_chart import pool_chart
-from lorasrv.config import DType, SchedulerConfig
+from lorasrv.config import DType, SchedulerConfig, TierConfig
 from lorasrv.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def simulate(
     dtype: Annotated[DType, typer.Option(help="How weights, adapters and KV are held.")] = "bfloat16",
     pool_gib: Annotated[float | None, typer.Option(min=0, help="Of each GPU; else what its memory leaves.")] = None,
     host_gib: Annotated[float, typer.Option(min=0, help="Host memory for adapters, of each GPU.")] = 64.0,
+    readers: Annotated[int, typer.Option(help="Processes that read adapters, of each GPU.")] = 2,
     max_running: Annotated[int, typer.Option(help="Requests in one step.")] = 64,
     max_step_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
     max_waiting: Annotated[int, typer.Option(help="Requests in an engine's queue.")] = 2048,
@@ -66,13 +67,13 @@ def simulate(
             hardware=find_hardware(hardware),
             itemsize=_ITEMSIZE[dtype],
             pool_bytes=None if pool_gib is None else int(pool_gib * 2**30),
-            host_bytes=int(host_gib * 2**30),
             scheduler=SchedulerConfig(
                 max_running=max_running,
                 max_step_tokens=max_step_tokens,
                 max_waiting=max_waiting,
                 prefix_cache=prefix_cache,
             ),
+            tiers=TierConfig(host_cache_bytes=int(host_gib * 2**30), num_builders=readers),
         )
         with progress(TextColumn("{task.description}"), BarColumn()) as bar:
             task = bar.add_task("simulating", total=1.0)
@@ -144,7 +145,7 @@ def _as_dict(
         "dtype": dtype,
         "hardware": asdict(setup.hardware),
         "num_pages": setup.num_pages,
-        "host_bytes": setup.host_bytes,
+        "tiers": asdict(setup.tiers),
         "scheduler": asdict(setup.scheduler),
         "routing": routing,
         **asdict(outcome),

@@ -22,38 +22,52 @@ class SimDevice:
     images: dict[int, SimImage] = field(default_factory=dict[int, SimImage])
 
 
+@dataclass(kw_only=True, slots=True)
+class SimCopy:
+    """In place of `memory.storage.AdapterCopy`: `end_s` is when what is issued has arrived."""
+
+    image: SimImage
+    directory: int
+    clock: VirtualClock
+    end_s: float
+    num_issued: int = 0
+
+    @property
+    def issued(self) -> bool:
+        return self.num_issued == self.image.num_pages
+
+    @property
+    def ended(self) -> bool:
+        return self.issued and self.end_s <= self.clock.now_s
+
+
 class SimStorage:
     """In place of `memory.storage.PageStorage`."""
 
     def __init__(self, device: SimDevice) -> None:
         self._device = device
 
-    def write_adapter(self, adapter: SimImage, pages: Sequence[int], *, wait_for_steps: bool) -> "SimCopy":
-        """Beside the steps where they run beside the host, else at once and for all to wait."""
+    def begin_adapter(self, adapter: SimImage, pages: Sequence[int], *, wait_for_steps: bool) -> SimCopy:
         device = self._device
-        copy_s = device.costs.copy_s(adapter.nbytes)
+        device.images[pages[0]] = adapter
+        begin_s = device.steps_free_s if wait_for_steps else 0.0
+        return SimCopy(image=adapter, directory=pages[0], clock=device.clock, end_s=begin_s)
+
+    def advance(self, copy: SimCopy, max_bytes: int) -> int:
+        """Beside the steps where they run beside the host, else at once and for all to wait."""
+        device, page_bytes = self._device, copy.image.page_bytes
+        num_pages = min(copy.image.num_pages - copy.num_issued, -(-max_bytes // page_bytes))
+        num_bytes = num_pages * page_bytes
+        copy_s = device.costs.copy_s(num_bytes)
         if device.costs.hardware.runs_ahead:
-            begin_s = max(device.clock.now_s, device.copies_free_s, device.steps_free_s if wait_for_steps else 0.0)
-            device.copies_free_s = begin_s + copy_s
+            device.copies_free_s = max(device.clock.now_s, device.copies_free_s, copy.end_s) + copy_s
+            copy.end_s = device.copies_free_s
         else:
             device.clock.now_s += copy_s
-            device.copies_free_s = device.clock.now_s
-        device.copied_bytes += adapter.nbytes
-        device.images[pages[0]] = adapter
-        return SimCopy(directory=pages[0], clock=device.clock, end_s=device.copies_free_s)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SimCopy:
-    """In place of `memory.storage.AdapterCopy`."""
-
-    directory: int
-    clock: VirtualClock
-    end_s: float
-
-    @property
-    def ended(self) -> bool:
-        return self.end_s <= self.clock.now_s
+            copy.end_s = device.clock.now_s
+        copy.num_issued += num_pages
+        device.copied_bytes += num_bytes
+        return num_bytes
 
 
 class SimRunner:

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from lorasrv.config import SchedulerConfig
+from lorasrv.config import SchedulerConfig, TierConfig
 from lorasrv.engine.core import EngineCore, Limits
-from lorasrv.engine.tiers import Tiers
+from lorasrv.engine.tiers import Tiers, unfelt_copy_bytes
 from lorasrv.errors import ConfigurationError
 from lorasrv.model.shape import ModelShape
 from lorasrv.sim.clock import VirtualClock
@@ -31,9 +31,9 @@ class EngineSetup:
     hardware: Hardware
     itemsize: int = 2
     pool_bytes: int | None = None
-    host_bytes: int = 64 << 30
     block_tokens: int = 16
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    tiers: TierConfig = field(default_factory=TierConfig)
 
     @property
     def num_pages(self) -> int:
@@ -58,17 +58,25 @@ class SimEngine:
         """Raises ConfigurationError."""
         self.clock = VirtualClock()
         self.device = SimDevice(clock=self.clock, costs=CostModel(setup.shape, setup.hardware, setup.itemsize))
-        adapters = Adapters(setup.shape, page_layout(setup.shape, setup.block_tokens, setup.itemsize), ranks)
-        self.reads = SimReads(clock=self.clock, hardware=setup.hardware, find=adapters.__getitem__)
+        layout, config = page_layout(setup.shape, setup.block_tokens, setup.itemsize), setup.tiers
+        self.reads = SimReads(
+            clock=self.clock,
+            hardware=setup.hardware,
+            num_readers=config.num_builders,
+            find=Adapters(setup.shape, layout, ranks).__getitem__,
+        )
         limits = Limits(
             num_pages=setup.num_pages,
+            page_bytes=layout.page_bytes,
             block_tokens=setup.block_tokens,
             context_tokens=setup.num_pages * setup.block_tokens,
             vocab_size=_VOCAB_SIZE,
             eos_token_ids=frozenset(),
         )
         # Tiers and storage pass images on and never look into them.
-        tiers = Tiers(cast(Any, SimStorage(self.device)), cast(Any, self.reads), setup.host_bytes)
+        storage, source = cast(Any, SimStorage(self.device)), cast(Any, self.reads)
+        copy_bytes = config.copy_bytes_per_step or unfelt_copy_bytes(beside_steps=setup.hardware.runs_ahead)
+        tiers = Tiers(storage, source, config.host_cache_bytes, copy_bytes)
         self.core = EngineCore(
             config=setup.scheduler, limits=limits, runner=SimRunner(self.device), tiers=tiers, clock=self.clock
         )

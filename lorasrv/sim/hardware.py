@@ -26,7 +26,6 @@ class Hardware:
     flops_per_s: float
     copy_bytes_per_s: float
     disk_bytes_per_s: float
-    num_readers: int = 4
     read_s: float = 0.002
     kernel_s: float = 0.0
     step_s: float = 0.0
@@ -38,7 +37,7 @@ class Hardware:
         for name, value in asdict(self).items():
             if isinstance(value, str | bool):
                 continue
-            positive = name.endswith(("_bytes", "_per_s")) or name == "num_readers"
+            positive = name.endswith(("_bytes", "_per_s"))
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
                 raise ConfigurationError(
                     f"hardware {self.name}: {name} is {value}; it must be {'> 0' if positive else '>= 0'}"

@@ -12,9 +12,13 @@ class SimImage:
     """A page image without bytes. `params` are its weights; a file holds as many."""
 
     num_pages: int
-    nbytes: int
+    page_bytes: int
     max_rank: int
     params: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.num_pages * self.page_bytes
 
 
 class Adapters:
@@ -54,7 +58,7 @@ def _image(shape: ModelShape, layout: PageLayout, rank: int) -> SimImage:
         )
     return SimImage(
         num_pages=placed.num_pages,
-        nbytes=placed.num_pages * layout.page_bytes,
+        page_bytes=layout.page_bytes,
         max_rank=rank,
         params=shape.adapter_params(rank),
     )

@@ -20,6 +20,7 @@ class SimReads:
 
     clock: VirtualClock
     hardware: Hardware
+    num_readers: int
     find: Callable[[str], SimImage]
     read_bytes: int = 0
     _busy: set[str] = field(default_factory=set[str])
@@ -30,7 +31,7 @@ class SimReads:
 
     @property
     def is_free(self) -> bool:
-        return len(self._busy) < self.hardware.num_readers
+        return len(self._busy) < self.num_readers
 
     def measure(self, digest: str) -> None:
         self._busy.add(digest)
@@ -65,7 +66,7 @@ class SimReads:
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
-        assert len(self._busy) <= self.hardware.num_readers, "too many adapters are read at once"
+        assert len(self._busy) <= self.num_readers, "too many adapters are read at once"
         assert {digest for _, _, digest, _ in self._events} <= self._busy, "a read has no reader"
 
     def close(self) -> None:

@@ -55,5 +55,5 @@ def make_request(number: int, arrival: Arrival) -> EngineRequest:
         seed=0,
         temperature=0.0,
         ignore_eos=True,
-        cache_salt=str(arrival.tenant),
+        tenant=str(arrival.tenant),
     )
