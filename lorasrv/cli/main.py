@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lorasrv import __version__
-from lorasrv.cli import adapters, bench, chat, context, demo, doctor, generate, keys, serve, status
+from lorasrv.cli import adapters, bench, chat, context, demo, doctor, generate, keys, serve, simulate, status
 from lorasrv.cli.connection import CONTEXT_VARIABLE
 from lorasrv.cli.output import EXIT_CODES
 
@@ -22,6 +22,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
+app.command("simulate")(simulate.simulate)
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(bench.app, name="bench")
 app.add_typer(context.app, name="context")

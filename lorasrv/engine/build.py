@@ -11,17 +11,13 @@ from lorasrv.engine.core import EngineCore, Limits
 from lorasrv.engine.image_readers import ImageSource, ThreadReader
 from lorasrv.engine.packer import Packer, pageable
 from lorasrv.engine.runner import build_runner
-from lorasrv.engine.tiers import Tiers
+from lorasrv.engine.tiers import Tiers, unfelt_copy_bytes
 from lorasrv.engine.warm_up import warm_up
 from lorasrv.errors import ConfigurationError
 from lorasrv.memory.arena import HostArena
 from lorasrv.memory.packing import PackedAdapter
 from lorasrv.memory.storage import PinnedArena, pinned_pages
 from lorasrv.types import EngineInfo
-
-# What a step does not feel: a fraction of a millisecond of an engine's thread, or of the bus to a GPU.
-_CPU_COPY_BYTES = 4 << 20
-_GPU_COPY_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +89,7 @@ def _assemble(config: EngineConfig, make_source: Callable[[Packer, bool], ImageS
         vocab_size=info.vocab_size,
         eos_token_ids=frozenset(architecture.eos_token_ids),
     )
-    copy_bytes = config.tiers.copy_bytes_per_step or (_GPU_COPY_BYTES if on_gpu else _CPU_COPY_BYTES)
+    copy_bytes = config.tiers.copy_bytes_per_step or unfelt_copy_bytes(beside_steps=on_gpu)
     tiers = Tiers(storage, make_source(packer, on_gpu), config.tiers.host_cache_bytes, copy_bytes)
     return Assembly(
         core=EngineCore(config=config.scheduler, limits=limits, runner=runner, tiers=tiers), info=info, packer=packer

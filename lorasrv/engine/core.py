@@ -38,6 +38,7 @@ from lorasrv.types import (
     EngineStatus,
     Failure,
     FinishReason,
+    Tier,
     TokenDelta,
     Warm,
     Warmed,
@@ -195,6 +196,12 @@ class EngineCore:
             adapters=self._ledger.adapters(),
             counters=EngineCounters(**self._counters),
         )
+
+    def tier_of(self, digest: str) -> Tier:
+        """The highest tier that holds an adapter version whole, as a request that comes now finds it."""
+        if self._ledger.is_loaded(digest):
+            return Tier.DEVICE
+        return Tier.DISK if self._ledger.num_pages(digest) is None else Tier.HOST
 
     @property
     def num_waiting(self) -> int:

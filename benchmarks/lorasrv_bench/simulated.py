@@ -1,0 +1,251 @@
+"""The simulator against the real engine, on this machine's CPU: how far its times are from those of a real run.
+
+    PYTHONPATH=.:kernels:adapters:benchmarks python -m lorasrv_bench.simulated
+
+First the machine is measured: how long the real engine's steps take by what they compute, and its reads and copies.
+That makes a hardware table (`--out FILE` keeps it, for `lorasrv simulate --hardware FILE`). Then three small workloads
+run through the real engine, in this process, and through the simulator with that table: the same requests, asked by
+the same code. Printed are both sides' percentiles and their ratio.
+
+On a machine that others use too, `--cpu-time` counts this process's CPU seconds instead: with one thread
+(OMP_NUM_THREADS=1) they are what an idle machine's clock would show, but for work of other threads and processes. So
+the workload whose adapters are read meanwhile is left out.
+"""
+
+import argparse
+import gc
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorasrv.config import SchedulerConfig
+from lorasrv.sim.clock import Clock, WallClock
+from lorasrv.sim.engine import EngineSetup, SimEngine
+from lorasrv.sim.hardware import Hardware, write_hardware
+from lorasrv.sim.outcome import Times
+from lorasrv.sim.replay import Replica, replay
+from lorasrv.sim.routing import Balanced
+from lorasrv.sim.workload import digest_of, make_request
+from lorasrv_bench.calibration import ITEMSIZE, Calibration, calibrate
+from lorasrv_bench.real_engine import RealEngine, build_real
+from lorasrv_bench.workloads import Workload, parse_workload
+
+RANKS = (8, 16, 32, 64)
+LIMIT = 0.15
+SCHEDULER = SchedulerConfig(max_running=16, max_step_tokens=256)
+# A pool that holds all adapters of a workload, and one that does not.
+LARGE_POOL, SMALL_POOL = 512 << 20, 24 << 20
+_LENGTHS = "in_range=16..128,out_range=16..128"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A workload's text, in which `{rate}` and `{requests}` are the run's, and the share of the capacity it asks."""
+
+    name: str
+    text: str
+    load: float
+    pool_bytes: int
+    is_cold: bool = False
+
+
+CASES = (
+    Case(name="base only", text="slora:n=0,rate={rate},requests={requests},", load=0.5, pool_bytes=LARGE_POOL),
+    Case(name="8 adapters", text="slora:n=8,rate={rate},requests={requests},", load=0.5, pool_bytes=LARGE_POOL),
+    Case(
+        name="cold adapters",
+        text="slora:n=200,rate={rate},requests={requests},",
+        load=0.35,
+        pool_bytes=SMALL_POOL,
+        is_cold=True,
+    ),
+)
+
+
+class CpuClock:
+    """This process's CPU seconds; sleeping takes none of them."""
+
+    def __init__(self) -> None:
+        self._origin_s = time.process_time()
+
+    def __call__(self) -> float:
+        return time.process_time() - self._origin_s
+
+    def sleep_until(self, at_s: float) -> None:
+        self._origin_s -= max(0.0, at_s - self())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What all comparisons have in common; `repeats` are of the real engine."""
+
+    folder: Path
+    model: Path | None
+    hardware: Hardware
+    requests: int
+    repeats: int
+    seed: int
+    clock: Callable[[], Clock]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """What one side of a comparison came to."""
+
+    ttft: Times
+    itl: Times
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {
+            "TTFT p50": self.ttft.p50,
+            "TTFT p99": self.ttft.p99,
+            "ITL p50": self.itl.p50,
+            "ITL p99": self.itl.p99,
+        }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a model folder, taken for its shape; else a small Llama")
+    parser.add_argument("--requests", type=int, default=300, help="of each workload")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each workload through the real engine")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds of this process")
+    parser.add_argument("--out", type=Path, help="keep the hardware table in this file")
+    given = parser.parse_args(argv)
+    root = Path(__file__).parents[2]
+    print(f"commit {_commit(root)}; {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    print(f"Python {platform.python_version()}, torch {torch.__version__}, seed {given.seed}")
+    with tempfile.TemporaryDirectory() as folder:
+        found = _calibrate(Path(folder), given.model, time.process_time if given.cpu_time else time.perf_counter)
+        print(described(found), flush=True)
+        if given.out is not None:
+            write_hardware(found.hardware, given.out)
+        run = Run(
+            folder=Path(folder),
+            model=given.model,
+            hardware=found.hardware,
+            requests=given.requests,
+            repeats=given.repeats,
+            seed=given.seed,
+            clock=CpuClock if given.cpu_time else WallClock,
+        )
+        near = [_compare(case, run) for case in CASES if not (case.is_cold and given.cpu_time)]
+    print(f"{sum(near)} of {len(near)} workloads within {LIMIT:.0%}")
+    return 0
+
+
+def described(found: Calibration) -> str:
+    hardware, errors = found.hardware, sorted(abs(error) for error in found.errors)
+    terms = (
+        f"step {hardware.step_s * 1e3:.2f} ms, sequence {hardware.row_s * 1e6:.0f} us, adapter "
+        f"{hardware.adapter_s * 1e6:.0f} us, {hardware.flops_per_s / 1e9:.1f} GFLOP/s, weights "
+        f"{hardware.read_bytes_per_s / 1e9:.1f} GB/s, KV {hardware.kv_bytes_per_s / 1e9:.2f} GB/s; an adapter's read "
+        f"{hardware.read_s * 1e3:.1f} ms and {hardware.disk_bytes_per_s / 1e6:.0f} MB/s, copies "
+        f"{hardware.copy_bytes_per_s / 1e9:.2f} GB/s"
+    )
+    fit = f"error of {len(errors)} kinds of steps: median {statistics.median(errors):.1%}, worst {errors[-1]:.1%}"
+    return f"calibrated: {terms}\n{fit}"
+
+
+def _calibrate(folder: Path, model: Path | None, timer: Callable[[], float]) -> Calibration:
+    engine = build_real(
+        folder, num_adapters=32, ranks=RANKS, pool_bytes=LARGE_POOL, scheduler=_one_step_prefills(), model=model
+    )
+    found = calibrate(engine, timer=timer)
+    engine.core.close()
+    return found
+
+
+def _one_step_prefills() -> SchedulerConfig:
+    return SchedulerConfig(max_running=SCHEDULER.max_running, max_step_tokens=1024)
+
+
+def _compare(case: Case, run: Run) -> bool:
+    """Print both sides of a case; whether all figures are within the limit."""
+    engine = build_real(
+        run.folder, num_adapters=200, ranks=RANKS, pool_bytes=case.pool_bytes, scheduler=SCHEDULER, model=run.model
+    )
+    setup = EngineSetup(
+        shape=engine.shape,
+        hardware=run.hardware,
+        itemsize=ITEMSIZE,
+        pool_bytes=case.pool_bytes,
+        scheduler=SCHEDULER,
+        tiers=engine.config.tiers,
+    )
+    workload = _workload(case, case.load * _capacity(setup, case, run.seed), run.requests, run.seed)
+    simulated = run_simulated(setup, workload)
+    # The first run also pays for what is done once.
+    real = [run_real(engine, workload, run.clock()) for _ in range(run.repeats + 1)][1:]
+    engine.core.close()
+    print(f"\n{case.name}: {workload.text}, pool {case.pool_bytes >> 20} MiB, {run.repeats} runs")
+    worst = 0.0
+    for name, value in simulated.figures.items():
+        measured = [side.figures[name] for side in real]
+        middle = statistics.median(measured)
+        worst = max(worst, abs(value / middle - 1))
+        spread = f"{middle * 1e3:.2f} ms ({min(measured) * 1e3:.2f}–{max(measured) * 1e3:.2f})"
+        print(f"  {name}: real {spread}, simulated {value * 1e3:.2f}, ratio {value / middle:.3f}", flush=True)
+    return worst <= LIMIT
+
+
+def _workload(case: Case, rate: float, requests: int, seed: int) -> Workload:
+    return parse_workload(
+        case.text.format(rate=f"{rate:.4g}", requests=requests) + _LENGTHS + ",ranks=8/16/32/64", seed
+    )
+
+
+def _capacity(setup: EngineSetup, case: Case, seed: int) -> float:
+    """Requests a second when all are there at the start, by the simulator."""
+    workload = _workload(case, 1e5, 200, seed)
+    engine = SimEngine(setup, workload.ranks)
+    replay(workload.arrivals, [Replica(core=engine.core, clock=engine.clock)], Balanced(), make_request)
+    return len(workload.arrivals) / engine.clock.now_s
+
+
+def run_simulated(setup: EngineSetup, workload: Workload) -> Side:
+    engine = SimEngine(setup, workload.ranks)
+    replica = Replica(core=engine.core, clock=engine.clock)
+    replay(workload.arrivals, [replica], Balanced(), make_request, resident=_resident(workload))
+    return _side(replica)
+
+
+def run_real(engine: RealEngine, workload: Workload, clock: Clock) -> Side:
+    for digest in engine.digests:
+        engine.core.discard(digest)
+    gc.collect()
+    replica = Replica(core=engine.core, clock=clock)
+    replay(workload.arrivals, [replica], Balanced(), engine.make_request)
+    return _side(replica)
+
+
+def _resident(workload: Workload) -> list[str]:
+    return [digest_of(adapter) for adapter in workload.resident]
+
+
+def _side(replica: Replica) -> Side:
+    ttft = Times.of(Counter(each.first_s - each.at_s for each in replica.records if each.first_s is not None))
+    itl = Times.of(replica.gaps)
+    assert ttft is not None and itl is not None and all(record.done for record in replica.records), "requests failed"
+    return Side(ttft=ttft, itl=itl)
+
+
+def _commit(root: Path) -> str:
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
