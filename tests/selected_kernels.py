@@ -177,8 +177,8 @@ def of_source(source: ASTSource, options: dict[str, int]) -> str:
 def launched() -> Iterator[str]:
     found: set[str] = set()
 
-    def stop(*, fn: Any, compile: dict[str, Any], **_: object) -> bool:
-        data = json.loads(compile["specialization_data"])
+    def stop(*, fn: Any, **call: Any) -> bool:
+        data = json.loads(call["compile"]["specialization_data"])
         constants = zip(data["constant_keys"], data["constant_vals"], strict=True)
         attrs = zip(data["attrs_keys"], data["attrs_vals"], strict=True)
         found.add(identity(fn.name, data["signature"].values(), constants, attrs, data["options"]))
