@@ -19,7 +19,7 @@ from triton.runtime import driver
 
 from launched_kernels import FakeDriver
 from lorasrv.memory.layout import PageLayout
-from lorasrv.memory.packing import module_geometry
+from lorasrv.memory.tensors import module_geometry
 from lorasrv_kernels import gate, gpu, sampling
 from lorasrv_kernels.attention_work import build_attention_work, tiling
 from lorasrv_kernels.tiles import Delta, Module, Segments

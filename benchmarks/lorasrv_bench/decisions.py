@@ -15,6 +15,7 @@ from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, StepOutput
 from lorasrv.engine.core import EngineCore, Limits
 from lorasrv.engine.process import spare_collections
 from lorasrv.engine.tiers import TierChanges
+from lorasrv.errors import LorasrvError
 from lorasrv.memory.residency import ResidentAdapter
 from lorasrv.types import AdapterUse, EngineRequest, Tier
 
@@ -78,6 +79,9 @@ class HostTiers:
         return ResidentAdapter(digest=digest, pages=tuple(pages), directory=pages[0], max_rank=16)
 
     def discard(self, digest: str) -> None: ...
+
+    def failures(self) -> dict[str, LorasrvError]:
+        return {}
 
     def host_tiers(self) -> dict[str, Tier]:
         return {}
