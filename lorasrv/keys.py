@@ -5,6 +5,8 @@ for passwords, helps against guessing 256 bits, and it would slow down every cal
 key, under a name that appears in no reply:
 
     "ci" = { tenant = "acme", roles = ["generate", "publish"], sha256 = "…", expires = 2027-01-31T00:00:00Z }
+
+All keys of a tenant have its `weight`, 1 where none is given.
 """
 
 import hashlib
@@ -28,6 +30,7 @@ from lorasrv_adapters.reference import check_digest, check_id
 
 KEY_PREFIX = "lorasrv_"  # for people, and for scanners that look for leaked keys
 KEY_BYTES = 32
+MAX_WEIGHT = 1000
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +46,11 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """Who makes a call."""
+    """Who makes a call. Tenants get service by their `weight` where they compete for it."""
 
     tenant: str
     roles: frozenset[Role]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +102,7 @@ def parse_keys(text: str) -> dict[str, KeyEntry]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigurationError(f"not a TOML file: {error}") from None
     found: dict[str, KeyEntry] = {}
+    weights: dict[str, float] = {}
     for name, fields in lines.items():
         try:
             check_id(name, "name")
@@ -106,6 +111,9 @@ def parse_keys(text: str) -> dict[str, KeyEntry]:
             raise ConfigurationError(f"key {name!r}: {error}") from None
         if entry.sha256 in found:
             raise ConfigurationError(f"key {name!r}: another name has the same sha256")
+        tenant, weight = entry.caller.tenant, entry.caller.weight
+        if weights.setdefault(tenant, weight) != weight:
+            raise ConfigurationError(f"key {name!r}: another key of tenant {tenant!r} has weight {weights[tenant]}")
         found[entry.sha256] = entry
     return found
 
@@ -146,14 +154,18 @@ class KeyFile:
 def _entry(fields: Any) -> KeyEntry:
     if not isinstance(fields, dict):
         raise ValueError("is not a table { tenant = …, roles = […], sha256 = … }")
-    unknown = fields.keys() - {"tenant", "roles", "sha256", "expires"}
+    unknown = fields.keys() - {"tenant", "roles", "weight", "sha256", "expires"}
     if unknown:
         raise ValueError(f"unknown field {min(unknown)!r}")
     expires = fields.get("expires")
     if expires is not None and (not isinstance(expires, datetime) or expires.tzinfo is None):
         raise ValueError(f"expires is {str(expires)!r}, not a date and time with an offset, as 2027-01-31T00:00:00Z")
     return KeyEntry(
-        caller=Caller(tenant=check_id(_text(fields, "tenant"), "tenant"), roles=_roles(fields.get("roles"))),
+        caller=Caller(
+            tenant=check_id(_text(fields, "tenant"), "tenant"),
+            roles=_roles(fields.get("roles")),
+            weight=_weight(fields.get("weight", 1)),
+        ),
         sha256=check_digest(_text(fields, "sha256")),
         expires=None if expires is None else expires.timestamp(),
     )
@@ -164,6 +176,12 @@ def _text(fields: dict[str, Any], name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name} is missing or no string")
     return value
+
+
+def _weight(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 / MAX_WEIGHT <= value <= MAX_WEIGHT:
+        raise ValueError(f"weight is {value!r}, not a number from {1 / MAX_WEIGHT} to {MAX_WEIGHT}")
+    return float(value)
 
 
 def _roles(value: Any) -> frozenset[Role]:

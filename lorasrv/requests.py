@@ -40,7 +40,7 @@ class GenerationRequest:
 
     With `echo` the prompt comes back with Started. What `sampling` leaves unset, and the system prompt of a chat, are
     the adapter version's own, unless `ignore_version_defaults`. `deadline_s` is when the caller stops waiting, on
-    `time.monotonic`.
+    `time.monotonic`; `weight` is the tenant's share beside others'.
     """
 
     tenant: str
@@ -53,6 +53,7 @@ class GenerationRequest:
     priority: Priority = Priority.NORMAL
     session_key: str | None = None
     deadline_s: float | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

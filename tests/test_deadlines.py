@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 
 from core_rig import make_core, make_request, run_all, tokens_of
 from fakes import expected_tokens
+from lorasrv.engine.core import EngineCore
 from lorasrv.engine.deadlines import Deadlines
 from lorasrv.errors import DeadlineExceeded
 from lorasrv.types import Failure
@@ -65,6 +67,64 @@ def test_what_comes_too_late_is_refused_and_leaves_nothing() -> None:
     with pytest.raises(DeadlineExceeded):
         core.add(replace(make_request("r"), deadline_s=100.0))
     assert not core.has_work()
+    core.check()
+
+
+def known_core(clock: Clock, **config: Any) -> EngineCore:
+    """That has seen a decode step take 0.1 s, and a token of a prompt 0.01 s."""
+    core, _ = make_core({}, clock=clock, **config)
+    for _ in range(300):
+        core._ledger.costs.step_ended(2, 2, clock.now_s, clock.now_s + 0.1)
+        clock.now_s += 1
+        core._ledger.costs.step_ended(2, 12, clock.now_s, clock.now_s + 0.2)
+        clock.now_s += 1
+    return core
+
+
+def test_what_cannot_meet_its_deadline_is_refused_when_it_comes() -> None:
+    """Even on an engine twice as fast: 20 tokens of prompt are 0.1 s, 30 steps 1.5 s."""
+    clock = Clock()
+    core = known_core(clock)
+    prompt = tuple(range(1, 21))
+    for request, least_s in (
+        (make_request("p", prompt), 0.1),
+        (replace(make_request("m", prompt, max_tokens=40), min_tokens=30), 1.6),
+        (replace(make_request("i", prompt, max_tokens=30), ignore_eos=True), 1.6),
+        (replace(make_request("s", prompt, max_tokens=30), ignore_eos=True, stop_token_ids=(3,)), 0.1),
+    ):
+        with pytest.raises(DeadlineExceeded, match="cannot be met"):
+            core.add(replace(request, deadline_s=clock.now_s + 0.95 * least_s))
+        core.check()
+        core.add(replace(request, deadline_s=clock.now_s + 1.05 * least_s))
+        core.cancel(request.request_id)
+
+
+def test_a_cached_prompt_takes_no_time() -> None:
+    clock = Clock()
+    core = known_core(clock)
+    prompt = tuple(range(1, 21))
+    core.add(make_request("first", prompt))
+    run_all(core)
+    core.add(replace(make_request("again", prompt), deadline_s=clock.now_s + 0.03))
+    with pytest.raises(DeadlineExceeded):
+        core.add(replace(make_request("stranger", prompt, tenant="other"), deadline_s=clock.now_s + 0.03))
+
+
+def test_what_has_waited_too_long_to_meet_its_deadline_never_starts() -> None:
+    clock = Clock()
+    core = known_core(clock, max_running=1)
+    core.add(replace(make_request("running", max_tokens=50), ignore_eos=True, deadline_s=clock.now_s + 2.7))
+    core.add(replace(make_request("waits", max_tokens=10), ignore_eos=True, deadline_s=clock.now_s + 1.0))
+    core.step()
+    clock.now_s += 0.6
+    (failed,) = [delta for delta in core.step() if delta.failure]
+    assert failed.request_id == "waits" and failed.failure is not None
+    assert failed.failure.message == "the call's deadline cannot be met"
+    # What has begun has until its deadline, however slow it is.
+    clock.now_s += 2.0
+    assert not [delta for delta in core.step() if delta.failure]
+    clock.now_s += 0.2
+    assert [delta.failure for delta in core.step()] == [PASSED]
     core.check()
 
 

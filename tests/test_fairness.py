@@ -3,7 +3,6 @@
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any
 
 import pytest
 

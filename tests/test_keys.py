@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from typer.testing import CliRunner
 from lorasrv.cli.main import app
 from lorasrv.errors import ConfigurationError
 from lorasrv.keys import Caller, KeyFile, Role, append_line, format_line, hash_key, new_key, parse_keys
+from lorasrv.server.convert import generation_request
+from lorasrv.v1 import generation_pb2
 
 ACME = Caller(tenant="acme", roles=frozenset({Role.GENERATE, Role.PUBLISH}))
 HASH = "ab" * 32
@@ -35,6 +38,16 @@ def test_a_key_is_its_callers(tmp_path: Path) -> None:
     for wrong in ("", other, key[:-1], key + " ", hash_key(key), key.upper(), "\udcff"):
         assert keys.caller(wrong) is None
     assert key not in path.read_text()
+
+
+def test_a_key_carries_its_tenants_weight(tmp_path: Path) -> None:
+    key = new_key()
+    text = format_line("ci", "acme", ACME.roles, hash_key(key)).replace(" }", ", weight = 2.5 }")
+    caller = KeyFile(key_file(tmp_path, text)).caller(key)
+    assert caller == replace(ACME, weight=2.5)
+    assert caller is not None
+    asked = generation_request(generation_pb2.GenerateRequest(text="x"), caller, None)
+    assert (asked.tenant, asked.weight) == ("acme", 2.5)
 
 
 def test_keys_are_long_and_never_the_same() -> None:
@@ -76,6 +89,13 @@ def test_a_key_ends_with_its_time(tmp_path: Path) -> None:
         (line(sha256=f'"{"AB" * 32}"'), "is not 64 lower-case"),
         (line().replace(" }", ", expires = 2027-01-31 }"), "expires is '2027-01-31', not a date and time"),
         (line().replace(" }", ", expires = 2027-01-31T00:00:00 }"), "with an offset"),
+        (line().replace(" }", ", weight = 0 }"), "weight is 0, not a number from 0.001 to 1000"),
+        (line().replace(" }", ", weight = nan }"), "weight is nan"),
+        (line().replace(" }", ", weight = true }"), "weight is True"),
+        (
+            line() + "\n" + line("cd", sha256=f'"{"cd" * 32}"').replace(" }", ", weight = 2 }"),
+            "key 'cd': another key of tenant 'acme' has weight 1.0",
+        ),
         (line().replace(" }", ', role = "admin" }'), "unknown field 'role'"),
         (line().replace(" }", ', key = "secret-itself" }'), "unknown field 'key'"),
     ],

@@ -122,9 +122,10 @@ class EngineCore:
         if num_waiting + request.n > self._config.max_waiting:
             raise QueueFull(f"{num_waiting} sequences are waiting; the limit is {self._config.max_waiting}")
         if request.deadline_s is not None:
-            if request.deadline_s <= self._clock():
-                raise _past_deadline()
-            self._deadlines.add(request.request_id, request.deadline_s)
+            latest_s = request.deadline_s - self._least_s(request)
+            if latest_s <= self._clock():
+                raise _past_deadline(request.deadline_s > self._clock())
+            self._deadlines.add(request.request_id, latest_s)
         if request.adapter is not None:
             self._ledger.keep(request.adapter.digest)
         first, *followers = (self._new_sequence(request, sample) for sample in range(request.n))
@@ -273,9 +274,28 @@ class EngineCore:
     # Effects before the forward.
 
     def _fail_overdue(self) -> tuple[TokenDelta, ...]:
-        """End the requests whose deadline has passed: what is queued never starts, what runs makes no further step."""
-        overdue = self._deadlines.passed(self._clock())
-        return tuple(self._fail(self._requests[request_id][0], _past_deadline()) for request_id in overdue)
+        """End the requests whose deadline has passed, so that they make no further step, and those that have not begun
+        and could not meet it any more."""
+        now_s = self._clock()
+        deltas: list[TokenDelta] = []
+        for request_id in self._deadlines.passed(now_s):
+            first = self._requests[request_id][0]
+            deadline_s = first.request.deadline_s
+            assert deadline_s is not None, "a request without a deadline has passed it"
+            has_begun = first.charged or first.sample > 0
+            if deadline_s > now_s and has_begun:
+                self._deadlines.add(request_id, deadline_s)
+            else:
+                deltas.append(self._fail(first, _past_deadline(deadline_s > now_s)))
+        return tuple(deltas)
+
+    def _least_s(self, request: EngineRequest) -> float:
+        """What a request takes at least, as far as it is known: its prompt, and the tokens that must come."""
+        num_steps = request.min_tokens
+        if request.ignore_eos and not request.stop_token_ids:
+            num_steps = request.max_tokens
+        num_cached = self._ledger.num_cached_tokens(request)
+        return self._ledger.costs.least_s(len(request.token_ids) - num_cached, num_steps)
 
     def _fail_unloadable(self, failures: Mapping[str, LorasrvError]) -> tuple[TokenDelta, ...]:
         """End the queued requests whose adapter could not be read."""
@@ -491,5 +511,5 @@ class EngineCore:
             self._ledger.want(())
 
 
-def _past_deadline() -> DeadlineExceeded:
-    return DeadlineExceeded("the call's deadline has passed")
+def _past_deadline(too_soon: bool) -> DeadlineExceeded:
+    return DeadlineExceeded("the call's deadline cannot be met" if too_soon else "the call's deadline has passed")

@@ -7,6 +7,8 @@ _KEPT = 0.95
 # What is assumed at first counts like a measurement of that many.
 _START_TOKENS = 512
 _START_BYTES = 64 << 20
+# Behind so many steps of either kind nothing of that is left.
+_KNOWN_STEPS = 64
 
 
 class Costs:
@@ -20,6 +22,7 @@ class Costs:
         self.copies = Traffic(1e-10)
         self.reads = Traffic(1e-9)
         self._prefill = _Rate(1e-4, _START_TOKENS)
+        self._num_decode_steps = 0
         self._last_end_s = float("-inf")
 
     @property
@@ -36,6 +39,13 @@ class Costs:
         """From disk to a page image in host memory."""
         return self.reads.s_per_byte
 
+    def least_s(self, num_prefill: int, num_steps: int) -> float:
+        """What a request of so many tokens to prefill and steps behind them takes at least, on an engine twice as fast
+        as this one has been; 0 until that is known."""
+        if self._num_decode_steps < _KNOWN_STEPS or self._prefill.num_measured < _KNOWN_STEPS:
+            return 0.0
+        return (self.prefill_s_per_token * num_prefill + self.step_s * num_steps) / 2
+
     def step_ended(self, num_chunks: int, num_tokens: int, began_s: float, ended_s: float) -> None:
         """A step of so many chunks and tokens has ended, which ran since it was submitted or the step before ended."""
         took_s = ended_s - max(began_s, self._last_end_s)
@@ -45,6 +55,7 @@ class Costs:
             self._prefill.measured(max(0.0, took_s - self.step_s), num_more)
         else:
             self.step_s = self.step_s * _KEPT + took_s * (1 - _KEPT)
+            self._num_decode_steps += 1
 
 
 class Traffic:
@@ -96,6 +107,7 @@ class _Rate:
     def __init__(self, s_per_unit: float, num_units: float) -> None:
         self._seconds = s_per_unit * num_units
         self._units = float(num_units)
+        self.num_measured = 0
 
     @property
     def s_per_unit(self) -> float:
@@ -104,3 +116,4 @@ class _Rate:
     def measured(self, seconds: float, num_units: float) -> None:
         self._seconds = self._seconds * _KEPT + seconds
         self._units = self._units * _KEPT + num_units
+        self.num_measured += 1

@@ -91,6 +91,14 @@ class Ledger:
         count = first_needed_row(sequence) // self._block_tokens
         return self._prefix.match(sequence.keys.first(count, sequence.token_ids))
 
+    def num_cached_tokens(self, request: EngineRequest) -> int:
+        """Of the prompt of a request that is not queued yet."""
+        if not self._keep_prefixes:
+            return 0
+        count = (len(request.token_ids) - 1) // self._block_tokens
+        keys = self.block_keys(request).first(count, request.token_ids)
+        return len(self._prefix.match(keys)) * self._block_tokens
+
     def copyable_page(self, sequence: Sequence) -> int | None:
         other, num_prompt = sequence.sibling, len(sequence.request.token_ids)
         if other is None or sequence.num_generated or other.num_computed < num_prompt:

@@ -12,6 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from lorasrv.engine.client import EngineState
 from lorasrv.errors import InvalidRequest
+from lorasrv.keys import Caller
 from lorasrv.requests import (
     AdapterRef,
     Chat,
@@ -61,7 +62,7 @@ def deadline_s(context: grpc.aio.ServicerContext[Any, Any]) -> float | None:
 
 
 def generation_request(
-    request: generation_pb2.GenerateRequest, tenant: str, deadline_s: float | None
+    request: generation_pb2.GenerateRequest, caller: Caller, deadline_s: float | None
 ) -> GenerationRequest:
     """Raises InvalidRequest for a value of an enum that is not known here."""
     prompt: str | tuple[int, ...] | Chat | None = text_or_chat(request)
@@ -70,7 +71,8 @@ def generation_request(
     if request.priority not in PRIORITIES:
         raise InvalidRequest("priority", f"{request.priority} is no class; {sorted(PRIORITIES)} are")
     return GenerationRequest(
-        tenant=tenant,
+        tenant=caller.tenant,
+        weight=caller.weight,
         adapters=tuple(
             AdapterRef(name=ref.name, scale=ref.scale if ref.HasField("scale") else None) for ref in request.adapter
         ),

@@ -237,7 +237,11 @@ class FrontDesk:
             tenant=request.tenant,
         )
         return replace(
-            checked, priority=request.priority, session_key=request.session_key, deadline_s=request.deadline_s
+            checked,
+            weight=request.weight,
+            priority=request.priority,
+            session_key=request.session_key,
+            deadline_s=request.deadline_s,
         )
 
     async def _read(

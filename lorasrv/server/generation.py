@@ -76,7 +76,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return generation_pb2.DetokenizeResponse(text=text)
 
     def _generate(self, request: generation_pb2.GenerateRequest, context: Context) -> AsyncGenerator[Event, None]:
-        asked = convert.generation_request(request, self._tenant, convert.deadline_s(context))
+        asked = convert.generation_request(request, current_caller(), convert.deadline_s(context))
         return self._metrics.observed(self._desk.generate(asked))
 
 
