@@ -57,7 +57,7 @@ def tiling(head_dim: int, group: int, dtype: torch.dtype, *, capability: int, de
         return Tile(height=height, width=width, num_warps=num_warps, num_stages=num_stages, per_processor=per_processor)
 
     if dtype.itemsize == 4:  # no tensor cores: for parity, not for speed
-        tall = tile(16 if wide else 32, 16 if wide else 32, num_warps=8, num_stages=1)
+        tall = tile(16, 16, num_warps=4, num_stages=1) if wide else tile(32, 32, num_warps=8, num_stages=1)
         short = tile(16, 16 if wide else 32, num_warps=4, num_stages=1, per_processor=2)
     else:
         # Before Hopper both operands pass through registers, which 128 rows would spill. A tile of few live rows, as
