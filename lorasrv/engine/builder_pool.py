@@ -145,10 +145,13 @@ class BuilderPool:
 
     def close(self) -> None:
         """After the cache, which frees its images."""
-        for builder in (*self._idle, *(job.builder for job in self._jobs.values())):
+        for builder in self._idle:
             self._kill(builder, ())
+        for job in self._jobs.values():
+            self._kill(job.builder, job.places or ())
         for builder, _ in self._killed:
             builder.wait(_CLOSE_S)
+        self._reap()
         self._idle.clear()
         self._jobs.clear()
         self._given_up.clear()
