@@ -64,6 +64,7 @@ ROWS = {
     49: "a client that vanishes: its generation ends and its pages are free",
     # What happens while generations run.
     56: "a tag moved, a version or adapter deleted: streams end on the version that Started named",
+    57: "an adapter whose read hangs or fails: UNAVAILABLE for its own requests, the hanging one's in time",
 }
 
 

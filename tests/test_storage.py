@@ -111,3 +111,31 @@ def test_a_directory_over_a_page_is_refused_with_the_limit() -> None:
 def test_a_pool_beyond_the_addresses_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=str(128 << 31)):
         PageStorage(LAYOUT, 1 << 40, torch.float32, torch.device("meta"))
+
+
+def test_a_copy_is_made_in_slices_of_whole_pages() -> None:
+    """No page is written before its slice, none after; the directory comes with the first."""
+    packed = pack_adapter([module(0, 0, 40, 1), module(1, 2, 17, 2)], LAYOUT, SHAPES)
+    storage = PageStorage(LAYOUT, 16, torch.float32, CPU)
+    storage.bytes.fill_(255)
+    pages = random.Random(1).sample(range(16), packed.num_pages)
+    copy = storage.begin_adapter(packed, pages, wait_for_steps=False)
+    written: list[int] = []
+    for max_bytes in (1, LAYOUT.page_bytes + 1, LAYOUT.page_bytes, 1 << 40):
+        assert not copy.issued and not copy.ended
+        assert not (storage.pages[[page for page in range(16) if page not in written]] != 255).any()
+        count = min(-(-max_bytes // LAYOUT.page_bytes), packed.num_pages - len(written))
+        assert storage.advance(copy, max_bytes) == count * LAYOUT.page_bytes
+        written += pages[len(written) : len(written) + count]
+    assert copy.issued and copy.ended and written == pages
+    at_once = PageStorage(LAYOUT, 16, torch.float32, CPU)
+    at_once.bytes.fill_(255)
+    at_once.write_adapter(packed, pages, wait_for_steps=False)
+    assert torch.equal(storage.bytes, at_once.bytes)
+
+
+def test_an_image_is_its_pages_and_no_more() -> None:
+    """So what `test_layout` says of pages holds for host memory too."""
+    modules = [module(layer, index, 17, layer) for layer in range(3) for index in range(3)]
+    packed = pack_adapter(modules, LAYOUT, SHAPES)
+    assert packed.nbytes == packed.num_pages * LAYOUT.page_bytes

@@ -305,3 +305,59 @@ def test_warms_and_requests_pass_through_a_host_cache_of_few_images(budget_bytes
     assert {warmed.warm_id: warmed.failure for warmed in core.take_warmed()} == dict.fromkeys(range(10))
     assert not tiers._wanted
     core.close()
+
+
+def test_a_step_copies_no_more_than_its_bytes_the_oldest_adapter_first() -> None:
+    """Two adapters of five pages arrive two pages a step, one behind the other, and run when they are whole."""
+    core, tiers = make_core(lambda digest: Image(digest, 5), budget_bytes=2, num_pages=16, copy_bytes=2)
+    tiers.want(["a0", "a1"])
+    while any(tiers.num_pages(digest) is None for digest in ("a0", "a1")):
+        tiers.wait(WAIT_S)
+        tiers.poll()
+    for first, digest in ((0, "a0"), (5, "a1")):
+        tiers.load(digest, list(range(first, first + 5)), wait_for_steps=False)
+    tiers.want([])
+    issued: list[list[int]] = []
+    loaded: list[str] = []
+    while tiers._copies:
+        issued.append([copy.num_issued for copy in tiers._copies.values()])
+        tiers.wait(WAIT_S)
+        loaded += tiers.poll().loaded
+        assert tiers._host.snapshot().pinned_bytes == len(tiers._copies), "what is being copied stays"
+    assert issued == [[2, 0], [4, 0], [1], [3]]
+    assert loaded == ["a0", "a1"]
+    core.check()
+    core.close()
+
+
+def test_states_are_told_from_queued_to_failed() -> None:
+    gate = threading.Event()
+
+    def read(digest: str) -> Image:
+        assert gate.wait(WAIT_S)
+        if digest == "a0":
+            raise OSError("the disk is away")
+        return Image(digest, 3)
+
+    core, _ = make_core(read, budget_bytes=4, num_pages=16, copy_bytes=1)
+
+    def tier_of() -> dict[str, Tier]:
+        return {adapter.digest: adapter.tier for adapter in core.status().adapters}
+
+    requests = make_requests(4, ["a0", "a1", "a2", "a3"], 0)
+    for request in requests.values():
+        core.add(request)
+    core.step()
+    assert tier_of() == dict.fromkeys(("a0", "a1"), Tier.READING) | dict.fromkeys(("a2", "a3"), Tier.QUEUED)
+    gate.set()
+    seen: set[Tier] = set()
+    while core.has_work():
+        core.step()
+        seen |= set(tier_of().values())
+    assert {Tier.HOST, Tier.COPYING, Tier.DEVICE} <= seen
+    (failed,) = [adapter for adapter in core.status().adapters if adapter.tier is Tier.FAILED]
+    assert failed.digest == "a0" and failed.failure is not None
+    assert (failed.failure.reason, failed.failure.message) == ("ADAPTER_LOAD_FAILED", "version a0 could not be read")
+    core.discard("a0")
+    assert "a0" not in tier_of()
+    core.close()

@@ -115,6 +115,9 @@ def show(name: NameArgument, url: UrlOption = None, as_json: JsonOption = False)
         counts = (_state(version), str(version.size_bytes), str(version.hits), last_use)
         table.add_row(*_row(version), *counts, version.create_time.ToJsonString())
     print_table(table)
+    for version in adapter.versions:
+        if version.failure:
+            print(f"{version.digest[:12]}: the last load failed: {version.failure}")
 
 
 @app.command()

@@ -8,7 +8,7 @@ import platformdirs
 import typer
 
 from lorasrv.cli.output import JsonOption, reported_errors
-from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
+from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig, TierConfig
 
 
 def default_data_dir() -> Path:
@@ -41,6 +41,12 @@ def serve(
     max_running: Annotated[int, typer.Option(help="Requests in one step.")] = 64,
     max_step_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
     max_rank: Annotated[int, typer.Option(min=1, help="The largest adapter rank that is accepted.")] = 256,
+    host_cache_gib: Annotated[
+        float, typer.Option(min=0, help="Host memory for adapters that are ready to be copied to the device.")
+    ] = 1.0,
+    read_timeout_s: Annotated[
+        float, typer.Option(min=0.1, help="An adapter that takes longer to read fails its own requests.")
+    ] = 30.0,
     grace_s: Annotated[float, typer.Option(min=0, help="How long streams may go on after SIGTERM.")] = 10.0,
     heartbeat_timeout_s: Annotated[
         float, typer.Option(min=1, help="An engine whose step takes longer is taken for hung and restarted.")
@@ -77,6 +83,7 @@ def serve(
                 ),
                 pool=PoolConfig(pool_bytes=pool_bytes),
                 scheduler=SchedulerConfig(max_running=max_running, max_step_tokens=max_step_tokens),
+                tiers=TierConfig(host_cache_bytes=int(host_cache_gib * 2**30), read_timeout_s=read_timeout_s),
                 max_rank=max_rank,
             ),
             data_dir=str(data_dir or default_data_dir()),

@@ -35,3 +35,6 @@ def print_status(info: server_pb2.ServerInfo, now: server_pb2.ServerStatus) -> N
                 adapter.adapter_id, adapter.version_digest[:12], tier, str(adapter.num_pages), str(adapter.pins)
             )
         print_table(table)
+        for adapter in now.adapters:
+            if adapter.failure:
+                print(f"{adapter.adapter_id}: the last load failed: {adapter.failure}")

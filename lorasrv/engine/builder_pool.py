@@ -145,10 +145,13 @@ class BuilderPool:
 
     def close(self) -> None:
         """After the cache, which frees its images."""
-        for builder in (*self._idle, *(job.builder for job in self._jobs.values())):
+        for builder in self._idle:
             self._kill(builder, ())
+        for job in self._jobs.values():
+            self._kill(job.builder, job.places or ())
         for builder, _ in self._killed:
             builder.wait(_CLOSE_S)
+        self._reap()
         self._idle.clear()
         self._jobs.clear()
         self._given_up.clear()
@@ -163,8 +166,13 @@ class BuilderPool:
 
     def _take_builder(self, digest: str) -> Builder | None:
         """An idle builder or a new one; None, and the read is given up, where no process can be started."""
+        while self._idle:
+            builder = self._idle.pop()
+            if not builder.has_ended():
+                return builder
+            self._kill(builder, ())
         try:
-            return self._idle.pop() if self._idle else self._spawn()
+            return self._spawn()
         except OSError as error:
             self._given_up[digest] = error
             return None

@@ -23,7 +23,7 @@ def cast(values: Array, itemsize: int) -> Array:
 
 
 def _to_float32(values: Array) -> Array:
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         return values.astype(np.float32, copy=False)
 
 

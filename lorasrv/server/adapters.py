@@ -1,7 +1,7 @@
 """AdapterService: convert, ask the registry in a worker thread, convert."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from concurrent.futures import Executor, Future
 from contextlib import asynccontextmanager
 from typing import Any, ParamSpec, TypeVar
@@ -15,7 +15,7 @@ from lorasrv.server import resources
 from lorasrv.server.access import current_caller
 from lorasrv.server.convert import deadline_s
 from lorasrv.server.frontdesk import FrontDesk
-from lorasrv.types import Tier
+from lorasrv.types import AdapterResidency
 from lorasrv.v1 import adapter_pb2, adapter_pb2_grpc
 from lorasrv_adapters.downloads import Download
 from lorasrv_adapters.errors import AdapterNotFound, UploadNotFound, quote
@@ -215,7 +215,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         tenant, tier = self._parent(request.parent), resources.warm_tier(request.tier)
         warmed, reached = await self._desk.warm(tenant, request.reference, tier, deadline_s(context))
         found = await self._run(self._registry.adapters.version, tenant, warmed.adapter_id, warmed.digest)
-        return resources.version(tenant, warmed.adapter_id, found, self._use_of({warmed.digest: reached}))
+        there = AdapterResidency(digest=warmed.digest, tier=reached, num_pages=0, pins=0)
+        return resources.version(tenant, warmed.adapter_id, found, self._use_of([there]))
 
     async def SetTag(self, request: adapter_pb2.SetTagRequest, context: Context) -> adapter_pb2.Tag:
         tenant, adapter_id, name = self._tag(request.tag.name)
@@ -275,15 +276,17 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             status = await self._engine.status()
         except EngineUnavailable:
             # Without an engine every version is on disk only.
-            tiers: dict[str, Tier] = {}
+            held: tuple[AdapterResidency, ...] = ()
         else:
-            tiers = {adapter.digest: adapter.tier for adapter in status.adapters}
-        return self._use_of(tiers)
+            held = status.adapters
+        return self._use_of(held)
 
-    def _use_of(self, tiers: Mapping[str, Tier]) -> resources.VersionUse:
-        def use(tenant: str, adapter_id: str, digest: str) -> tuple[Tier, VersionUse | None]:
+    def _use_of(self, held: Iterable[AdapterResidency]) -> resources.VersionUse:
+        by_digest = {adapter.digest: adapter for adapter in held}
+
+        def use(tenant: str, adapter_id: str, digest: str) -> tuple[AdapterResidency | None, VersionUse | None]:
             used = self._registry.use(tenant, adapter_id, digest)
-            return Tier.DISK if used is None else tiers.get(digest, Tier.DISK), used
+            return None if used is None else by_digest.get(digest), used
 
         return use
 

@@ -25,7 +25,15 @@ from lorasrv.requests import (
     Started,
     Tokenized,
 )
-from lorasrv.types import EngineStatus, FinishReason, PositionLogprobs, Priority, SamplingParams, Tier
+from lorasrv.types import (
+    AdapterResidency,
+    EngineStatus,
+    FinishReason,
+    PositionLogprobs,
+    Priority,
+    SamplingParams,
+    Tier,
+)
 from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
 
 FINISH_REASONS = {
@@ -42,8 +50,10 @@ PRIORITIES = {
 
 TIERS = {
     Tier.DISK: adapter_pb2.TIER_DISK,
+    Tier.QUEUED: adapter_pb2.TIER_QUEUED,
     Tier.READING: adapter_pb2.TIER_READING,
     Tier.HOST: adapter_pb2.TIER_HOST,
+    Tier.COPYING: adapter_pb2.TIER_COPYING,
     Tier.DEVICE: adapter_pb2.TIER_DEVICE,
     Tier.FAILED: adapter_pb2.TIER_FAILED,
 }
@@ -218,12 +228,18 @@ def server_status(
             tier=TIERS[each.tier],
             num_pages=each.num_pages,
             pins=each.pins,
+            failure=failure_text(each),
         )
         for each in status.adapters
         if each.digest in names
     )
     message.counters.CopyFrom(server_pb2.Counters(**asdict(status.counters)))
     return message
+
+
+def failure_text(residency: AdapterResidency) -> str:
+    """Why an adapter's last load failed; empty unless it did."""
+    return "" if residency.failure is None else residency.failure.message
 
 
 def timestamp(unix_s: float) -> Timestamp:

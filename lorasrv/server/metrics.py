@@ -178,7 +178,7 @@ def _families(status: EngineStatus) -> Iterator[CounterMetricFamily | GaugeMetri
     yield GaugeMetricFamily("lorasrv_waiting_sequences", "Sequences in the queue.", status.waiting)
     yield GaugeMetricFamily("lorasrv_adapter_pins", "References of running requests on adapters.", status.pins)
     yield _by_label("lorasrv_pool_pages", "Pages of the device pool.", "owner", _owners(status))
-    yield _by_label("lorasrv_adapters", "Adapter versions above the disk.", "tier", _tiers(status))
+    yield _by_label("lorasrv_adapters", "Adapter versions above the disk, or that failed.", "tier", _tiers(status))
     counters = status.counters
     prompt_tokens = CounterMetricFamily(
         "lorasrv_prompt_tokens", "Prompt tokens, computed or found in the prefix cache.", labels=["source"]

@@ -6,8 +6,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from lorasrv.engine.defaults import read_defaults
 from lorasrv.errors import InvalidRequest
-from lorasrv.server.convert import TIERS, sampling_message, timestamp
-from lorasrv.types import Tier
+from lorasrv.server.convert import TIERS, failure_text, sampling_message, timestamp
+from lorasrv.types import AdapterResidency, Tier
 from lorasrv.v1 import adapter_pb2
 from lorasrv_adapters import records
 from lorasrv_adapters.downloads import FileChunk
@@ -15,7 +15,7 @@ from lorasrv_adapters.manifest import ManifestFile
 from lorasrv_adapters.reference import adapter_name, tag_name, upload_name, version_name
 
 # Where a version's weights are on this replica, and how it was used.
-VersionUse = Callable[[str, str, str], tuple[Tier, records.VersionUse | None]]
+VersionUse = Callable[[str, str, str], tuple[AdapterResidency | None, records.VersionUse | None]]
 
 UPLOAD_STATES = {
     records.UploadState.RECEIVING: adapter_pb2.UPLOAD_STATE_RECEIVING,
@@ -92,7 +92,7 @@ def adapter(found: records.Adapter, use: VersionUse) -> adapter_pb2.Adapter:
 
 
 def version(tenant: str, adapter_id: str, found: records.Version, use: VersionUse) -> adapter_pb2.Version:
-    tier, used = use(tenant, adapter_id, found.digest)
+    residency, used = use(tenant, adapter_id, found.digest)
     return adapter_pb2.Version(
         name=version_name(tenant, adapter_id, found.digest),
         digest=found.digest,
@@ -102,7 +102,8 @@ def version(tenant: str, adapter_id: str, found: records.Version, use: VersionUs
         size_bytes=found.size_bytes,
         base_fingerprint=found.fingerprint,
         create_time=timestamp(found.create_time),
-        tier=TIERS[tier],
+        tier=TIERS[Tier.DISK if residency is None else residency.tier],
+        failure="" if residency is None else failure_text(residency),
         defaults=None if found.serving is None else version_defaults(found.serving),
         state=VERSION_STATES[found.state],
         hits=0 if used is None else used.hits,

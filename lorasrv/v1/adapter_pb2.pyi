@@ -37,6 +37,8 @@ class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TIER_HOST: _ClassVar[Tier]
     TIER_DEVICE: _ClassVar[Tier]
     TIER_FAILED: _ClassVar[Tier]
+    TIER_QUEUED: _ClassVar[Tier]
+    TIER_COPYING: _ClassVar[Tier]
 UPLOAD_STATE_UNSPECIFIED: UploadState
 UPLOAD_STATE_RECEIVING: UploadState
 UPLOAD_STATE_VALIDATING: UploadState
@@ -53,6 +55,8 @@ TIER_READING: Tier
 TIER_HOST: Tier
 TIER_DEVICE: Tier
 TIER_FAILED: Tier
+TIER_QUEUED: Tier
+TIER_COPYING: Tier
 
 class UploadFile(_message.Message):
     __slots__ = ("name", "size_bytes", "sha256", "committed_bytes")
@@ -144,7 +148,7 @@ class Adapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., adapter_id: _Optional[str] = ..., tags: _Optional[_Mapping[str, str]] = ..., versions: _Optional[_Iterable[_Union[Version, _Mapping]]] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., update_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., labels: _Optional[_Mapping[str, str]] = ..., annotations: _Optional[_Mapping[str, str]] = ..., etag: _Optional[str] = ..., pinned: bool = ..., delete_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class Version(_message.Message):
-    __slots__ = ("name", "digest", "min_rank", "max_rank", "target_modules", "size_bytes", "base_fingerprint", "create_time", "tier", "defaults", "state", "hits", "last_use_time")
+    __slots__ = ("name", "digest", "min_rank", "max_rank", "target_modules", "size_bytes", "base_fingerprint", "create_time", "tier", "defaults", "state", "hits", "last_use_time", "failure")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     MIN_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +162,7 @@ class Version(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     HITS_FIELD_NUMBER: _ClassVar[int]
     LAST_USE_TIME_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
     name: str
     digest: str
     min_rank: int
@@ -171,7 +176,8 @@ class Version(_message.Message):
     state: VersionState
     hits: int
     last_use_time: _timestamp_pb2.Timestamp
-    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., min_rank: _Optional[int] = ..., max_rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tier: _Optional[_Union[Tier, str]] = ..., defaults: _Optional[_Union[VersionDefaults, _Mapping]] = ..., state: _Optional[_Union[VersionState, str]] = ..., hits: _Optional[int] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    failure: str
+    def __init__(self, name: _Optional[str] = ..., digest: _Optional[str] = ..., min_rank: _Optional[int] = ..., max_rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tier: _Optional[_Union[Tier, str]] = ..., defaults: _Optional[_Union[VersionDefaults, _Mapping]] = ..., state: _Optional[_Union[VersionState, str]] = ..., hits: _Optional[int] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class Tag(_message.Message):
     __slots__ = ("name", "tag", "versions")

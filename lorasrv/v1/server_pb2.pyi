@@ -121,18 +121,20 @@ class PoolStatus(_message.Message):
     def __init__(self, num_pages: _Optional[int] = ..., free_pages: _Optional[int] = ..., sequence_pages: _Optional[int] = ..., adapter_pages: _Optional[int] = ..., prefix_pages: _Optional[int] = ...) -> None: ...
 
 class AdapterStatus(_message.Message):
-    __slots__ = ("adapter_id", "version_digest", "tier", "num_pages", "pins")
+    __slots__ = ("adapter_id", "version_digest", "tier", "num_pages", "pins", "failure")
     ADAPTER_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_DIGEST_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
     PINS_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
     adapter_id: str
     version_digest: str
     tier: _adapter_pb2.Tier
     num_pages: int
     pins: int
-    def __init__(self, adapter_id: _Optional[str] = ..., version_digest: _Optional[str] = ..., tier: _Optional[_Union[_adapter_pb2.Tier, str]] = ..., num_pages: _Optional[int] = ..., pins: _Optional[int] = ...) -> None: ...
+    failure: str
+    def __init__(self, adapter_id: _Optional[str] = ..., version_digest: _Optional[str] = ..., tier: _Optional[_Union[_adapter_pb2.Tier, str]] = ..., num_pages: _Optional[int] = ..., pins: _Optional[int] = ..., failure: _Optional[str] = ...) -> None: ...
 
 class Counters(_message.Message):
     __slots__ = ("steps", "prompt_tokens", "completion_tokens", "finished_requests", "adapter_loads", "adapter_evictions", "preemptions", "cached_prompt_tokens")
