@@ -23,7 +23,7 @@ BLOCK_TOKENS = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
-    """A request: the adapter's number, and its prompt as runs of tokens that are equal where their names are."""
+    """A request: the adapter's number, and its prompt as runs of tokens: (name, length), equal where the names are."""
 
     adapter: int | None
     prompt: tuple[tuple[int, int], ...]
@@ -34,8 +34,8 @@ class Ask:
 class Hardware:
     """Sizes in pages, times in seconds. `rank_pages` is what a rank takes: adapter i has rank `ranks[i % len]`."""
 
-    num_pages: int = 4096
-    host_pages: int = 65536
+    num_pages: int = 12_288
+    host_pages: int = 65_536
     page_bytes: int = 2 << 20
     rank_pages: float = 2.5
     ranks: tuple[int, ...] = (64, 32, 16, 8)
@@ -52,7 +52,7 @@ class Hardware:
 @dataclass(kw_only=True)
 class Outcome:
     """Of a run, its warm-up left out. Brought back is what had been there before: what comes for the first time has to
-    come whatever goes."""
+    come whatever goes. Seconds are of a thousand requests."""
 
     requests: int = 0
     adapter_requests: int = 0
@@ -64,14 +64,17 @@ class Outcome:
     reread_pages: int = 0
     evictions: int = 0
 
+    def copies_s(self, hardware: Hardware) -> float:
+        return self.copied_pages * hardware.copy_s_per_page / self.requests * 1000
+
+    def reads_s(self, hardware: Hardware) -> float:
+        return self.reread_pages * hardware.read_s_per_page / self.requests * 1000
+
+    def prefill_s(self, hardware: Hardware) -> float:
+        return self.recomputed_tokens * hardware.prefill_s_per_token / self.requests * 1000
+
     def seconds(self, hardware: Hardware) -> float:
-        """Spent on bringing back, in a thousand requests."""
-        total = (
-            self.copied_pages * hardware.copy_s_per_page
-            + self.reread_pages * hardware.read_s_per_page
-            + self.recomputed_tokens * hardware.prefill_s_per_token
-        )
-        return total / self.requests * 1000
+        return self.copies_s(hardware) + self.reads_s(hardware) + self.prefill_s(hardware)
 
 
 @dataclass

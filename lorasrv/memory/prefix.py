@@ -98,15 +98,14 @@ class PrefixCache:
     def unpin(self, pages: Sequence[int], cost_s: float) -> None:
         """Give back all the cached blocks of a sequence, first to last. `cost_s` is what computing one costs."""
         order = self._order
-        last, own = -1.0, 0.0
+        again, own = -1.0, 0.0
         worth, priority = 0.0, order.priority(0.0)
         for page in reversed(pages):
             block = self._blocks[page]
             assert block.pins > 0, f"page {page} is not pinned"
             block.pins -= 1
-            likelihood = self._likelihood.of(block.uses)
-            if likelihood != last:
-                last, own = likelihood, order.worth(likelihood, cost_s, 1)
+            if block.uses.again != again:
+                again, own = block.uses.again, order.worth(self._likelihood.of(block.uses), cost_s, 1)
             if own > worth or priority < block.priority:
                 worth = max(worth, own, order.worth_of(block.priority))
                 priority = order.priority(worth)
