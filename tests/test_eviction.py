@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core_rig import BLOCK_TOKENS, PAGE_BYTES, make_core, make_request, run_all, tokens_of
-from fakes import expected_tokens
+from fakes import FakeRunner, expected_tokens
 from lorasrv.engine.core import EngineCore
 from lorasrv.engine.costs import Costs, Traffic
 from lorasrv.memory.eviction import Candidate, EvictionOrder, GreedyDual, IdleAdapter, Name, Policy, round_up
@@ -202,13 +202,17 @@ def test_likelihood_of_conversations_does_not_grow_with_their_length() -> None:
     assert likelihood.of(old) < 2 * likelihood.of(young)
 
 
+def step_ended(costs: Costs, chunks: list[int], began_s: float, ended_s: float) -> None:
+    costs.step_ended(len(chunks), sum(chunks), began_s, ended_s)
+
+
 def test_costs_are_those_of_the_steps() -> None:
     costs, now = Costs(), 100.0
     for number in range(400):
         tokens = [1] * 8 if number % 3 else [1] * 7 + [257]
         took = 0.010 + (0.0512 if number % 3 == 0 else 0.0)
         # Submitted while the step before ran.
-        costs.step_ended(tokens, now - 0.005, now + took)
+        step_ended(costs, tokens, now - 0.005, now + took)
         now += took
     assert costs.step_s == pytest.approx(0.010, rel=0.02)
     assert costs.prefill_s_per_token == pytest.approx(0.0002, rel=0.02)
@@ -225,6 +229,27 @@ def test_transfers_that_run_side_by_side_are_not_counted_twice() -> None:
             traffic.arrived(f"a{each}", 1 << 20, start + 2 * each)
     assert traffic.s_per_byte == pytest.approx(6 / (3 << 20), rel=0.01)
     assert not list(traffic)
+
+
+def test_the_engine_measures_its_steps_copies_and_reads() -> None:
+    """The fake device's clock, on which a step takes about one."""
+    runners: list[FakeRunner] = []
+    core, runner = make_core(
+        {f"a{index}": 4 for index in range(12)},
+        delays=Random(0),
+        clock=lambda: runners[0].device.timeline.now if runners else 0.0,
+        run_ahead=True,
+    )
+    runners.append(runner)
+    for number in range(60):
+        core.add(make_request(f"r{number}", (1,) * 20, f"a{number % 12}", 4))
+        run_all(core)
+    costs = core._ledger.costs
+    assert 0.2 < costs.step_s < 5.0
+    assert 0.1 < costs.copy_s_per_byte * 4 * PAGE_BYTES < 5.0
+    assert 0.1 < costs.read_s_per_byte * 4 * PAGE_BYTES < 10.0
+    assert 0.0 < costs.prefill_s_per_token < 0.1 and costs.prefill_s_per_token != Costs().prefill_s_per_token
+    assert not list(costs.copies) and not list(costs.reads)
 
 
 # Both tenants of the pool, on the fake device: a page is a block of four tokens, or a page of an adapter.
@@ -255,7 +280,7 @@ def make_economy(prefill_s_per_token: float, copy_s_per_page: float) -> Economy:
     costs = core._ledger.costs
     costs.step_s = 0.0
     for number in range(300):
-        costs.step_ended([101], number * 10.0, number * 10.0 + 100 * prefill_s_per_token)
+        step_ended(costs, [101], number * 10.0, number * 10.0 + 100 * prefill_s_per_token)
         costs.copies.began("a", number * 10.0)
         costs.copies.arrived("a", PAGE_BYTES, number * 10.0 + copy_s_per_page)
     # From here on nothing is measured anew: the fake device takes no time.

@@ -213,8 +213,8 @@ class Rig:
         num_computed = num_prompt - num_cached * BLOCK_TOKENS
         began = self.tiers.clock
         self.tiers.clock += hardware.step_s + (num_computed - 1) * hardware.prefill_s_per_token
-        costs.step_ended([num_computed], began, self.tiers.clock)
-        costs.step_ended([1], self.tiers.clock, self.tiers.clock + hardware.step_s)
+        costs.step_ended(1, num_computed, began, self.tiers.clock)
+        costs.step_ended(1, 1, self.tiers.clock, self.tiers.clock + hardware.step_s)
         self.tiers.clock += hardware.step_s
         keys = sequence.keys.first(num_prompt // BLOCK_TOKENS, sequence.token_ids)
         again = sum(key in self._known_blocks for key in keys[num_cached:])

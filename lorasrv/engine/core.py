@@ -335,7 +335,8 @@ class EngineCore:
         if step is None:
             return ()
         output = step.running.output()
-        self._ledger.costs.step_ended([chunk.num_tokens for _, chunk in step.chunks], step.began_s, self._clock())
+        total = sum(chunk.num_tokens for _, chunk in step.chunks)
+        self._ledger.costs.step_ended(len(step.chunks), total, step.began_s, self._clock())
         self._ledger.completed += 1
         places = {chunk: place for place, chunk in enumerate(step.draws)}
         deltas: list[TokenDelta] = []

@@ -1,6 +1,6 @@
 """What work costs on the running engine, learned while it runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 # At every measurement those before it count that much less.
 _KEPT = 0.95
@@ -36,11 +36,11 @@ class Costs:
         """From disk to a page image in host memory."""
         return self.reads.s_per_byte
 
-    def step_ended(self, chunk_tokens: Sequence[int], began_s: float, ended_s: float) -> None:
-        """A step of chunks of so many tokens has ended, which ran since it was submitted or the step before ended."""
+    def step_ended(self, num_chunks: int, num_tokens: int, began_s: float, ended_s: float) -> None:
+        """A step of so many chunks and tokens has ended, which ran since it was submitted or the step before ended."""
         took_s = ended_s - max(began_s, self._last_end_s)
         self._last_end_s = ended_s
-        num_more = sum(chunk_tokens) - len(chunk_tokens)
+        num_more = num_tokens - num_chunks
         if num_more:
             self._prefill.measured(max(0.0, took_s - self.step_s), num_more)
         else:
