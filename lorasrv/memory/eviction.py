@@ -132,7 +132,7 @@ class EvictionOrder:
         assert {name: worth for worth, _, _, name, _ in entries} == self._worth, "queues and worths differ"
         assert len(entries) == len(self._worth), "something is in two queues"
         assert all(self._queues.values()), "an empty queue is kept"
-        assert all(priority - worth <= self._inflation * (1 + 1e-9) for worth, priority, *_ in entries), "a worth grew"
+        assert all(priority <= self.priority(worth) for worth, priority, *_ in entries), "inflation has fallen"
         order = [candidate.digest if isinstance(candidate, IdleAdapter) else candidate.page for candidate in self]
         assert order == [name for *_, name, _ in sorted(entry[1:] for entry in entries)], "out of order"
 

@@ -98,13 +98,14 @@ class PrefixCache:
     def unpin(self, pages: Sequence[int], cost_s: float) -> None:
         """Give back all the cached blocks of a sequence, first to last. `cost_s` is what computing one costs."""
         order = self._order
-        fresh = order.worth(self._likelihood.assumed, cost_s, 1)
+        again, own = -1.0, 0.0
         worth, priority = 0.0, order.priority(0.0)
         for page in reversed(pages):
             block = self._blocks[page]
             assert block.pins > 0, f"page {page} is not pinned"
             block.pins -= 1
-            own = order.worth(self._likelihood.of(block.uses), cost_s, 1) if block.uses.again else fresh
+            if block.uses.again != again:
+                again, own = block.uses.again, order.worth(self._likelihood.of(block.uses), cost_s, 1)
             if own > worth or priority < block.priority:
                 worth = max(worth, own, order.worth_of(block.priority))
                 priority = order.priority(worth)
@@ -150,6 +151,4 @@ class PrefixCache:
         place = {each.page: index for index, each in enumerate(self._order) if isinstance(each, IdleBlock)}
         for page, index in place.items():
             parent = self._blocks[page].parent
-            assert parent is None or place.get(parent, index) >= index, (
-                f"page {parent} goes before {page}, which is behind it"
-            )
+            assert parent is None or place.get(parent, index) >= index, f"page {parent} goes before {page}"

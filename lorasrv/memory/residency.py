@@ -71,6 +71,8 @@ class Residency:
         self._adapters[adapter.digest] = adapter
         self._pins[adapter.digest] = 0
         self._loading.add(adapter.digest)
+        if adapter.digest not in self._uses:  # forgotten while it was read
+            self._uses[adapter.digest] = self._likelihood.first()
 
     def loaded(self, digest: str, cost_s: float) -> None:
         """They have arrived."""
@@ -109,6 +111,7 @@ class Residency:
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
         assert self._adapters.keys() == self._pins.keys(), "pins and adapters differ"
+        assert self._adapters.keys() <= self._uses.keys(), "an adapter's uses are forgotten"
         assert self._loading <= self._adapters.keys(), "an adapter without pages is loading"
         idle = {digest for digest, pins in self._pins.items() if not pins} - self._loading
         assert idle == {each.digest for each in self._order if isinstance(each, IdleAdapter)}, "idle set is stale"
@@ -118,8 +121,7 @@ class Residency:
 
     def _add_idle(self, digest: str, cost_s: float) -> None:
         num_pages = len(self._adapters[digest].pages)
-        uses = self._uses.get(digest)
-        likelihood = self._likelihood.assumed if uses is None else self._likelihood.of(uses)
+        likelihood = self._likelihood.of(self._uses[digest])
         self._order.add(digest, num_pages, self._order.worth(likelihood, cost_s, num_pages))
 
     def _forget_half(self) -> None:
