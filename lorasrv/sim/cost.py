@@ -1,7 +1,7 @@
 """How long a step takes: what it must read and compute at the least, over what the hardware reaches, and overheads.
 
-A phase takes the longer of its bytes over the bandwidth and its operations over the matrix rate: the linear modules
-with the adapters, and attention. Between them stand the latencies of the kernels that wait for each other. Activations,
+A phase takes the longer of its bytes over the bandwidth and its operations over the matrix rate: the linear modules,
+the adapters, and attention. Between them stand the latencies of the kernels that wait for each other. Activations,
 which are small beside the rest, count nothing. (Roofline: Williams et al., CACM 2009.)
 """
 
@@ -79,9 +79,14 @@ class CostModel:
 
     def linear_s(self, work: StepWork) -> float:
         shape, hardware = self.shape, self.hardware
-        read = self.itemsize * (shape.linear_params + shape.head_params + work.adapter_params)
-        products = shape.linear_params * work.num_tokens + shape.head_params * work.num_rows + work.adapter_products
+        read = self.itemsize * (shape.linear_params + shape.head_params)
+        products = shape.linear_params * work.num_tokens + shape.head_params * work.num_rows
         return max(read / hardware.read_bytes_per_s, 2 * products / hardware.flops_per_s)
+
+    def adapters_s(self, work: StepWork) -> float:
+        hardware = self.hardware
+        read_s = self.itemsize * work.adapter_params / hardware.adapter_bytes_per_s
+        return max(read_s, 2 * work.adapter_products / hardware.flops_per_s) + work.num_adapters * hardware.adapter_s
 
     def attention_s(self, work: StepWork) -> float:
         shape, hardware = self.shape, self.hardware
@@ -92,8 +97,8 @@ class CostModel:
     def forward_s(self, work: StepWork) -> float:
         """A step on the device."""
         kernels = self.shape.num_layers * (LAYER_KERNELS + LORA_KERNELS * bool(work.num_adapters)) + STEP_KERNELS
-        overhead = kernels * self.hardware.kernel_s + work.num_adapters * self.hardware.adapter_s
-        return self.linear_s(work) + self.attention_s(work) + overhead
+        phases = self.linear_s(work) + self.adapters_s(work) + self.attention_s(work)
+        return phases + kernels * self.hardware.kernel_s
 
     def host_s(self, num_rows: int) -> float:
         """What the engine's own code takes for a step."""
