@@ -49,7 +49,7 @@ def test_a_folders_shape_is_its_config() -> None:
 def test_the_work_of_a_step() -> None:
     # Two decodes of one adapter, a decode of another, a decode that is still drawn (no token id), a prefill's part.
     chunks = [chunk(9, 1, 4), chunk(19, 1, 4), chunk(4, 1, 8), chunk(6, 0), chunk(16, 3, 8)]
-    work = step_work(chunks, lambda adapter: 100 * adapter.max_rank)
+    work = step_work(chunks, {4: 400, 8: 800, 16: 1})
     assert work == StepWork(
         num_rows=5,
         num_tokens=7,
@@ -88,7 +88,7 @@ def test_the_floor_is_the_benchmarks_floor() -> None:
     chunks = [chunk(1023, 1, 16)] * 8 + [chunk(100, 30, 64), chunk(0, 1)]
     rows, contexts = [each.num_tokens for each in chunks], [each.start + each.num_tokens for each in chunks]
     shape = MODELS["8B"]
-    work = step_work(chunks, lambda adapter: shape.adapter_params(adapter.max_rank))
+    work = step_work(chunks, {rank: shape.adapter_params(rank) for rank in (16, 64)})
     for read, flops in ((1e9, 1e18), (1e18, 1e9)):
         bandwidths = dict.fromkeys(("read_bytes_per_s", "adapter_bytes_per_s", "kv_bytes_per_s"), read)
         machine = hardware(**bandwidths, flops_per_s=flops, kernel_s=0, adapter_s=0, step_s=0, row_s=0)

@@ -5,11 +5,11 @@ the adapters, and attention. Between them stand the latencies of the kernels tha
 which are small beside the rest, count nothing. (Roofline: Williams et al., CACM 2009.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import mul
 
-from lorasrv.engine.batch import AdapterInput, ChunkInput
+from lorasrv.engine.batch import ChunkInput
 from lorasrv.model.shape import ModelShape
 from lorasrv.sim.hardware import Hardware
 
@@ -38,34 +38,29 @@ class StepWork:
     adapter_products: int = 0
 
 
-def step_work(chunks: Sequence[ChunkInput], params_of: Callable[[AdapterInput], int]) -> StepWork:
-    """Of a step's chunks; `params_of` counts a resident adapter's weights."""
+def step_work(chunks: Sequence[ChunkInput], params: Mapping[int, int]) -> StepWork:
+    """Of a step's chunks; `params` are resident adapters' weights, by directory. Called for every simulated step."""
     num_tokens, context, pairs = 0, 0, 0
     rows: dict[int, int] = {}
-    adapters: dict[int, AdapterInput] = {}
-    for chunk in chunks:
-        num = len(chunk.token_ids) or 1
-        end = chunk.start + num
+    for token_ids, start, _, adapter, _, _ in chunks:
+        num = len(token_ids) or 1
+        end = start + num
         num_tokens += num
         context += end
         # Row i of the chunk sees start + i + 1 positions.
-        pairs += end if num == 1 else num * chunk.start + num * (num + 1) // 2
-        adapter = chunk.adapter
+        pairs += end if num == 1 else num * start + num * (num + 1) // 2
         if adapter is not None:
             directory = adapter.directory
-            if directory in rows:
-                rows[directory] += num
-            else:
-                rows[directory], adapters[directory] = num, adapter
-    params = [params_of(adapter) for adapter in adapters.values()]
+            rows[directory] = rows.get(directory, 0) + num
+    sizes = [params[directory] for directory in rows]
     return StepWork(
         num_rows=len(chunks),
         num_tokens=num_tokens,
         context_tokens=context,
         pairs=pairs,
-        num_adapters=len(params),
-        adapter_params=sum(params),
-        adapter_products=sum(map(mul, params, rows.values())),
+        num_adapters=len(sizes),
+        adapter_params=sum(sizes),
+        adapter_products=sum(map(mul, sizes, rows.values())),
     )
 
 
