@@ -48,6 +48,7 @@ def hardware(**changes: Any) -> Hardware:
         "name": "test",
         "memory_bytes": 5 * 2**30,
         "read_bytes_per_s": 1e8,
+        "adapter_bytes_per_s": 1e7,
         "kv_bytes_per_s": 1e7,
         "flops_per_s": 1e9,
         "copy_bytes_per_s": 1e6,

@@ -49,7 +49,7 @@ def test_a_folders_shape_is_its_config() -> None:
 def test_the_work_of_a_step() -> None:
     # Two decodes of one adapter, a decode of another, a decode that is still drawn (no token id), a prefill's part.
     chunks = [chunk(9, 1, 4), chunk(19, 1, 4), chunk(4, 1, 8), chunk(6, 0), chunk(16, 3, 8)]
-    work = step_work(chunks, lambda adapter: 100 * adapter.max_rank)
+    work = step_work(chunks, {4: 400, 8: 800, 16: 1})
     assert work == StepWork(
         num_rows=5,
         num_tokens=7,
@@ -65,19 +65,21 @@ def test_a_step_bound_by_reading() -> None:
     machine = hardware()
     work = StepWork(num_rows=1, num_tokens=1, context_tokens=50, pairs=50, num_adapters=1, adapter_params=7000)
     costs = CostModel(TINY, machine, itemsize=4)
-    assert costs.linear_s(work) == pytest.approx(4 * (LINEAR + HEAD + 7000) / 1e8)
+    assert costs.linear_s(work) == pytest.approx(4 * (LINEAR + HEAD) / 1e8)
+    assert costs.adapters_s(work) == pytest.approx(4 * 7000 / 1e7 + 1e-4)
     assert costs.attention_s(work) == pytest.approx(4 * KV * 50 / 1e7)
     kernels = 2 * (10 + 1) + 8
-    expected = costs.linear_s(work) + costs.attention_s(work) + kernels * 1e-5 + 1e-4
+    expected = costs.linear_s(work) + costs.adapters_s(work) + costs.attention_s(work) + kernels * 1e-5
     assert costs.forward_s(work) == pytest.approx(expected)
     without = replace(work, num_adapters=0, adapter_params=0)
-    assert costs.forward_s(without) == pytest.approx(expected - 4 * 7000 / 1e8 - 2e-5 - 1e-4)
+    assert costs.forward_s(without) == pytest.approx(expected - 4 * 7000 / 1e7 - 1e-4 - 2e-5)
 
 
 def test_a_step_bound_by_operations() -> None:
     work = StepWork(num_rows=2, num_tokens=300, context_tokens=300, pairs=23000, adapter_products=5000)
     costs = CostModel(TINY, hardware(kv_bytes_per_s=1e9), itemsize=4)
-    assert costs.linear_s(work) == pytest.approx(2 * (300 * LINEAR + 2 * HEAD + 5000) / 1e9)
+    assert costs.linear_s(work) == pytest.approx(2 * (300 * LINEAR + 2 * HEAD) / 1e9)
+    assert costs.adapters_s(work) == pytest.approx(2 * 5000 / 1e9)
     assert costs.attention_s(work) == pytest.approx(4 * 2 * 64 * 23000 / 1e9)
 
 
@@ -86,11 +88,10 @@ def test_the_floor_is_the_benchmarks_floor() -> None:
     chunks = [chunk(1023, 1, 16)] * 8 + [chunk(100, 30, 64), chunk(0, 1)]
     rows, contexts = [each.num_tokens for each in chunks], [each.start + each.num_tokens for each in chunks]
     shape = MODELS["8B"]
-    work = step_work(chunks, lambda adapter: shape.adapter_params(adapter.max_rank))
+    work = step_work(chunks, {rank: shape.adapter_params(rank) for rank in (16, 64)})
     for read, flops in ((1e9, 1e18), (1e18, 1e9)):
-        machine = hardware(
-            read_bytes_per_s=read, kv_bytes_per_s=read, flops_per_s=flops, kernel_s=0, adapter_s=0, step_s=0, row_s=0
-        )
+        bandwidths = dict.fromkeys(("read_bytes_per_s", "adapter_bytes_per_s", "kv_bytes_per_s"), read)
+        machine = hardware(**bandwidths, flops_per_s=flops, kernel_s=0, adapter_s=0, step_s=0, row_s=0)
         floor = step_floor(shape, rows, contexts, [16, 64], {16: 8, 64: 30}, 2)
         ceilings = Ceilings(read=read, copy=1.0, to_device=1.0, matmul=flops)
         assert CostModel(shape, machine, 2).forward_s(work) == pytest.approx(floor.seconds(ceilings))

@@ -72,19 +72,19 @@ def _fit(shape: ModelShape, timed: Sequence[Timed], balance: float) -> Hardware:
     rows: list[tuple[float, ...]] = []
     for each in timed:
         work = each.work
-        products = shape.linear_params * work.num_tokens + shape.head_params * work.num_rows + work.adapter_products
+        products = shape.linear_params * work.num_tokens + shape.head_params * work.num_rows
         linear = 2 * max(products, balance * shape.linear_params)
-        rows.append(
-            (1.0, work.num_rows, work.num_adapters, linear, ITEMSIZE * shape.kv_elems_per_token * work.context_tokens)
-        )
+        adapters, kv = ITEMSIZE * work.adapter_params, ITEMSIZE * shape.kv_elems_per_token * work.context_tokens
+        rows.append((1.0, work.num_rows, linear, work.num_adapters, adapters, kv))
     seconds = np.array([each.seconds for each in timed])
-    step_s, row_s, adapter_s, flop_s, kv_byte_s = _not_negative(np.array(rows) / seconds[:, None])
+    step_s, row_s, flop_s, adapter_s, adapter_byte_s, kv_byte_s = _not_negative(np.array(rows) / seconds[:, None])
     flops_per_s = 1 / flop_s if flop_s else _UNBOUNDED
     weights = ITEMSIZE * (shape.linear_params + shape.head_params)
     return Hardware(
         name="calibrated",
         memory_bytes=_UNBOUNDED,
         read_bytes_per_s=weights * flops_per_s / (2 * balance * shape.linear_params),
+        adapter_bytes_per_s=1 / adapter_byte_s if adapter_byte_s else _UNBOUNDED,
         kv_bytes_per_s=1 / kv_byte_s if kv_byte_s else _UNBOUNDED,
         flops_per_s=flops_per_s,
         copy_bytes_per_s=_UNBOUNDED,

@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,7 +35,8 @@ from lorasrv.sim.hardware import Hardware, write_hardware
 from lorasrv.sim.outcome import Times
 from lorasrv.sim.replay import Replica, replay
 from lorasrv.sim.routing import Balanced
-from lorasrv.sim.workload import digest_of, make_request
+from lorasrv.sim.workload import Arrival, digest_of, make_request
+from lorasrv.types import EngineRequest
 from lorasrv_bench.calibration import ITEMSIZE, Calibration, calibrate
 from lorasrv_bench.real_engine import RealEngine, build_real
 from lorasrv_bench.workloads import Workload, parse_workload
@@ -149,14 +150,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 def described(found: Calibration) -> str:
     hardware, errors = found.hardware, sorted(abs(error) for error in found.errors)
     terms = (
-        f"step {hardware.step_s * 1e3:.2f} ms, sequence {hardware.row_s * 1e6:.0f} us, adapter "
-        f"{hardware.adapter_s * 1e6:.0f} us, {hardware.flops_per_s / 1e9:.1f} GFLOP/s, weights "
-        f"{hardware.read_bytes_per_s / 1e9:.1f} GB/s, KV {hardware.kv_bytes_per_s / 1e9:.2f} GB/s; an adapter's read "
-        f"{hardware.read_s * 1e3:.1f} ms and {hardware.disk_bytes_per_s / 1e6:.0f} MB/s, copies "
-        f"{hardware.copy_bytes_per_s / 1e9:.2f} GB/s"
+        f"a step {hardware.step_s * 1e3:.2f} ms",
+        f"a sequence {hardware.row_s * 1e6:.0f} us",
+        f"{hardware.flops_per_s / 1e9:.1f} GFLOP/s",
+        f"weights {hardware.read_bytes_per_s / 1e9:.1f} GB/s",
+        f"KV {hardware.kv_bytes_per_s / 1e9:.2f} GB/s",
+        f"an adapter {hardware.adapter_s * 1e6:.0f} us and {hardware.adapter_bytes_per_s / 1e9:.2f} GB/s",
+        f"reads {hardware.read_s * 1e3:.1f} ms and {hardware.disk_bytes_per_s / 1e6:.0f} MB/s",
+        f"copies {hardware.copy_bytes_per_s / 1e9:.2f} GB/s",
     )
     fit = f"error of {len(errors)} kinds of steps: median {statistics.median(errors):.1%}, worst {errors[-1]:.1%}"
-    return f"calibrated: {terms}\n{fit}"
+    return f"calibrated: {', '.join(terms)}\n{fit}"
 
 
 def _calibrate(folder: Path, model: Path | None, timer: Callable[[], float]) -> Calibration:
@@ -188,7 +192,7 @@ def _compare(case: Case, run: Run) -> bool:
     workload = _workload(case, case.load * _capacity(setup, case, run.seed), run.requests, run.seed)
     simulated = run_simulated(setup, workload)
     # The first run also pays for what is done once.
-    real = [run_real(engine, workload, run.clock()) for _ in range(run.repeats + 1)][1:]
+    real = [run_real(engine, workload, run.clock(), number) for number in range(run.repeats + 1)][1:]
     engine.core.close()
     print(f"\n{case.name}: {workload.text}, pool {case.pool_bytes >> 20} MiB, {run.repeats} runs")
     worst = 0.0
@@ -222,12 +226,18 @@ def run_simulated(setup: EngineSetup, workload: Workload) -> Side:
     return _side(replica)
 
 
-def run_real(engine: RealEngine, workload: Workload, clock: Clock) -> Side:
+def run_real(engine: RealEngine, workload: Workload, clock: Clock, number: int) -> Side:
+    """With nothing of the runs before in the caches: each is of other tenants."""
     for digest in engine.digests:
         engine.core.discard(digest)
     gc.collect()
     replica = Replica(core=engine.core, clock=clock)
-    replay(workload.arrivals, [replica], Balanced(), engine.make_request)
+
+    def make(index: int, arrival: Arrival) -> EngineRequest:
+        request = engine.make_request(index, arrival)
+        return replace(request, tenant=f"{number} {request.tenant}")
+
+    replay(workload.arrivals, [replica], Balanced(), make)
     return _side(replica)
 
 

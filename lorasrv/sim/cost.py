@@ -1,15 +1,15 @@
 """How long a step takes: what it must read and compute at the least, over what the hardware reaches, and overheads.
 
-A phase takes the longer of its bytes over the bandwidth and its operations over the matrix rate: the linear modules
-with the adapters, and attention. Between them stand the latencies of the kernels that wait for each other. Activations,
+A phase takes the longer of its bytes over the bandwidth and its operations over the matrix rate: the linear modules,
+the adapters, and attention. Between them stand the latencies of the kernels that wait for each other. Activations,
 which are small beside the rest, count nothing. (Roofline: Williams et al., CACM 2009.)
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import mul
 
-from lorasrv.engine.batch import AdapterInput, ChunkInput
+from lorasrv.engine.batch import ChunkInput
 from lorasrv.model.shape import ModelShape
 from lorasrv.sim.hardware import Hardware
 
@@ -38,34 +38,29 @@ class StepWork:
     adapter_products: int = 0
 
 
-def step_work(chunks: Sequence[ChunkInput], params_of: Callable[[AdapterInput], int]) -> StepWork:
-    """Of a step's chunks; `params_of` counts a resident adapter's weights."""
+def step_work(chunks: Sequence[ChunkInput], params: Mapping[int, int]) -> StepWork:
+    """Of a step's chunks; `params` are resident adapters' weights, by directory. Called for every simulated step."""
     num_tokens, context, pairs = 0, 0, 0
     rows: dict[int, int] = {}
-    adapters: dict[int, AdapterInput] = {}
-    for chunk in chunks:
-        num = len(chunk.token_ids) or 1
-        end = chunk.start + num
+    for token_ids, start, _, adapter, _, _ in chunks:
+        num = len(token_ids) or 1
+        end = start + num
         num_tokens += num
         context += end
         # Row i of the chunk sees start + i + 1 positions.
-        pairs += end if num == 1 else num * chunk.start + num * (num + 1) // 2
-        adapter = chunk.adapter
+        pairs += end if num == 1 else num * start + num * (num + 1) // 2
         if adapter is not None:
             directory = adapter.directory
-            if directory in rows:
-                rows[directory] += num
-            else:
-                rows[directory], adapters[directory] = num, adapter
-    params = [params_of(adapter) for adapter in adapters.values()]
+            rows[directory] = rows.get(directory, 0) + num
+    sizes = [params[directory] for directory in rows]
     return StepWork(
         num_rows=len(chunks),
         num_tokens=num_tokens,
         context_tokens=context,
         pairs=pairs,
-        num_adapters=len(params),
-        adapter_params=sum(params),
-        adapter_products=sum(map(mul, params, rows.values())),
+        num_adapters=len(sizes),
+        adapter_params=sum(sizes),
+        adapter_products=sum(map(mul, sizes, rows.values())),
     )
 
 
@@ -79,9 +74,14 @@ class CostModel:
 
     def linear_s(self, work: StepWork) -> float:
         shape, hardware = self.shape, self.hardware
-        read = self.itemsize * (shape.linear_params + shape.head_params + work.adapter_params)
-        products = shape.linear_params * work.num_tokens + shape.head_params * work.num_rows + work.adapter_products
+        read = self.itemsize * (shape.linear_params + shape.head_params)
+        products = shape.linear_params * work.num_tokens + shape.head_params * work.num_rows
         return max(read / hardware.read_bytes_per_s, 2 * products / hardware.flops_per_s)
+
+    def adapters_s(self, work: StepWork) -> float:
+        hardware = self.hardware
+        read_s = self.itemsize * work.adapter_params / hardware.adapter_bytes_per_s
+        return max(read_s, 2 * work.adapter_products / hardware.flops_per_s) + work.num_adapters * hardware.adapter_s
 
     def attention_s(self, work: StepWork) -> float:
         shape, hardware = self.shape, self.hardware
@@ -92,8 +92,8 @@ class CostModel:
     def forward_s(self, work: StepWork) -> float:
         """A step on the device."""
         kernels = self.shape.num_layers * (LAYER_KERNELS + LORA_KERNELS * bool(work.num_adapters)) + STEP_KERNELS
-        overhead = kernels * self.hardware.kernel_s + work.num_adapters * self.hardware.adapter_s
-        return self.linear_s(work) + self.attention_s(work) + overhead
+        phases = self.linear_s(work) + self.adapters_s(work) + self.attention_s(work)
+        return phases + kernels * self.hardware.kernel_s
 
     def host_s(self, num_rows: int) -> float:
         """What the engine's own code takes for a step."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lorasrv.engine.batch import AdapterInput, ChunkInput, Draw, PageCopy, StepOutput
+from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, StepOutput
 from lorasrv.sim.clock import VirtualClock
 from lorasrv.sim.cost import CostModel, step_work
 from lorasrv.sim.images import SimImage
@@ -11,7 +11,8 @@ from lorasrv.sim.images import SimImage
 
 @dataclass(kw_only=True)
 class SimDevice:
-    """When its two streams are free, the steps' and the copies', and the adapters in its pages by their directory."""
+    """When its two streams are free, the steps' and the copies'; `params` are the weights of the adapters in its pages, by
+    directory."""
 
     clock: VirtualClock
     costs: CostModel
@@ -19,7 +20,7 @@ class SimDevice:
     copies_free_s: float = 0.0
     copied_bytes: int = 0
     busy_s: float = 0.0
-    images: dict[int, SimImage] = field(default_factory=dict[int, SimImage])
+    params: dict[int, int] = field(default_factory=dict[int, int])
 
 
 @dataclass(kw_only=True, slots=True)
@@ -49,7 +50,7 @@ class SimStorage:
 
     def begin_adapter(self, adapter: SimImage, pages: Sequence[int], *, wait_for_steps: bool) -> SimCopy:
         device = self._device
-        device.images[pages[0]] = adapter
+        device.params[pages[0]] = adapter.params
         begin_s = device.steps_free_s if wait_for_steps else 0.0
         return SimCopy(image=adapter, directory=pages[0], clock=device.clock, end_s=begin_s)
 
@@ -83,13 +84,10 @@ class SimRunner:
     def forward(self, chunks: tuple[ChunkInput, ...], copies: tuple[PageCopy, ...] = ()) -> "SimStep":
         device = self._device
         device.clock.now_s += device.costs.host_s(len(chunks))
-        forward_s = device.costs.forward_s(step_work(chunks, self._params_of))
+        forward_s = device.costs.forward_s(step_work(chunks, device.params))
         device.steps_free_s = max(device.clock.now_s, device.steps_free_s) + forward_s
         device.busy_s += forward_s
         return SimStep(device)
-
-    def _params_of(self, adapter: AdapterInput) -> int:
-        return self._device.images[adapter.directory].params
 
 
 class SimStep:

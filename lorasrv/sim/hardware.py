@@ -12,7 +12,8 @@ from lorasrv.errors import ConfigurationError
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One accelerator and its host. Rates are per second; bandwidths and operations are what programs reach.
+    """One accelerator and its host. Rates are per second; bandwidths and operations are what programs reach, the former
+    apart for the base's weights, adapters' and KV.
 
     `kernel_s` is what a kernel that waits for the one before it adds to a step, `step_s` and `row_s` what the engine's
     own code takes per step and per sequence in it, `adapter_s` per adapter in it. With `runs_ahead` that code runs
@@ -22,6 +23,7 @@ class Hardware:
     name: str
     memory_bytes: float
     read_bytes_per_s: float
+    adapter_bytes_per_s: float
     kv_bytes_per_s: float
     flops_per_s: float
     copy_bytes_per_s: float
@@ -52,6 +54,7 @@ def _gpu(name: str, memory_gib: float, read_tb: float, tflops: float, copy_gb: f
         name=name,
         memory_bytes=memory_gib * _GIB,
         read_bytes_per_s=read_tb * _TB,
+        adapter_bytes_per_s=read_tb * _TB,
         kv_bytes_per_s=read_tb * _TB,
         flops_per_s=tflops * _TB,
         copy_bytes_per_s=copy_gb * _GB,

@@ -91,25 +91,34 @@ class Replica:
         return sum(count for gap, count in self.gaps.items() if gap > self.slo.itl_s)
 
     def _take(self, deltas: Sequence[TokenDelta], now_s: float) -> None:
-        running, gaps = self.running, self.gaps
+        """Called for every step, with a delta of every sequence in it."""
+        running = self.running
+        before: list[float] = []
         for delta in deltas:
             if not delta.token_ids:
-                if delta.failure is not None:
-                    running.pop(delta.request_id).refused = delta.failure.reason
-                    self.late += 1
+                self._take_failure(delta)
                 continue
             record = running[delta.request_id]
             if record.first_s is None:
                 record.first_s = now_s
                 self.late += now_s - record.at_s > self.slo.ttft_s
             else:
-                gaps[now_s - record.last_s] += 1
+                before.append(record.last_s)
             record.last_s = now_s
             if delta.finish is not None:
                 record.done = True
                 del running[delta.request_id]
+        # Most have their last token from the same step.
+        for last_s, count in Counter(before).items():
+            self.gaps[now_s - last_s] += count
         if now_s >= self._sample_at_s:
             self._sample(now_s)
+
+    def _take_failure(self, delta: TokenDelta) -> None:
+        """Or a place in the queue."""
+        if delta.failure is not None:
+            self.running.pop(delta.request_id).refused = delta.failure.reason
+            self.late += 1
 
     def _sample(self, now_s: float) -> None:
         self._sample_at_s = now_s + self.sample_every_s
