@@ -45,7 +45,7 @@ def test_a_right_server_passes_all() -> None:
     assert scores(backend, backend) == Verdict(
         wrong=(), done=("32 tokens scored alone", "8 of 8 answers told from other weights'")
     )
-    assert asyncio.run(check_differ(backend, NAMES, (1, 2), 0)).wrong == ()
+    assert asyncio.run(check_differ(backend, NAMES, [(1, 2), (3,)], 0)).wrong == ()
     repeated = asyncio.run(check_repeats(backend, calls, ASKS, exact=True))
     assert repeated == Verdict(wrong=(), done=("12 of 12 answers repeated to the letter",))
 
@@ -101,9 +101,9 @@ def test_a_server_that_ignores_adapters_always_is_found() -> None:
     assert scores(base_only, base_only).wrong == (
         "8 answers pass as well under other weights: adapters make no difference",
     )
-    assert asyncio.run(check_differ(base_only, NAMES, (1, 2), 0)).wrong == (
-        "a and b give the same 16 tokens",
-        "a and c give the same 16 tokens",
+    assert asyncio.run(check_differ(base_only, NAMES, [(1, 2), (3,)], 0)).wrong == (
+        "a and b give the same 16 tokens to each of 2 prompts",
+        "a and c give the same 16 tokens to each of 2 prompts",
     )
 
 
@@ -112,3 +112,9 @@ def test_repeating_is_demanded_of_exact_servers_only() -> None:
     strict, lax = (asyncio.run(check_repeats(FakeBackend(), calls, ASKS, exact=exact)) for exact in (True, False))
     assert strict.wrong == ("request 5: c gives another answer when asked alone",)
     assert lax == Verdict(wrong=(), done=("11 of 12 answers repeated to the letter",))
+
+
+def test_models_may_agree_on_a_prompt() -> None:
+    backend = FakeBackend(weights=lambda asked: "base" if asked.prompt == (1, 2) else asked.name)
+    assert asyncio.run(check_differ(backend, NAMES, [(1, 2), (3,)], 0)).wrong == ()
+    assert asyncio.run(check_differ(backend, NAMES, [(1, 2)], 0)).wrong

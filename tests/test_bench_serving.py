@@ -205,7 +205,7 @@ async def test_a_server_by_url_has_figures() -> None:
     outcome = await outcome_of_openai(spoken, exact=True)
     assert outcome.summary["checks"] == {
         "wrong": [],
-        "done": ["6 lengths", "6 of 6 answers repeated to the letter", "3 models compared on one prompt"],
+        "done": ["6 lengths", "6 of 6 answers repeated to the letter", "3 models compared on 4 prompts"],
     }
     assert outcome.summary["failed"] == 0
     assert outcome.summary["output_tokens_per_s"] > 0

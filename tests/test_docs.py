@@ -46,6 +46,10 @@ def has_options(command: str) -> None:
     assert {word for word in words if word.startswith("--")} <= set(re.findall(r"--[\w-]+", done.stdout)), command
 
 
+def exists_with_its_options(command: str) -> None:
+    check_options(command.split())
+
+
 def is_outside_the_tree(command: str) -> None:
     assert not (ROOT / command.split()[-1]).exists()
 
@@ -57,6 +61,10 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
     "PYTHONPATH=.:kernels:adapters:benchmarks python3 -m lorasrv_bench.gpu": (
         "takes minutes; tests/test_gpu_bench.py runs it --quick",
         has_options,
+    ),
+    "lorasrv bench serve --openai": (
+        "asks another project's server; tests/test_bench_serving.py runs a small one",
+        exists_with_its_options,
     ),
     "git clone": ("fetches other projects' code, which is no part of this repository", is_outside_the_tree),
     ". .venv/bin/activate": ("the environment that make has made is active in this test", has_environment),
@@ -122,6 +130,14 @@ def command_of(words: list[str]) -> tuple[Any, list[str]]:
     return found, words
 
 
+def check_options(words: list[str]) -> None:
+    """Raise AssertionError for a verb or an option that there is not."""
+    verb, rest = command_of(words[1:])
+    assert not hasattr(verb, "commands") or rest == [] or rest[0].startswith("--"), f"{words}: there is no such verb"
+    options = {option for parameter in verb.params for option in (*parameter.opts, *parameter.secondary_opts)}
+    assert {word for word in rest if word.startswith("--")} <= options | {"--help"}, words
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_within_sentences_exist(page: Path) -> None:
     for span in code_spans(page):
@@ -130,10 +146,7 @@ def test_commands_within_sentences_exist(page: Path) -> None:
             has_make_target(span)
         if words[0] != "lorasrv" or len(words) < 2 or words[1] == "→":
             continue
-        verb, rest = command_of(words[1:])
-        assert not hasattr(verb, "commands") or rest == [] or rest[0].startswith("--"), f"{span}: there is no such verb"
-        options = {option for parameter in verb.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        assert {word for word in rest if word.startswith("--")} <= options | {"--help"}, span
+        check_options(words)
 
 
 def test_a_page_that_is_wrong_is_noticed(tmp_path: Path, shell: Shell) -> None:

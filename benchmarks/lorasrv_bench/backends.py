@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorasrv.client import AsyncClient, ClientError
+from lorasrv.errors import ConfigurationError
 from lorasrv_bench.asks import Ask
 from lorasrv_bench.load import Backend, CallFailed, End, Piece
 
@@ -19,7 +20,7 @@ class Server:
     api_keys: tuple[str | None, ...] = (None,)
 
     def connect(self) -> Backend:
-        """A connection of the running event loop. Raises ModuleNotFoundError where httpx2 is needed and missing."""
+        """A connection of the running event loop. Raises ConfigurationError where httpx2 is needed and missing."""
         return GrpcBackend(self) if self.api == "grpc" else OpenAIBackend(self)
 
 
@@ -70,8 +71,10 @@ class OpenAIBackend:
     """
 
     def __init__(self, server: Server) -> None:
-        import httpx2
-
+        try:
+            import httpx2
+        except ModuleNotFoundError:
+            raise ConfigurationError("httpx2 is not installed; pip install 'lorasrv[bench]' has it") from None
         self._errors = httpx2.HTTPError
         keys = server.api_keys
         self._headers: Sequence[dict[str, str]] = [{"authorization": f"Bearer {key}"} if key else {} for key in keys]

@@ -7,7 +7,7 @@ What an API lets one hold a server to:
   token must be the likeliest there, within what rounding may change. In bf16 two right implementations choose other
   tokens at near-ties, and all tokens behind those differ; scored in place, each token still has to be nearly the best;
 - the same answers scored under other weights must fail that, or the check could tell nothing;
-- a prompt through several adapters gives different answers;
+- prompts through several adapters give different answers;
 - a server that promises the same bits whatever the batch repeats the sample token by token.
 
 Answers that are known (the demo's) are compared to the letter. A server of text only, that gives no scores, is held to
@@ -125,17 +125,19 @@ async def check_scores(
     )
 
 
-async def check_differ(backend: Backend, names: Sequence[str], prompt: tuple[int, ...], tenant: int) -> Verdict:
-    """One prompt through several adapters has to give several answers."""
-    ask = Ask(index=0, at_s=0, name="", adapter=None, tenant=tenant, prompt=prompt, max_tokens=COMPARED_TOKENS)
-    answers: dict[tuple[tuple[int, ...], str], str] = {}
+async def check_differ(
+    backend: Backend, names: Sequence[str], prompts: Sequence[tuple[int, ...]], tenant: int
+) -> Verdict:
+    """Any two of the names have to answer one of the prompts differently; on a single one, two may well agree."""
+    ask = Ask(index=0, at_s=0, name="", adapter=None, tenant=tenant, prompt=(), max_tokens=COMPARED_TOKENS)
+    answers: dict[tuple[tuple[tuple[int, ...], str], ...], str] = {}
     wrong: list[str] = []
     for name in names:
-        answer = await answer_alone(backend, replace(ask, name=name))
-        if answer in answers:
-            wrong.append(f"{answers[answer]} and {name} give the same {COMPARED_TOKENS} tokens")
-        answers.setdefault(answer, name)
-    return Verdict(wrong=tuple(wrong), done=(f"{len(names)} models compared on one prompt",))
+        given = [await answer_alone(backend, replace(ask, name=name, prompt=prompt)) for prompt in prompts]
+        first = answers.setdefault(tuple(given), name)
+        if first != name:
+            wrong.append(f"{first} and {name} give the same {COMPARED_TOKENS} tokens to each of {len(prompts)} prompts")
+    return Verdict(wrong=tuple(wrong), done=(f"{len(names)} models compared on {len(prompts)} prompts",))
 
 
 async def check_repeats(backend: Backend, sample: Sequence[Call], asks: Mapping[int, Ask], *, exact: bool) -> Verdict:

@@ -12,12 +12,13 @@ from lorasrv.client.errors import NotFound
 from lorasrv.model.base_shapes import base_shapes
 from lorasrv_adapters.base import BaseShapes
 
-# Of a weight's usual deviation, 0.02: enough that greedy tokens are others than the base's.
-DELTA = 0.02
-
 
 def write_adapter(folder: Path, base: BaseShapes, *, rank: int, seeds: tuple[int, ...]) -> Path:
-    """A PEFT folder of that rank on all linear modules: A normal, B so that each element of B·A deviates by DELTA."""
+    """A PEFT folder of that rank on all linear modules.
+
+    Elements of B·A deviate by 1/√in_features, as weights do at initialisation: so that greedy tokens are others than
+    the base's.
+    """
     # Loaded here: a client that makes no adapters needs none of it.
     from safetensors.numpy import save_file
 
@@ -28,7 +29,8 @@ def write_adapter(folder: Path, base: BaseShapes, *, rank: int, seeds: tuple[int
         for module in base.modules:
             prefix = f"base_model.model.{base.layer_prefix}.{layer}.{module.path}"
             a = rng.standard_normal((rank, module.in_features), dtype=np.float32)
-            b = rng.standard_normal((module.out_features, rank), dtype=np.float32) * np.float32(DELTA / rank**0.5)
+            b = rng.standard_normal((module.out_features, rank), dtype=np.float32)
+            b *= np.float32((rank * module.in_features) ** -0.5)
             tensors[f"{prefix}.lora_A.weight"] = a.astype(np.float16)
             tensors[f"{prefix}.lora_B.weight"] = b.astype(np.float16)
     save_file(tensors, folder / "adapter_model.safetensors")

@@ -213,8 +213,8 @@ async def _verdict(setup: Setup, ready: Ready, calls: Sequence[Call]) -> Verdict
         if not any(ask.answer for ask in ready.asks):
             first = ready.asks[0]
             models = list(dict.fromkeys([ready.base_name, *(a.name for a in ready.asks if a.tenant == first.tenant)]))
-            prompt = first.prompt if isinstance(first.prompt, tuple) else ()
-            verdict = both(verdict, await check_differ(backend, models[: COMPARED + 1], prompt, first.tenant))
+            prompts = [ask.prompt for ask in ready.asks[:COMPARED] if not isinstance(ask.prompt, str)]
+            verdict = both(verdict, await check_differ(backend, models[: COMPARED + 1], prompts, first.tenant))
             if ready.info is not None:
                 verdict = both(verdict, await _scored(setup, ready, sample, asks))
     except CallFailed as failed:
