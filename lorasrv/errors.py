@@ -66,7 +66,7 @@ class ResourceExhausted(LorasrvError):
 
 
 class QueueFull(ResourceExhausted):
-    """The waiting queue is at its bound."""
+    """The tenant has as many requests waiting as it may have."""
 
     reason = "QUEUE_FULL"
 

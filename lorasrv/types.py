@@ -197,7 +197,7 @@ class TokenDelta(NamedTuple):
     After `finish` nothing follows for that sample, after `failure` nothing for the request. `finish` STOP means that
     the last token is a stop token id. `logprobs`, when asked for, has one for each token; `prompt_logprobs` those of
     the prompt tokens, from the second on, that were computed in this step: sample 0 has them. `queue_position`, of a
-    request that has not begun, is how many stand before it; such a delta has nothing else.
+    request that has not begun, is how many of its tenant stand before it; such a delta has nothing else.
     """
 
     request_id: str
