@@ -69,7 +69,8 @@ def gaps(llm: LLM, ask: Ask, token_ids: Sequence[int]) -> list[float]:
     """As `checks.Scorer` says."""
     sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, logprobs=BEST, prompt_logprobs=1)
     (scored,) = llm.generate([(*ask.tokens, *token_ids[:-1])], adapter=ask.name, sampling=sampling)
-    return gaps_of(len(ask.prompt), scored.prompt_logprobs or (), (scored.logprobs or ())[0], token_ids)
+    assert scored.prompt_logprobs is not None and scored.logprobs is not None, "both were asked for"
+    return gaps_of(len(ask.prompt), scored.prompt_logprobs, scored.logprobs[0], token_ids)
 
 
 def _wrong(
