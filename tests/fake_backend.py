@@ -1,10 +1,11 @@
-"""A server without a wire or a model: tokens follow from the weights' name and what stands before, at a set pace."""
+"""Servers and engines without a model: tokens follow from the weights' name and what stands before."""
 
 import asyncio
 import zlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from lorasrv.types import EngineRequest, FinishReason, PositionLogprobs, TokenDelta
 from lorasrv_bench.asks import Ask
 from lorasrv_bench.load import CallFailed, End, Piece
 
@@ -18,7 +19,10 @@ def next_token(name: str, before: Sequence[int]) -> int:
 
 @dataclass(kw_only=True)
 class FakeBackend:
-    """`weights` says which weights a name means to it, `told` what it tells of a token and its number."""
+    """A server without a wire, at a set pace.
+
+    `weights` says which weights a name means to it, `told` what it tells of a token and its number.
+    """
 
     ttft_s: float = 0.0
     step_s: float = 0.0
@@ -85,3 +89,24 @@ def refuse(ask: Ask) -> None:
 def ask(index: int = 0, **values: object) -> Ask:
     fields = {"at_s": 0.0, "name": "a", "adapter": 0, "tenant": 0, "prompt": (1, 2, index), "max_tokens": 4}
     return Ask(index=index, **(fields | values))
+
+
+def greedy(request: EngineRequest, wrong_at: int | None = None) -> Iterator[TokenDelta]:
+    """An engine's answer, with scores; its token number `wrong_at` is not the likeliest."""
+    weights = "" if request.adapter is None else request.adapter.digest
+    tokens = list(request.token_ids)
+    scores = [score(token, next_token(weights, tokens[:place])) for place, token in enumerate(tokens) if place]
+    for number in range(request.max_tokens):
+        token = (next_token(weights, tokens) + (number == wrong_at)) % VOCAB
+        tokens.append(token)
+        yield TokenDelta(
+            request_id=request.request_id,
+            token_ids=(token,),
+            logprobs=() if request.logprobs is None else (score(token, token),),
+            prompt_logprobs=() if request.prompt_logprobs is None or number else tuple(scores),
+            finish=FinishReason.LENGTH if number == request.max_tokens - 1 else None,
+        )
+
+
+def score(token: int, best: int) -> PositionLogprobs:
+    return PositionLogprobs(token_id=token, logprob=-0.1 if token == best else -5.0, top=((best, -0.1),))

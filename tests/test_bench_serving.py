@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,10 +10,11 @@ from typing import Any
 
 import pytest
 
+from fake_backend import greedy
 from fake_engine import BASE_MODEL
 from lorasrv.client import Client
 from lorasrv.errors import ConfigurationError
-from lorasrv.types import EngineRequest, PositionLogprobs, TokenDelta
+from lorasrv.types import EngineRequest, TokenDelta
 from lorasrv_bench import records
 from lorasrv_bench.asks import Ask
 from lorasrv_bench.backends import OpenAIBackend, Server
@@ -53,31 +53,6 @@ class InlineClients(Clients):
         finally:
             await backend.close()
         return [one], start_s
-
-
-def greedy(request: EngineRequest) -> Iterator[TokenDelta]:
-    """A model of a kind: its tokens follow from the weights and what stands before, and so do its scores."""
-
-    def likeliest(before: Sequence[int]) -> int:
-        weights = "" if request.adapter is None else request.adapter.digest
-        return zlib.crc32(f"{weights}{list(before)}".encode()) % 200
-
-    tokens = list(request.token_ids)
-    scores = [score(tokens[place], likeliest(tokens[:place])) for place in range(1, len(tokens))]
-    for number in range(request.max_tokens):
-        token = likeliest(tokens)
-        tokens.append(token)
-        yield TokenDelta(
-            request_id=request.request_id,
-            token_ids=(token,),
-            logprobs=() if request.logprobs is None else (score(token, token),),
-            prompt_logprobs=() if request.prompt_logprobs is None or number else tuple(scores),
-            finish="length" if number == request.max_tokens - 1 else None,
-        )
-
-
-def score(token: int, best: int) -> PositionLogprobs:
-    return PositionLogprobs(token_id=token, logprob=-0.1 if token == best else -5.0, top=((best, -0.1),))
 
 
 @asynccontextmanager
@@ -122,9 +97,7 @@ async def test_cold_requests_are_told_from_warm_ones(tmp_path: Path) -> None:
 
 async def test_neighbours_that_change_tokens_cost_the_score(tmp_path: Path) -> None:
     def leaky(request: EngineRequest) -> Iterator[TokenDelta]:
-        for number, delta in enumerate(greedy(request)):
-            leaks = number == 1 and request.prompt_logprobs is None
-            yield replace(delta, token_ids=((delta.token_ids[0] + 1) % 200,)) if leaks else delta
+        return greedy(request, wrong_at=1 if request.prompt_logprobs is None else None)
 
     outcome = await outcome_of(tmp_path, leaky)
     assert not outcome.is_right

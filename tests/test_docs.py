@@ -62,6 +62,10 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
         "takes minutes; tests/test_gpu_bench.py runs it --quick",
         has_options,
     ),
+    "PYTHONPATH=.:kernels:adapters:benchmarks python -m lorasrv_bench.economy": (
+        "takes many minutes; tests/test_bench_economy.py runs a small one",
+        has_options,
+    ),
     "lorasrv bench serve --openai": (
         "asks another project's server; tests/test_bench_serving.py runs a small one",
         exists_with_its_options,

@@ -64,6 +64,7 @@ def test_every_verb_that_wants_a_server_says_that_there_is_none(tmp_path: Path) 
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_text("{}")
     given = {**ARGUMENTS, "push": [tmp_path], "pull": ["x", tmp_path / "new"]}
+    given["serve"] = ["--workload", "slora:n=1,requests=1", "--model", tmp_path]  # bench serve
     asked = []
     for path, command in verbs(typer.main.get_command(app)):
         options = {option for parameter in command.params for option in parameter.opts}

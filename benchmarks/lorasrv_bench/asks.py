@@ -30,6 +30,12 @@ class Ask:
     exact_tokens: bool = True
     answer: str | None = None
 
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The prompt of a workload's request, which is no text."""
+        assert not isinstance(self.prompt, str)
+        return self.prompt
+
 
 def make_asks(arrivals: Sequence[Arrival], names: Sequence[str], seeds: tuple[int, ...], vocab_size: int) -> list[Ask]:
     """Prompts are drawn tokens, by the seeds, a request and its place; requests of one prefix begin alike."""

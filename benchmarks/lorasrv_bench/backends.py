@@ -74,7 +74,7 @@ class OpenAIBackend:
         try:
             import httpx2
         except ModuleNotFoundError:
-            raise ConfigurationError("httpx2 is not installed; pip install 'lorasrv[bench]' has it") from None
+            raise ConfigurationError("httpx2 is not installed; pip install 'lorasrv[server,bench]' has it") from None
         self._errors = httpx2.HTTPError
         keys = server.api_keys
         self._headers: Sequence[dict[str, str]] = [{"authorization": f"Bearer {key}"} if key else {} for key in keys]

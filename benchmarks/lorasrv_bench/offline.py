@@ -15,6 +15,7 @@ from lorasrv.types import SamplingParams
 from lorasrv_bench.asks import Ask, make_asks
 from lorasrv_bench.checks import SAMPLE, TOLERANCES
 from lorasrv_bench.fresh_adapters import write_adapters
+from lorasrv_bench.scoring import BEST, gaps_of
 from lorasrv_bench.serving import Phase, silent
 from lorasrv_bench.summary import spread
 from lorasrv_bench.workloads import Workload
@@ -59,22 +60,17 @@ def run(
 
 
 def generate(llm: LLM, asks: Sequence[Ask]) -> list[Generation]:
-    prompts = [tokens_of(ask) for ask in asks]
+    prompts = [ask.tokens for ask in asks]
     sampling = [SamplingParams(temperature=0.0, max_tokens=ask.max_tokens, ignore_eos=True) for ask in asks]
     return llm.generate(prompts, adapter=[ask.name for ask in asks], sampling=sampling)
 
 
-def tokens_of(ask: Ask) -> tuple[int, ...]:
-    assert not isinstance(ask.prompt, str), "prompts of a workload are tokens"
-    return ask.prompt
-
-
 def gaps(llm: LLM, ask: Ask, token_ids: Sequence[int]) -> list[float]:
-    """For each of an answer's tokens, how much less likely it is than the best in its place, in nats, scored alone."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, prompt_logprobs=1)
-    (scored,) = llm.generate([(*tokens_of(ask), *token_ids)], adapter=ask.name, sampling=sampling)
-    places = (scored.prompt_logprobs or ())[len(ask.prompt) - 1 :]
-    return [place.top[0][1] - place.logprob for place in places]
+    """As `checks.Scorer` says."""
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, logprobs=BEST, prompt_logprobs=1)
+    (scored,) = llm.generate([(*ask.tokens, *token_ids[:-1])], adapter=ask.name, sampling=sampling)
+    assert scored.prompt_logprobs is not None and scored.logprobs is not None, "both were asked for"
+    return gaps_of(len(ask.prompt), scored.prompt_logprobs, scored.logprobs[0], token_ids)
 
 
 def _wrong(
@@ -97,7 +93,7 @@ def _wrong(
             if [output.token_ids for output in outputs] != first
         ]
     for ask, output in list(zip(asks, runs[-1], strict=True))[:SAMPLE]:
-        worst = max(gaps(llm, ask, output.token_ids[:-1]), default=0.0)
+        worst = max(gaps(llm, ask, output.token_ids))
         if worst > tolerance:
             wrong.append(f"request {ask.index}: a token is {worst:.3g} nats from the likeliest when scored alone")
     return wrong
