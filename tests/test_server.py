@@ -272,6 +272,7 @@ async def test_a_deadline_ends_the_work(running: Running, generation: Any) -> No
     await until(lambda: len(running.engine.ended_early) == 1)
 
 
+@pytest.mark.row(51)
 async def test_a_reader_that_stalls_is_ended_and_a_neighbour_goes_on(tmp_path: Path) -> None:
     def flood(request: EngineRequest) -> Iterator[TokenDelta | Exception]:
         scores = (PositionLogprobs(token_id=71, logprob=-0.5, top=((71, -0.5),) * 20),) * 50

@@ -42,6 +42,7 @@ async def test_the_engine_is_told_the_deadline_on_the_clock_that_it_shares(runni
 
 
 @pytest.mark.parametrize("method", ["Generate", "GenerateStream"])
+@pytest.mark.row(50)
 async def test_a_deadline_ends_the_work_and_a_neighbour_goes_on(running: Running, generation: Any, method: str) -> None:
     running.engine.gate.clear()
     neighbour = generation.Generate(asked("neighbour"))

@@ -87,6 +87,7 @@ def metric(tmp_path: Path, name: str) -> float:
     return float(found[1])
 
 
+@pytest.mark.row(50)
 def test_those_who_wait(server: LocalServer, client: Client, tmp_path: Path) -> None:
     alone = client.generate(PROMPT, **SHORT).text
     before = client.status().counters

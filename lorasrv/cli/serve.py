@@ -40,6 +40,7 @@ def serve(
     ] = False,
     max_running: Annotated[int, typer.Option(help="Requests in one step.")] = 64,
     max_step_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
+    max_waiting: Annotated[int, typer.Option(help="Requests of a tenant that may wait.")] = 2048,
     max_rank: Annotated[int, typer.Option(min=1, help="The largest adapter rank that is accepted.")] = 256,
     host_cache_gib: Annotated[
         float, typer.Option(min=0, help="Host memory for adapters that are ready to be copied to the device.")
@@ -82,7 +83,9 @@ def serve(
                     deterministic=deterministic,
                 ),
                 pool=PoolConfig(pool_bytes=pool_bytes),
-                scheduler=SchedulerConfig(max_running=max_running, max_step_tokens=max_step_tokens),
+                scheduler=SchedulerConfig(
+                    max_running=max_running, max_step_tokens=max_step_tokens, max_waiting=max_waiting
+                ),
                 tiers=TierConfig(host_cache_bytes=int(host_cache_gib * 2**30), read_timeout_s=read_timeout_s),
                 max_rank=max_rank,
             ),
