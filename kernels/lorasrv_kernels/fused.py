@@ -465,7 +465,9 @@ def _rope_variant(
     variant = _variant(_rope_write_kv_kernel, rows, dtype, height, rank_step, half, tuned, widen)
     constexprs = {**variant.constexprs, "HEIGHT": height or _HEAD_ROWS}
     limit = 232 if half > 64 else variant.max_registers
-    if normed and half <= 64 and height == DECODE_HEIGHT:
+    if height and not tuned and half >= 64:
+        limit = 255 if half > 64 else 200
+    elif normed and half <= 64 and height == DECODE_HEIGHT:
         limit = 168
     return replace(variant, constexprs=constexprs, max_registers=limit)
 
