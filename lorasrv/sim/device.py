@@ -11,8 +11,8 @@ from lorasrv.sim.images import SimImage
 
 @dataclass(kw_only=True)
 class SimDevice:
-    """When its two streams are free, the steps' and the copies'; `params` are the weights of the adapters in its pages,
-    by directory."""
+    """When its two streams are free, the steps' and the copies', and what they did; `params` are the weights of the
+    adapters in its pages, by directory."""
 
     clock: VirtualClock
     costs: CostModel
