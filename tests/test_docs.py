@@ -65,6 +65,7 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
     "lorasrv bench serve --openai": (
         "asks another project's server; tests/test_bench_serving.py runs a small one",
         exists_with_its_options,
+    ),
     "lorasrv simulate --workload slora:n=10000": (
         "takes minutes; tests/test_simulate_command.py runs smaller ones",
         exists_with_its_options,
