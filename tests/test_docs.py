@@ -70,6 +70,14 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
         "asks another project's server; tests/test_bench_serving.py runs a small one",
         exists_with_its_options,
     ),
+    "lorasrv simulate --workload slora:n=10000": (
+        "takes minutes; tests/test_simulate_command.py runs smaller ones",
+        exists_with_its_options,
+    ),
+    "PYTHONPATH=.:kernels:adapters:benchmarks python3 -m lorasrv_bench.simulated": (
+        "takes minutes; tests/test_sim_calibration.py runs it small",
+        has_options,
+    ),
     "git clone": ("fetches other projects' code, which is no part of this repository", is_outside_the_tree),
     ". .venv/bin/activate": ("the environment that make has made is active in this test", has_environment),
 }

@@ -24,7 +24,7 @@ from lorasrv.model.families import Architecture
 from lorasrv.model.loader import dummy_weights
 from lorasrv.types import PositionLogprobs
 from lorasrv_bench.gpu_kernels import make_ready
-from lorasrv_bench.gpu_models import GROUPS, ModelShape
+from lorasrv_bench.gpu_models import GROUPS, ModelShape, llama_config
 from lorasrv_bench.gpu_pool import BLOCK_TOKENS, DTYPE, WEIGHT_STD, adapter_form, fill_random, lay, page_layout
 from lorasrv_bench.gpu_section import NotRun, Section, WrongOutput, check
 from lorasrv_bench.gpu_sizes import Size
@@ -82,7 +82,7 @@ def build(section: Section, *, deterministic: bool = False) -> Rig:
     if num_pages <= adapter_pages:
         raise NotRun(f"{num_pages} pages have no room for {adapter_pages} pages of adapters and KV beside them")
     with tempfile.TemporaryDirectory() as folder:
-        config = size.model.config(max(size.prefill_tokens, size.context + size.num_steps) + BLOCK_TOKENS)
+        config = llama_config(size.model, max(size.prefill_tokens, size.context + size.num_steps) + BLOCK_TOKENS)
         (Path(folder) / "config.json").write_text(json.dumps(config))
         model = ModelConfig(
             path=folder,

@@ -1,69 +1,29 @@
 """The model shapes that the GPU benchmark knows: integers, and the config.json that a model of random weights needs."""
 
-from dataclasses import dataclass
+from lorasrv.model.shape import ModelShape
 
 # Modules that share an input, by their places in the directory: q k v o gate up down.
 GROUPS = {"qkv": (0, 1, 2), "o": (3,), "gate_up": (4, 5), "down": (6,)}
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """A Llama's shape, or what one of several tensor-parallel ranks holds of it."""
-
-    name: str
-    hidden: int
-    intermediate: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-
-    @property
-    def module_shapes(self) -> tuple[tuple[str, int, int], ...]:
-        """(name, in_features, out_features) in directory order."""
-        query, key_value = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        return (
-            ("q", self.hidden, query),
-            ("k", self.hidden, key_value),
-            ("v", self.hidden, key_value),
-            ("o", query, self.hidden),
-            ("gate", self.hidden, self.intermediate),
-            ("up", self.hidden, self.intermediate),
-            ("down", self.intermediate, self.hidden),
-        )
-
-    @property
-    def linear_params(self) -> int:
-        """Weights of all layers' linear modules."""
-        return self.num_layers * sum(num_in * num_out for _, num_in, num_out in self.module_shapes)
-
-    @property
-    def head_params(self) -> int:
-        return self.hidden * self.vocab_size
-
-    def adapter_params(self, rank: int) -> int:
-        """Weights of an adapter of this rank on all modules of all layers."""
-        return self.num_layers * rank * sum(num_in + num_out for _, num_in, num_out in self.module_shapes)
-
-    def config(self, context_tokens: int) -> dict[str, object]:
-        """A config.json."""
-        return {
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
-            "hidden_act": "silu",
-            "rms_norm_eps": 1e-5,
-            "hidden_size": self.hidden,
-            "intermediate_size": self.intermediate,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab_size,
-            "max_position_embeddings": context_tokens,
-            "rope_theta": 500000.0,
-            "tie_word_embeddings": False,
-        }
+def llama_config(shape: ModelShape, context_tokens: int) -> dict[str, object]:
+    """A config.json."""
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "hidden_size": shape.hidden,
+        "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.num_layers,
+        "num_attention_heads": shape.num_heads,
+        "num_key_value_heads": shape.num_kv_heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": context_tokens,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+    }
 
 
 LLAMA_8B = ModelShape(

@@ -2,7 +2,8 @@
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,32 +71,45 @@ class RealEngine:
         return tuple(random.Random(seed).choices(range(3, self.info.vocab_size), k=count))
 
 
-def build_real(
-    folder: Path,
-    *,
-    num_adapters: int,
-    ranks: tuple[int, ...],
-    pool_bytes: int,
-    scheduler: SchedulerConfig,
-    model: Path | None = None,
-) -> RealEngine:
-    """`folder` gets the random model, unless `model` is given (weights are random then too), and adapters' blobs."""
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A model's folder, and adapters of random weights for it in a blob folder."""
+
+    model: Path
+    blobs: Path
+    shape: ModelShape
+    digests: tuple[str, ...]
+    ranks: tuple[int, ...]
+
+
+def prepare(folder: Path, *, num_adapters: int, ranks: tuple[int, ...], model: Path | None = None) -> Prepared:
+    """Adapter number i has `ranks[i % len(ranks)]`. Without `model` there is a small one, its config in `folder`."""
     if model is None:
         model = folder / "model"
-        model.mkdir(exist_ok=True)
+        model.mkdir()
         (model / "config.json").write_text(json.dumps(SMALL_CONFIG))
-    shape = ModelShape.of(read_architecture(model))
-    blobs = BlobStore(folder / "blobs")
+    shape, blobs = ModelShape.of(read_architecture(model)), BlobStore(folder / "blobs")
     digests = tuple(_publish(blobs, shape, ranks[number % len(ranks)], number) for number in range(num_adapters))
+    return Prepared(model=model, blobs=folder / "blobs", shape=shape, digests=digests, ranks=ranks)
+
+
+@contextmanager
+def real_engine(prepared: Prepared, *, pool_bytes: int, scheduler: SchedulerConfig) -> Iterator[RealEngine]:
+    """A model of random weights."""
     config = EngineConfig(
-        model=ModelConfig(path=str(model), dtype="float32", dummy_weights=True),
+        model=ModelConfig(path=str(prepared.model), dtype="float32", dummy_weights=True),
         pool=PoolConfig(pool_bytes=pool_bytes),
         scheduler=scheduler,
-        blob_root=str(folder / "blobs"),
+        blob_root=str(prepared.blobs),
         max_rank=MAX_RANK,
     )
     core, info = build_core(config)
-    return RealEngine(core=core, info=info, shape=shape, config=config, digests=digests, ranks=ranks)
+    try:
+        yield RealEngine(
+            core=core, info=info, shape=prepared.shape, config=config, digests=prepared.digests, ranks=prepared.ranks
+        )
+    finally:
+        core.close()
 
 
 def _publish(blobs: BlobStore, shape: ModelShape, rank: int, seed: int) -> str:

@@ -38,7 +38,7 @@ from lorasrv.sim.routing import Balanced
 from lorasrv.sim.workload import Arrival, digest_of, make_request
 from lorasrv.types import EngineRequest
 from lorasrv_bench.calibration import ITEMSIZE, Calibration, calibrate
-from lorasrv_bench.real_engine import RealEngine, build_real
+from lorasrv_bench.real_engine import Prepared, RealEngine, prepare, real_engine
 from lorasrv_bench.workloads import Workload, parse_workload
 
 RANKS = (8, 16, 32, 64)
@@ -46,30 +46,29 @@ LIMIT = 0.15
 SCHEDULER = SchedulerConfig(max_running=16, max_step_tokens=256)
 # A pool that holds all adapters of a workload, and one that does not.
 LARGE_POOL, SMALL_POOL = 512 << 20, 24 << 20
+NUM_ADAPTERS = 200
 _LENGTHS = "in_range=16..128,out_range=16..128"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A workload's text, in which `{rate}` and `{requests}` are the run's, and the share of the capacity it asks."""
+    """A workload over so many adapters, at `load` of what the engine can take by the simulator."""
 
     name: str
-    text: str
+    num_adapters: int
     load: float
     pool_bytes: int
-    is_cold: bool = False
+
+    @property
+    def is_cold(self) -> bool:
+        """Whether adapters are read and copied all the time."""
+        return self.pool_bytes == SMALL_POOL
 
 
 CASES = (
-    Case(name="base only", text="slora:n=0,rate={rate},requests={requests},", load=0.5, pool_bytes=LARGE_POOL),
-    Case(name="8 adapters", text="slora:n=8,rate={rate},requests={requests},", load=0.5, pool_bytes=LARGE_POOL),
-    Case(
-        name="cold adapters",
-        text="slora:n=200,rate={rate},requests={requests},",
-        load=0.35,
-        pool_bytes=SMALL_POOL,
-        is_cold=True,
-    ),
+    Case(name="base only", num_adapters=0, load=0.5, pool_bytes=LARGE_POOL),
+    Case(name="8 adapters", num_adapters=8, load=0.5, pool_bytes=LARGE_POOL),
+    Case(name="cold adapters", num_adapters=NUM_ADAPTERS, load=0.35, pool_bytes=SMALL_POOL),
 )
 
 
@@ -90,8 +89,7 @@ class CpuClock:
 class Run:
     """What all comparisons have in common; `repeats` are of the real engine."""
 
-    folder: Path
-    model: Path | None
+    prepared: Prepared
     hardware: Hardware
     requests: int
     repeats: int
@@ -129,13 +127,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"commit {_commit(root)}; {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     print(f"Python {platform.python_version()}, torch {torch.__version__}, seed {given.seed}")
     with tempfile.TemporaryDirectory() as folder:
-        found = _calibrate(Path(folder), given.model, time.process_time if given.cpu_time else time.perf_counter)
+        prepared = prepare(Path(folder), num_adapters=NUM_ADAPTERS, ranks=RANKS, model=given.model)
+        with real_engine(prepared, pool_bytes=LARGE_POOL, scheduler=_one_step_prefills()) as engine:
+            found = calibrate(engine, timer=time.process_time if given.cpu_time else time.perf_counter)
         print(described(found), flush=True)
         if given.out is not None:
             write_hardware(found.hardware, given.out)
         run = Run(
-            folder=Path(folder),
-            model=given.model,
+            prepared=prepared,
             hardware=found.hardware,
             requests=given.requests,
             repeats=given.repeats,
@@ -163,37 +162,24 @@ def described(found: Calibration) -> str:
     return f"calibrated: {', '.join(terms)}\n{fit}"
 
 
-def _calibrate(folder: Path, model: Path | None, timer: Callable[[], float]) -> Calibration:
-    engine = build_real(
-        folder, num_adapters=32, ranks=RANKS, pool_bytes=LARGE_POOL, scheduler=_one_step_prefills(), model=model
-    )
-    found = calibrate(engine, timer=timer)
-    engine.core.close()
-    return found
-
-
 def _one_step_prefills() -> SchedulerConfig:
     return SchedulerConfig(max_running=SCHEDULER.max_running, max_step_tokens=1024)
 
 
 def _compare(case: Case, run: Run) -> bool:
     """Print both sides of a case; whether all figures are within the limit."""
-    engine = build_real(
-        run.folder, num_adapters=200, ranks=RANKS, pool_bytes=case.pool_bytes, scheduler=SCHEDULER, model=run.model
-    )
     setup = EngineSetup(
-        shape=engine.shape,
+        shape=run.prepared.shape,
         hardware=run.hardware,
         itemsize=ITEMSIZE,
         pool_bytes=case.pool_bytes,
         scheduler=SCHEDULER,
-        tiers=engine.config.tiers,
     )
     workload = _workload(case, case.load * _capacity(setup, case, run.seed), run.requests, run.seed)
     simulated = run_simulated(setup, workload)
-    # The first run also pays for what is done once.
-    real = [run_real(engine, workload, run.clock(), number) for number in range(run.repeats + 1)][1:]
-    engine.core.close()
+    with real_engine(run.prepared, pool_bytes=case.pool_bytes, scheduler=SCHEDULER) as engine:
+        # The first run also pays for what is done once.
+        real = [run_real(engine, workload, run.clock(), number) for number in range(run.repeats + 1)][1:]
     print(f"\n{case.name}: {workload.text}, pool {case.pool_bytes >> 20} MiB, {run.repeats} runs")
     worst = 0.0
     for name, value in simulated.figures.items():
@@ -206,9 +192,9 @@ def _compare(case: Case, run: Run) -> bool:
 
 
 def _workload(case: Case, rate: float, requests: int, seed: int) -> Workload:
-    return parse_workload(
-        case.text.format(rate=f"{rate:.4g}", requests=requests) + _LENGTHS + ",ranks=8/16/32/64", seed
-    )
+    ranks = "/".join(map(str, RANKS))
+    text = f"slora:n={case.num_adapters},rate={rate:.4g},requests={requests},{_LENGTHS},ranks={ranks}"
+    return parse_workload(text, seed)
 
 
 def _capacity(setup: EngineSetup, case: Case, seed: int) -> float:

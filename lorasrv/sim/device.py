@@ -11,8 +11,8 @@ from lorasrv.sim.images import SimImage
 
 @dataclass(kw_only=True)
 class SimDevice:
-    """When its two streams are free, the steps' and the copies'; `params` are the weights of the adapters in its pages,
-    by directory."""
+    """When its two streams are free, the steps' and the copies', and what they did; `params` are the weights of the
+    adapters in its pages, by directory."""
 
     clock: VirtualClock
     costs: CostModel
@@ -87,22 +87,21 @@ class SimRunner:
         forward_s = device.costs.forward_s(step_work(chunks, device.params))
         device.steps_free_s = max(device.clock.now_s, device.steps_free_s) + forward_s
         device.busy_s += forward_s
-        return SimStep(device)
+        return SimStep(device.clock, device.steps_free_s)
 
 
 class SimStep:
-    """A submitted step: it ends when its forward has, and not before its draws were submitted."""
+    """A submitted step. The host is back from the step before it by the time its forward begins, so its draws never
+    come late."""
 
-    def __init__(self, device: SimDevice) -> None:
-        self._device = device
+    def __init__(self, clock: VirtualClock, end_s: float) -> None:
+        self._clock = clock
+        self._end_s = end_s
         self._num_draws = 0
-        self._end_s = 0.0
 
     def draw(self, draws: tuple[Draw, ...]) -> None:
-        device = self._device
         self._num_draws = len(draws)
-        self._end_s = device.steps_free_s = max(device.steps_free_s, device.clock.now_s)
 
     def output(self) -> StepOutput:
-        self._device.clock.sleep_until(self._end_s)
+        self._clock.sleep_until(self._end_s)
         return StepOutput(tokens=(0,) * self._num_draws)
