@@ -82,6 +82,10 @@ def test_worths_are_rounded_up_a_little(worth: float) -> None:
     assert worth <= rounded < 1.5 * worth and round_up(rounded) == rounded
 
 
+def test_worth_is_the_time_that_a_page_saves() -> None:
+    assert GreedyDual().worth(likelihood=2.0, cost_s=3.0, num_pages=4) == 1.5
+
+
 def test_what_nobody_uses_grows_old() -> None:
     """A thing that was used much and is used no more goes once what is used little has gone over for long enough."""
     order = EvictionOrder(GreedyDual())

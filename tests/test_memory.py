@@ -101,31 +101,19 @@ def test_only_loaded_adapters_that_nobody_uses_may_go() -> None:
     residency.check()
 
 
-def test_what_is_asked_for_most_stays_longest_even_when_it_was_gone_meanwhile() -> None:
+def test_what_is_used_most_stays_longest() -> None:
     residency, order = make_residency()
-    for digest, times in (("often", 3), ("once", 1), ("twice", 2)):
+    for page, (digest, times) in enumerate((("often", 5), ("never", 0), ("once", 1), ("twice", 2))):
+        add_loaded(residency, digest, (page,))
         for _ in range(times):
-            residency.ask(digest, 1.0)
-    for page, digest in enumerate(("often", "once", "twice")):
-        add_loaded(residency, digest, (page,))
-    assert [name_of(each) for each in order] == ["once", "twice", "often"]
+            residency.pin(digest)
+            residency.unpin(digest, 1.0)
+    assert [name_of(each) for each in order] == ["never", "once", "twice", "often"]
     for _ in range(3):
-        residency.ask("once", 1.0)
-    assert [name_of(each) for each in order] == ["twice", "often", "once"]
+        residency.pin("once", again=False)
+        residency.unpin("once", 1.0)
+    assert [name_of(each) for each in order] == ["never", "once", "twice", "often"]
     residency.check()
-
-
-def test_few_of_those_that_are_gone_are_remembered() -> None:
-    order, likelihood = EvictionOrder(GreedyDual()), Likelihood(RequestClock())
-    residency = Residency(order, likelihood, max_remembered=10)
-    for _ in range(3):
-        residency.ask("often", 1.0)
-    for number in range(100):
-        residency.ask(f"a{number}", 1.0)
-        residency.check()
-    for page, digest in enumerate(("often", "a50")):
-        add_loaded(residency, digest, (page,))
-    assert [name_of(each) for each in order] == ["a50", "often"]
 
 
 def test_cached_blocks_go_from_the_end_of_a_sequence() -> None:

@@ -165,8 +165,6 @@ class Rig:
 
     def _serve(self, number: int, ask: Ask) -> None:
         digest = None if ask.adapter is None else str(ask.adapter)
-        if digest is not None:
-            self.ledger.keep(digest)
         if len(self._running) == self.hardware.max_running:
             self._end_one()
         sequence = _sequence(number, ask, self.ledger)

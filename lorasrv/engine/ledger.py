@@ -159,13 +159,14 @@ class Ledger:
         num_cached = admission.num_cached_blocks
         sequence.block_table = self.cached_blocks(sequence)[:num_cached]
         # Further samples of a request tell nothing of requests to come.
-        self._prefix.pin(sequence.block_table, again=sequence.sample == 0)
+        again = sequence.sample == 0
+        self._prefix.pin(sequence.block_table, again=again)
         self._requests.now += 1
         sequence.num_keyed_blocks = num_cached
         sequence.num_computed = num_cached * self._block_tokens
         self.grow(sequence, len(sequence.token_ids))
         if sequence.digest is not None:
-            self._residency.pin(sequence.digest)
+            self._residency.pin(sequence.digest, again=again)
             sequence.adapter = self._adapter_input(sequence.request)
             sequence.held_up = not self._residency.is_loaded(sequence.digest)
         if admission.copied_page is None:
@@ -218,9 +219,8 @@ class Ledger:
         self._discarded.add(digest)
 
     def keep(self, digest: str) -> None:
-        """Somebody is going to use this adapter: undo a `discard` that has not been carried out."""
+        """Undo a `discard` that has not been carried out."""
         self._discarded.discard(digest)
-        self._residency.ask(digest, self._adapter_cost_s(digest))
 
     def drop_discarded(self, used: set[str]) -> None:
         """Let go of the discarded adapters that are not `used`."""
@@ -311,9 +311,7 @@ class Ledger:
         return num_pages * self._page_bytes
 
     def _adapter_cost_s(self, digest: str) -> float:
-        """Of bringing a resident adapter back; 0 of another."""
-        if digest not in self._residency:
-            return 0.0
+        """Of bringing a resident adapter back."""
         per_byte = self.costs.copy_s_per_byte
         if self._tiers.num_pages(digest) is None:
             per_byte += self.costs.read_s_per_byte

@@ -28,19 +28,17 @@ class AdapterInput:
 
 class Residency:
     """Adapters that have pages; loaded ones have their weights in them. Idle ones, loaded and pinned by no running
-    request, are in the eviction order.
-
-    Of adapters that are gone it is remembered how often they were asked for: of at most `max_remembered`, about. Owned
-    by the engine's thread.
+    request, are in the eviction order. Owned by the engine's thread.
     """
 
-    def __init__(self, order: EvictionOrder, likelihood: Likelihood, max_remembered: int = 16_384) -> None:
+    def __init__(self, order: EvictionOrder, likelihood: Likelihood) -> None:
         self._order = order
         self._likelihood = likelihood
-        self._max_remembered = max_remembered
         self._adapters: dict[str, ResidentAdapter] = {}
         self._pins: dict[str, int] = {}
         self._loading: set[str] = set()
+        # Those that nobody has pinned yet.
+        self._unused: set[str] = set()
         self._uses: dict[str, Uses] = {}
 
     def __contains__(self, digest: object) -> bool:
@@ -52,30 +50,17 @@ class Residency:
     def __iter__(self) -> Iterator[ResidentAdapter]:
         return iter(self._adapters.values())
 
-    def ask(self, digest: str, cost_s: float) -> None:
-        """Somebody is going to use the adapter. `cost_s` is what bringing it back costs, here and below."""
-        uses = self._uses.get(digest)
-        if uses is not None:
-            self._likelihood.again(uses)
-        else:
-            if len(self._uses) >= self._max_remembered + len(self._adapters):
-                self._forget_half()
-            self._uses[digest] = self._likelihood.first()
-        if digest in self._order:
-            self._order.discard(digest)
-            self._add_idle(digest, cost_s)
-
     def add(self, adapter: ResidentAdapter) -> None:
         """An adapter whose weights are on their way to its pages."""
         assert adapter.digest not in self._adapters, f"{adapter.digest} is resident already"
         self._adapters[adapter.digest] = adapter
         self._pins[adapter.digest] = 0
         self._loading.add(adapter.digest)
-        if adapter.digest not in self._uses:  # forgotten while it was read
-            self._uses[adapter.digest] = self._likelihood.first()
+        self._unused.add(adapter.digest)
+        self._uses[adapter.digest] = self._likelihood.first()
 
     def loaded(self, digest: str, cost_s: float) -> None:
-        """They have arrived."""
+        """They have arrived. `cost_s` is what bringing them back would cost, here and below."""
         self._loading.remove(digest)
         if not self._pins[digest]:
             self._add_idle(digest, cost_s)
@@ -87,13 +72,19 @@ class Residency:
         """Forget an idle adapter; its pages are the caller's to retire."""
         assert not self._pins[digest], f"{digest} is in use"
         assert digest not in self._loading, f"{digest} is being loaded"
-        del self._pins[digest]
+        del self._pins[digest], self._uses[digest]
+        self._unused.discard(digest)
         self._order.discard(digest)
         return self._adapters.pop(digest)
 
-    def pin(self, digest: str) -> None:
+    def pin(self, digest: str, *, again: bool = True) -> None:
+        """For a running sequence; `again` says that this tells of further uses."""
         self._pins[digest] += 1
         self._order.discard(digest)
+        if digest in self._unused:
+            self._unused.remove(digest)
+        elif again:
+            self._likelihood.again(self._uses[digest])
 
     def unpin(self, digest: str, cost_s: float) -> None:
         assert self._pins[digest] > 0, f"{digest} is not pinned"
@@ -111,7 +102,7 @@ class Residency:
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
         assert self._adapters.keys() == self._pins.keys(), "pins and adapters differ"
-        assert self._adapters.keys() <= self._uses.keys(), "an adapter's uses are forgotten"
+        assert self._adapters.keys() == self._uses.keys() >= self._unused, "uses and adapters differ"
         assert self._loading <= self._adapters.keys(), "an adapter without pages is loading"
         idle = {digest for digest, pins in self._pins.items() if not pins} - self._loading
         assert idle == {each.digest for each in self._order if isinstance(each, IdleAdapter)}, "idle set is stale"
@@ -123,10 +114,3 @@ class Residency:
         num_pages = len(self._adapters[digest].pages)
         likelihood = self._likelihood.of(self._uses[digest])
         self._order.add(digest, num_pages, self._order.worth(likelihood, cost_s, num_pages))
-
-    def _forget_half(self) -> None:
-        """The less likely half of what is not here."""
-        gone = [digest for digest in self._uses if digest not in self._adapters]
-        gone.sort(key=lambda digest: self._likelihood.of(self._uses[digest]))
-        for digest in gone[: len(gone) // 2 + 1]:
-            del self._uses[digest]
