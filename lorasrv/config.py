@@ -40,9 +40,10 @@ class PoolConfig:
 class SchedulerConfig:
     """Bounds of a step. A step computes at most `max_step_tokens` tokens for at most `max_running` requests.
 
-    `max_waiting` bounds each tenant's queue; `lookahead` is how many queued requests may have their adapters read to the host;
-    `max_loads_per_step` bounds host-to-device copies begun in a step. `prefix_cache` keeps full KV blocks for requests
-    that begin alike. `run_ahead` plans and submits a step while the one before runs; None does where that gains time.
+    `max_waiting` bounds each tenant's queue; `lookahead` is how many queued requests may have their adapters read to
+    the host; `max_loads_per_step` bounds host-to-device copies begun in a step. `prefix_cache` keeps full KV blocks for
+    requests that begin alike. `run_ahead` plans and submits a step while the one before runs; None does where that
+    gains time.
     """
 
     max_step_tokens: int = 512

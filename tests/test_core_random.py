@@ -171,10 +171,8 @@ class Traffic:
             self.ends["warm-overdue" if overdue else "warm-failed"] += 1
             return
         tiers = {adapter.digest: adapter.tier for adapter in self.core.status().adapters}
-        found = tiers.get(warm.digest)
-        # What is being copied to the device is in host memory.
-        found = Tier.HOST if found is Tier.COPYING else found
-        assert found == warmed.tier or warm.warm_id in self.discarded
+        there = {Tier.HOST: {Tier.HOST, Tier.COPYING}, Tier.DEVICE: {Tier.DEVICE}}[warmed.tier or Tier.DEVICE]
+        assert tiers.get(warm.digest) in there or warm.warm_id in self.discarded
         assert warmed.tier in (warm.tier, Tier.DEVICE)
         self.ends["warm" if warm.tier is Tier.DEVICE else "warm-host"] += 1
 

@@ -9,7 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorasrv.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from lorasrv.engine.build import assemble
 from lorasrv.engine.packer import Packer
+from lorasrv.memory.arena import map_pages
 from lorasrv.memory.packing import PackedAdapter
+from lorasrv.memory.storage import PinnedArena
 from lorasrv.memory.tensors import PackedModule, pack_adapter
 from lorasrv.types import AdapterUse, EngineRequest
 
@@ -88,3 +90,15 @@ def test_one_step_in_flight_gives_the_tokens_of_one_at_a_time(tmp_path: Path, de
     assert tokens == expected
     assert evictions > 0
     assert len({tuple(row) for row in tokens.values()}) == len(tokens), "an adapter changes nothing"
+
+
+def test_an_arena_that_other_processes_write_to_is_copied_from_beside_steps() -> None:
+    arena = PinnedArena(8, 4096)
+    pages = map_pages(arena.descriptor, 8, 4096)  # as a builder has it
+    pages[3] = 7
+    host = torch.from_numpy(arena.pages)  # pyright: ignore[reportUnknownMemberType]
+    assert host.is_pinned()
+    device = torch.empty(4096, dtype=torch.uint8, device="cuda")
+    device.copy_(host[3], non_blocking=True)
+    assert bool((device == 7).all())
+    arena.close()

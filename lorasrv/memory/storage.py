@@ -143,8 +143,9 @@ class PinnedArena(HostArena):
         self._is_pinned = True
 
     def close(self) -> None:
-        """The device copies from it no more."""
+        """Waits for the copies that the device has begun."""
         if self._is_pinned:
+            torch.cuda.synchronize()
             self._runtime.cudaHostUnregister(self.pages.ctypes.data)
         super().close()
 
