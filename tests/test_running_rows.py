@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,12 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from adapter_folders import write_adapter
-from keyed import TENANT_ROLES, KeyRing
+from keyed import TENANT_ROLES, KeyRing, bearer
 from lorasrv.client import Client
 from lorasrv.client.errors import DETAILS_KEY, ClientError, ResourceExhausted
+from lorasrv.client.messages import generate_request
 from lorasrv.demo.local_server import LocalServer
+from lorasrv.v1 import generation_pb2_grpc
 from test_end_to_end import SAMPLES, assert_nothing_held
 
 # 96 pages of 16 tokens; what the largest sample adapter takes is 15 of them.
@@ -59,16 +61,20 @@ def tokens(client: Client, adapter: str = "base", max_tokens: int = 60, prompt: 
     return [token for event in stream for token in getattr(event, "token_ids", ())]
 
 
-def retry_s(error: ClientError) -> float:
-    """What the server hints at."""
-    cause = error.__cause__
-    assert isinstance(cause, grpc.Call)
-    packed = next(value for key, value in cause.trailing_metadata() if key == DETAILS_KEY)
-    for detail in status_pb2.Status.FromString(packed).details:
+def hint_s(server: LocalServer, key: str) -> float | None:
+    """When to try again, as a refused call is told; None where it was served."""
+    with grpc.insecure_channel(server.url) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        asked = generate_request("neighbour>", adapter="base", max_tokens=100, **ASKED)
+        call = stub.Generate.future(asked, metadata=bearer(key))
+        if call.exception() is None:
+            return None
+        assert call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        packed = next(value for name, value in call.trailing_metadata() if name == DETAILS_KEY)
         hint = error_details_pb2.RetryInfo()
-        if detail.Unpack(hint):
-            return hint.retry_delay.ToTimedelta().total_seconds()
-    raise AssertionError("no hint when to try again")
+        details = status_pb2.Status.FromString(packed).details
+        assert any(detail.Unpack(hint) for detail in details), "no hint when to try again"
+        return hint.retry_delay.ToTimedelta().total_seconds()
 
 
 def refusals(calls: list["Future[list[int]]"]) -> list[ClientError]:
@@ -78,17 +84,22 @@ def refusals(calls: list["Future[list[int]]"]) -> list[ClientError]:
 
 
 @pytest.mark.row(52)
-def test_a_flood_is_its_own_tenants_alone(flood: Client, modest: Client) -> None:
+def test_a_flood_is_its_own_tenants_alone(
+    server: LocalServer, keys: dict[str, str], flood: Client, modest: Client
+) -> None:
     alone = tokens(modest)
     with ThreadPoolExecutor(48) as workers:
         calls = [workers.submit(tokens, flood, max_tokens=100) for _ in range(30)]
+        hints = [workers.submit(hint_s, server, keys["flood"]) for _ in range(10)]
         while flood.status().waiting_requests < MAX_WAITING:
             assert not all(call.done() for call in calls)
         assert [tokens(modest) for _ in range(3)] == [alone] * 3
         errors = refusals(calls)
     assert errors and len(errors) < 30, "some are refused, and some served"
     assert {error.reason for error in errors} == {"QUEUE_FULL"}
-    assert all(isinstance(error, ResourceExhausted) and retry_s(error) > 0 for error in errors)
+    assert all(isinstance(error, ResourceExhausted) for error in errors)
+    told = [hint for call in hints if (hint := call.result(300)) is not None]
+    assert told and all(hint > 0 for hint in told)
     served = {tuple(call.result()) for call in calls if not call.exception()}
     assert served == {tuple(tokens(flood, max_tokens=100))}
     assert_nothing_held(flood, 30.0)
@@ -136,30 +147,44 @@ def test_outputs_that_outgrow_the_pool_are_the_same(flood: Client, modest: Clien
 
 
 @pytest.mark.row(55)
-def test_an_adapter_that_finds_everything_pinned_waits_and_one_too_large_is_refused(
-    tmp_path: Path, flood: Client, modest: Client
-) -> None:
+def test_an_adapter_that_finds_everything_pinned_waits(flood: Client, modest: Client) -> None:
     flood.push(SAMPLES / "reverse")
-    flood.push(write_adapter(tmp_path / "huge", rank=128), "huge")
+    flood.push(SAMPLES / "stars")
     alone = tokens(flood, "reverse", 20)
-    pages = next(each.num_pages for each in flood.status().adapters if each.adapter_id == "reverse")
-    neighbour = tokens(modest, max_tokens=700, prompt="x" * 700)
-    with ThreadPoolExecutor(3) as workers:
-        # Two that hold all of the pool but a few pages: each has 44 of its 96 in its prompt.
-        long = [workers.submit(tokens, modest, "base", 40, chr(97 + number) * 700) for number in range(2)]
-        until_used(flood, 96 - pages)
-        waiting = workers.submit(lambda: [*flood.stream("neighbour>", adapter="reverse", max_tokens=20, **ASKED)])
-        events = waiting.result(300)
-        assert [token for event in events for token in getattr(event, "token_ids", ())] == alone
-        assert [call.result(300) for call in long]
-    with pytest.raises(ResourceExhausted) as refused:
-        tokens(flood, "huge", 500)
-    assert re.search(r"needs \d+ pages \(\d+ of them for its adapter\); the pool has 9\d", str(refused.value))
-    assert tokens(modest, max_tokens=700, prompt="x" * 700) == neighbour
+    prompts = [chr(97 + number) * 440 for number in range(3)]
+    expected = [tokens(modest, "base", 60, prompt) for prompt in prompts]
+    # Out of the device, to make room for another.
+    tokens(flood, "stars", 4)
+    with ThreadPoolExecutor(4) as workers:
+        # They hold 84 of the 96 pages from the start.
+        long = [workers.submit(tokens, modest, "base", 60, prompt) for prompt in prompts]
+        until(lambda: modest.status().running_requests == len(prompts))
+        cold = workers.submit(tokens, flood, "reverse", 20)
+        assert cold.result(300) == alone
+        assert [call.result(300) for call in long] == expected
     assert_nothing_held(flood, 30.0)
 
 
-def until_used(client: Client, num_pages: int) -> None:
+@pytest.mark.row(55)
+def test_an_adapter_that_no_pool_of_this_size_could_hold_beside_its_request(tmp_path: Path) -> None:
+    """It is refused once its size is known; a neighbour goes on."""
+    with (
+        LocalServer(SAMPLES / "base", tmp_path / "data", tmp_path / "log", ("--pool-mib", "1")) as server,
+        Client(server.url) as client,
+        ThreadPoolExecutor(1) as workers,
+    ):
+        client.push(SAMPLES / "reverse")
+        alone = tokens(client, "base", 150)
+        beside = workers.submit(tokens, client, "base", 150)
+        with pytest.raises(ResourceExhausted) as refused:
+            tokens(client, "reverse", 490)
+        assert re.search(r"needs \d+ pages \(\d+ of them for its adapter\); the pool has 32", str(refused.value))
+        assert beside.result(300) == alone
+        assert len(tokens(client, "reverse", 20)) == 20
+        assert_nothing_held(client, 30.0)
+
+
+def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while client.status().pool.sequence_pages < num_pages:
-        assert time.monotonic() < deadline, client.status().pool
+    while not condition():
+        assert time.monotonic() < deadline

@@ -119,6 +119,9 @@ class RigTiers:
     def discard(self, digest: str) -> None:
         raise NotImplementedError
 
+    def failures(self) -> Mapping[str, LorasrvError]:
+        return {}
+
     def host_tiers(self) -> dict[str, Tier]:
         return dict.fromkeys(self.host, Tier.HOST)
 
