@@ -6,18 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasrv.memory.eviction import Candidate, EvictionOrder, GreedyDual, IdleAdapter, IdleBlock, choose_victims
+from lorasrv.memory.eviction import Candidate, EvictionOrder, GreedyDual, IdleAdapter, IdleBlock, Name
 from lorasrv.memory.likelihood import Likelihood, RequestClock
 from lorasrv.memory.pages import Owner, OwnerKind, PagePool
 from lorasrv.memory.prefix import BlockKeys, PrefixCache
 from lorasrv.memory.residency import Residency, ResidentAdapter
+from lorasrv.memory.victims import Victims, name_of
 
 SEQUENCE = Owner(OwnerKind.SEQUENCE, "s")
 ADAPTER = Owner(OwnerKind.ADAPTER, "a")
-
-
-def name_of(candidate: Candidate) -> str | int:
-    return candidate.digest if isinstance(candidate, IdleAdapter) else candidate.page
 
 
 def test_a_page_names_the_last_step_that_may_touch_it() -> None:
@@ -168,5 +165,23 @@ def test_keys_are_equal_when_all_that_made_the_block_is(cases: list[tuple[str, s
 @pytest.mark.parametrize(("num_pages", "expected"), [(0, []), (1, ["a"]), (3, ["a", 7]), (7, ["a", 7, "c"]), (8, None)])
 def test_victims_go_in_order_and_are_no_more_than_needed(num_pages: int, expected: list[str | int] | None) -> None:
     candidates = [IdleAdapter("a", 2), IdleBlock(7), IdleAdapter("c", 4)]
-    victims = choose_victims(candidates, num_pages)
+    victims = Victims(candidates, lambda _: False).choose(num_pages, set())
     assert (None if victims is None else [name_of(victim) for victim in victims]) == expected
+
+
+def test_victims_that_are_kept_or_waited_for_are_passed_over() -> None:
+    candidates: list[Candidate] = [IdleAdapter("a", 2), IdleBlock(7), IdleAdapter("c", 4), IdleBlock(8), IdleBlock(9)]
+    victims = Victims(candidates, lambda digest: digest == "a")
+
+    def choose(num_pages: int, kept: set[Name]) -> list[Name] | None:
+        chosen = victims.choose(num_pages, kept)
+        return None if chosen is None else [name_of(victim) for victim in chosen]
+
+    assert choose(1, {7}) == ["c"]  # a is waited for, 7 kept
+    assert choose(5, {7}) is None
+    chosen = victims.choose(1, {7})
+    assert chosen == [IdleBlock(8)]
+    victims.put_back(chosen)
+    assert choose(2, {7}) == [8, 9]
+    assert choose(1, {7, "a"}) is None
+    assert Victims(candidates, lambda _: True).choose(9, set()) == [candidates[i] for i in (1, 3, 4, 0, 2)]

@@ -12,8 +12,10 @@ from heapq import heappop, heappush
 from lorasrv.engine.ledger import Ledger
 from lorasrv.engine.tiers import TierChanges
 from lorasrv.errors import LorasrvError
-from lorasrv.memory.eviction import Candidate, IdleAdapter, Policy, choose_victims
+from lorasrv.memory.eviction import Policy
 from lorasrv.memory.residency import ResidentAdapter
+from lorasrv.memory.victims import Victims
+from lorasrv.sched.fairness import Share
 from lorasrv.sched.plan import Admission
 from lorasrv.sched.sequence import Sequence as Running
 from lorasrv.types import AdapterUse, EngineRequest, Tier
@@ -197,7 +199,9 @@ class Rig:
     def _make_room(self, missing: int, num_blocks: int, digest: str | None, cached: list[int]) -> bool:
         kept = {digest, *cached}
         idle = (each for each in self.ledger.idle() if _name(each) not in kept)
-        victims = choose_victims(idle, missing + num_blocks - len(cached) - self.ledger.num_free)
+        victims = Victims(idle, lambda _: False).choose(
+            missing + num_blocks - len(cached) - self.ledger.num_free, set()
+        )
         if victims is None:
             return False
         for victim in victims:
@@ -209,7 +213,7 @@ class Rig:
         hardware, outcome, costs = self.hardware, self.outcome, self.ledger.costs
         num_prompt = len(sequence.request.token_ids)
         num_cached = len(self.ledger.cached_blocks(sequence))
-        self.ledger.admit(sequence, Admission(sequence_id=sequence.sequence_id, num_cached_blocks=num_cached))
+        self.ledger.admit(sequence, Admission(sequence=sequence, num_cached_blocks=num_cached))
         self.ledger.poll()
         num_computed = num_prompt - num_cached * BLOCK_TOKENS
         began = self.tiers.clock
@@ -267,10 +271,8 @@ def _sequence(number: int, ask: Ask, ledger: Ledger) -> Running:
         request=request,
         sample=0,
         order=(0, number),
+        share=Share("", 1.0),
+        ends=frozenset(),
         token_ids=[*prompt, *output],
         keys=ledger.block_keys(request),
     )
-
-
-def _name(candidate: Candidate) -> str | int:
-    return candidate.digest if isinstance(candidate, IdleAdapter) else candidate.page

@@ -1,4 +1,4 @@
-"""What makes room: one order over idle adapters and idle cached blocks, and a pure choice of the first in it.
+"""What makes room: one order over idle adapters and idle cached blocks.
 
 GreedyDual-Size-Frequency (Cherkasova, HP Labs, 1998): what goes first has the least
 
@@ -14,7 +14,7 @@ queues' first. Putting in and taking out cost the same whatever the number of th
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import merge
 from math import ceil, frexp, ldexp
@@ -140,15 +140,3 @@ class EvictionOrder:
 def round_up(worth: float) -> float:
     mantissa, exponent = frexp(worth)
     return ldexp(ceil(mantissa * _FRACTIONS) / _FRACTIONS, exponent)
-
-
-def choose_victims(candidates: Iterable[Candidate], num_pages: int) -> tuple[Candidate, ...] | None:
-    """The first candidates (given in the order in which they should go) that free `num_pages`; None if all do not."""
-    victims: list[Candidate] = []
-    freed = 0
-    for candidate in candidates:
-        if freed >= num_pages:
-            break
-        victims.append(candidate)
-        freed += candidate.num_pages
-    return tuple(victims) if freed >= num_pages else None

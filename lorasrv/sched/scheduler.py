@@ -6,8 +6,7 @@ then the youngest sequence is preempted: it queues again in its old place, its f
 what is no longer there when its turn comes is recomputed.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import islice, takewhile
@@ -15,7 +14,8 @@ from typing import Protocol
 
 from lorasrv.config import SchedulerConfig
 from lorasrv.errors import ResourceExhausted
-from lorasrv.memory.eviction import Candidate, IdleAdapter
+from lorasrv.memory.eviction import Candidate
+from lorasrv.memory.victims import Victims, name_of
 from lorasrv.sched.plan import Admission, Chunk, Plan, Rejection
 from lorasrv.sched.queue import WaitingQueue
 from lorasrv.sched.sequence import Sequence
@@ -23,8 +23,6 @@ from lorasrv.types import Failure, Tier, Warm
 
 # So many queued requests are looked at for each adapter of the look-ahead: several may ask for the same one.
 _SCANNED = 2
-# So many adapters that somebody waits for are passed over in looking for victims that nobody does.
-_SPARED = 32
 
 
 class Resources(Protocol):
@@ -108,7 +106,7 @@ class _Draft:
         self.preempted: list[Sequence] = []
         self.rejected: list[Rejection] = []
         self.wanted: dict[str, None] = {}
-        self.victims = _Victims(view.resources.idle(), view.waiting.waits_for)
+        self.victims = Victims(view.resources.idle(), view.waiting.waits_for)
 
     def plan(self) -> Plan:
         return Plan(
@@ -286,59 +284,10 @@ class _Draft:
             if victims is None:
                 return False
             self.evicted |= dict.fromkeys(victims)
-            self.gone |= {_name(victim) for victim in victims}
+            self.gone |= {name_of(victim) for victim in victims}
             self.free += sum(victim.num_pages for victim in victims)
         self.free -= num_pages
         return True
 
     def _pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)
-
-
-class _Victims:
-    """What may go, in the order in which it should, each looked at once in a plan: what the plan relies on is not free
-    again before it is carried out."""
-
-    def __init__(self, candidates: Iterable[Candidate], waits_for: Callable[[str], bool]) -> None:
-        self._candidates = iter(candidates)
-        self._waits_for = waits_for
-        self._put_back: deque[Candidate] = deque()
-        # Adapters that somebody in the queue asks for: they would have to come back at once.
-        self._asked_for: deque[Candidate] = deque()
-
-    def choose(self, num_pages: int, kept: set[str | int]) -> list[Candidate] | None:
-        """Candidates, none of them `kept`, that free `num_pages` and are not given again; None if all do not."""
-        chosen: list[Candidate] = []
-        while num_pages > 0:
-            candidate = self._next(kept)
-            if candidate is None:
-                self.put_back(chosen)
-                return None
-            chosen.append(candidate)
-            num_pages -= candidate.num_pages
-        return chosen
-
-    def put_back(self, candidates: list[Candidate]) -> None:
-        """They may be chosen again."""
-        self._put_back.extendleft(reversed(candidates))
-
-    def _next(self, kept: set[str | int]) -> Candidate | None:
-        while self._put_back:
-            if _name(candidate := self._put_back.popleft()) not in kept:
-                return candidate
-        while len(self._asked_for) < _SPARED and (candidate := next(self._candidates, None)) is not None:
-            if _name(candidate) in kept:
-                continue
-            if isinstance(candidate, IdleAdapter) and self._waits_for(candidate.digest):
-                self._asked_for.append(candidate)
-            else:
-                return candidate
-        while self._asked_for:
-            if _name(candidate := self._asked_for.popleft()) not in kept:
-                return candidate
-        return None
-
-
-def _name(candidate: Candidate) -> str | int:
-    """A candidate's digest or page."""
-    return candidate.digest if isinstance(candidate, IdleAdapter) else candidate.page
