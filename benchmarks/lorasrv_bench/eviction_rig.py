@@ -197,11 +197,8 @@ class Rig:
         return num_pages
 
     def _make_room(self, missing: int, num_blocks: int, digest: str | None, cached: list[int]) -> bool:
-        kept = {digest, *cached}
-        idle = (each for each in self.ledger.idle() if _name(each) not in kept)
-        victims = Victims(idle, lambda _: False).choose(
-            missing + num_blocks - len(cached) - self.ledger.num_free, set()
-        )
+        missing += num_blocks - len(cached) - self.ledger.num_free
+        victims = Victims(self.ledger.idle(), lambda _: False).choose(missing, {digest or "", *cached})
         if victims is None:
             return False
         for victim in victims:
