@@ -1,14 +1,19 @@
 """Settings of the whole suite."""
 
+import os
 import signal
 from importlib.util import find_spec
 
 import pytest
+
+# The suite's models are tiny: a second thread costs more than it gives, and far more on a busy machine. Servers that
+# tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 import kernel_device  # asks for Triton's interpreter before anything imports Triton
 
-# The suite's models are tiny: a second thread costs more than it gives, and far more on a busy machine.
 torch.set_num_threads(1)
 
 # A shell starts background jobs with SIGINT ignored, which children inherit: the commands under test are to get it.

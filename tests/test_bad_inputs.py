@@ -63,6 +63,12 @@ ROWS = {
     48: "no valid key, or one without the role: UNAUTHENTICATED, PERMISSION_DENIED, before all else",
     49: "a client that vanishes: its generation ends and its pages are free",
     # What happens while generations run.
+    50: "a deadline that passes in the queue or while decoding: DEADLINE_EXCEEDED, and nothing is begun behind it",
+    51: "a reader that stalls: what is kept for it is bounded, then RESOURCE_EXHAUSTED",
+    52: "a tenant that floods: RESOURCE_EXHAUSTED and when to try again, for it alone",
+    53: "a thousand cold adapters at once: they queue, then RESOURCE_EXHAUSTED; all that queue end",
+    54: "outputs that outgrow the pool: preempted, and the same tokens",
+    55: "an adapter that finds everything pinned waits; one that can never fit: RESOURCE_EXHAUSTED",
     56: "a tag moved, a version or adapter deleted: streams end on the version that Started named",
     57: "an adapter whose read hangs or fails: UNAVAILABLE for its own requests, the hanging one's in time",
 }

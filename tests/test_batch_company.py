@@ -181,7 +181,7 @@ def test_tokens_are_those_drawn_alone_when_others_join_and_leave(model: Model, a
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
 def test_tokens_are_those_drawn_alone_under_preemption(model: Model, alone: Tokens, prefix_cache: bool) -> None:
-    engine = model.engine(num_pages=20, max_step_tokens=64, max_running=16, prefix_cache=prefix_cache)
+    engine = model.engine(num_pages=18, max_step_tokens=64, max_running=16, prefix_cache=prefix_cache)
     assert serve(engine, [requests()]) == alone
     counters = engine.core.status().counters
     assert counters.preemptions > 3 and counters.adapter_evictions > 0, counters

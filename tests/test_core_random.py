@@ -15,6 +15,7 @@ from fakes import EOS, VOCAB, expected_scores, expected_tokens
 from lorasrv.engine.core import EngineCore
 from lorasrv.engine.output import OutputStream
 from lorasrv.engine.vocabulary import Vocabulary
+from lorasrv.errors import DeadlineExceeded
 from lorasrv.types import AdapterUse, EngineRequest, FinishReason, Priority, Tier, TokenDelta, Warm, Warmed
 
 MAX_PROMPT = 30
@@ -117,10 +118,15 @@ class Traffic:
             prompt_logprobs=random.choice((None, 0)),
             n=random.choice((1, 1, 1, 2, 4)),
             priority=random.choice((Priority.NORMAL, Priority.NORMAL, Priority.BATCH)),
-            deadline_s=random.choice((None, None, self.step + random.randint(1, 200))),
+            deadline_s=random.choice((None, None, self.step + random.randint(1, random.choice((10, 200))))),
         )
         self.count += 1
-        self.core.add(request)
+        try:
+            self.core.add(request)
+        except DeadlineExceeded:
+            assert self.is_hopeless(request)
+            self.ends["refused"] += 1
+            return
         # The oldest sequence is admitted once the ones that run have ended, and is never preempted: with T tokens at
         # most each and reads of D steps, one with k older ones ends within (k + 1) * (2 T + D) steps. What gives way to
         # others has no such bound.
@@ -180,7 +186,7 @@ class Traffic:
         live = self.live[delta.request_id]
         if delta.failure is not None:
             if delta.failure.reason == "DEADLINE_EXCEEDED":
-                assert live.request.deadline_s == self.step
+                self.take_overdue(live)
                 self.end(delta.request_id, "overdue")
                 return
             assert delta.failure.reason == "ADAPTER_LOAD_FAILED"
@@ -207,6 +213,17 @@ class Traffic:
             wanted = [] if live.request.prompt_logprobs is None else expected_scores(live.request.token_ids, digest)
             assert live.scores == wanted
             self.end(delta.request_id, "finished")
+
+    def take_overdue(self, live: Live) -> None:
+        """Before its deadline only what has not begun and must take longer than is left; a step takes a second."""
+        if live.request.deadline_s != self.step:
+            assert not live.tokens and self.is_hopeless(live.request)
+            self.ends["hopeless"] += 1
+
+    def is_hopeless(self, request: EngineRequest) -> bool:
+        """Whether so many tokens as it must give take longer than is left, at a step each."""
+        num_steps = request.max_tokens if request.ignore_eos and not request.stop_token_ids else request.min_tokens
+        return request.deadline_s is not None and 0 < request.deadline_s - self.step <= num_steps
 
     def end(self, request_id: str, how: str) -> None:
         self.ends[how] += 1
@@ -275,6 +292,8 @@ def test_ten_thousand_random_steps(seed: int, run_ahead: bool, prefix_cache: boo
     assert status.counters.cached_prompt_tokens > (1000 if prefix_cache else 0)
     assert status.counters.steps == runner.num_forwards
     assert min(traffic.ends[how] for how in (*HOWS, *WARM_HOWS)) > 20
+    # One at a time, steps take no time: nothing is hopeless.
+    assert bool(traffic.ends["refused"]) == run_ahead
     assert min(status.counters.adapter_evictions, status.counters.preemptions) > 20
     assert len(runner.tiers.discarded) > 50
 

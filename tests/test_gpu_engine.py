@@ -92,6 +92,7 @@ def test_one_step_in_flight_gives_the_tokens_of_one_at_a_time(tmp_path: Path, de
     assert len({tuple(row) for row in tokens.values()}) == len(tokens), "an adapter changes nothing"
 
 
+@pytest.mark.gpu
 def test_an_arena_that_other_processes_write_to_is_copied_from_beside_steps() -> None:
     arena = PinnedArena(8, 4096)
     pages = map_pages(arena.descriptor, 8, 4096)  # as a builder has it

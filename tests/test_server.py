@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ async def test_logprobs_echo_and_stop_token_reach_the_caller(running: Running, g
     def script(request: EngineRequest) -> list[TokenDelta]:
         scores = (PositionLogprobs(token_id=71, logprob=-0.5, top=((71, -0.5), (9, -2.0))),)
         first = TokenDelta(request_id=request.request_id, prompt_logprobs=scores)
-        last = replace(first, token_ids=(71,), logprobs=scores, finish=FinishReason.STOP)
+        last = first._replace(token_ids=(71,), logprobs=scores, finish=FinishReason.STOP)
         return [first, last]
 
     running.engine.script = script
