@@ -4,7 +4,7 @@ The scheduler asks (`sched.scheduler.Resources`); the core carries out what it d
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from collections.abc import Sequence as Seq
 
 from lorasrv.engine.batch import PageCopy
@@ -163,7 +163,7 @@ class Ledger:
         self._prefix.pin(sequence.block_table, again=again)
         self._requests.now += 1
         sequence.num_keyed_blocks = num_cached
-        sequence.num_computed = num_cached * self._block_tokens
+        sequence.num_computed = sequence.num_covered = num_cached * self._block_tokens
         self.grow(sequence, len(sequence.token_ids))
         if sequence.digest is not None:
             self._residency.pin(sequence.digest, again=again)
@@ -179,6 +179,7 @@ class Ledger:
         missing = -(-num_tokens // self._block_tokens) - len(sequence.block_table)
         if missing > 0:
             sequence.block_table += self._pool.alloc(missing, _owner(sequence))
+            sequence.num_covered = len(sequence.block_table) * self._block_tokens
 
     def share_full_blocks(self, sequence: Sequence, num_tokens: int) -> None:
         """Give the blocks that the first `num_tokens` tokens fill to the prefix cache, where others find them."""
@@ -205,7 +206,7 @@ class Ledger:
         if forget or not self._keep_prefixes:
             self._remove_idle_from(cached)
         sequence.block_table = []
-        sequence.num_computed = sequence.num_keyed_blocks = 0
+        sequence.num_computed = sequence.num_covered = sequence.num_keyed_blocks = 0
         sequence.adapter, sequence.held_up = None, False
         if sequence.digest is not None:
             self._residency.unpin(sequence.digest, self._adapter_cost_s(sequence.digest))
@@ -262,7 +263,7 @@ class Ledger:
         }
         return tuple((failed | below | resident).values())
 
-    def check(self, running: Seq[Sequence]) -> None:
+    def check(self, running: Collection[Sequence]) -> None:
         """Raise AssertionError unless the parts are sound and every page and pin belongs to one of `running`, to the
         cache or to an adapter."""
         self._pool.check()
@@ -273,7 +274,8 @@ class Ledger:
         for sequence in running:
             owners = {_CACHE, _owner(sequence)}
             assert all(self._pool.owner(page) in owners for page in sequence.block_table), "a block is another's"
-            assert sequence.num_computed <= len(sequence.block_table) * self._block_tokens, "KV without a page"
+            assert sequence.num_covered == len(sequence.block_table) * self._block_tokens, "a miscounted block table"
+            assert sequence.num_computed <= sequence.num_covered, "KV without a page"
         stats = self._pool.stats()
         shared = Counter(page for s in running for page in s.block_table if page in self._prefix)
         num_blocks = sum(len(sequence.block_table) for sequence in running)

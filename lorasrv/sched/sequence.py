@@ -20,6 +20,9 @@ class Sequence:
     it is `held_up` until the weights are there. The log-probabilities of prompt tokens before `num_scored`, where asked
     for, have been told; the first token has none. `sibling` is the sample that has computed the prompt of a request
     that draws several. `told_position` is where its caller was last told that it stands.
+
+    The pages of `block_table` have room for `num_covered` tokens; `lane` is the list of `sched.running.Running` that a
+    running one is in.
     """
 
     sequence_id: str
@@ -35,11 +38,13 @@ class Sequence:
     num_computed: int = 0
     num_scored: int = 1
     block_table: list[int] = field(default_factory=list[int])
+    num_covered: int = 0
     num_keyed_blocks: int = 0
     adapter: AdapterInput | None = None
     held_up: bool = False
     queued: bool = False
     running: bool = False
+    lane: "list[Sequence] | None" = None
     ended: bool = False
     charged: bool = False
     told_position: int | None = None
