@@ -72,7 +72,7 @@ class HostTiers:
 
     def poll(self) -> TierChanges:
         loaded, self.loaded = tuple(self.loaded), []
-        return TierChanges(failed={}, loaded=loaded)
+        return TierChanges(failed={}, read=(), loaded=loaded)
 
     def load(self, digest: str, pages: list[int], *, wait_for_steps: bool) -> ResidentAdapter:
         self.loaded.append(digest)

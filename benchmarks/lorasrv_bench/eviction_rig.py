@@ -101,6 +101,7 @@ class RigTiers:
         return self.host.get(digest)
 
     def poll(self) -> TierChanges:
+        read = tuple(digest for digest in self.wanted if digest not in self.host)
         for digest in self.wanted:
             if digest not in self.host:
                 self.clock += self.sizes[digest] * self.hardware.read_s_per_page
@@ -112,7 +113,7 @@ class RigTiers:
             self.clock += self.sizes[digest] * self.hardware.copy_s_per_page
         loaded, self.arriving = tuple(self.arriving), []
         failed: dict[str, LorasrvError] = {}
-        return TierChanges(failed=failed, loaded=loaded)
+        return TierChanges(failed=failed, read=read, loaded=loaded)
 
     def load(self, digest: str, pages: list[int], *, wait_for_steps: bool) -> ResidentAdapter:
         self.arriving.append(digest)

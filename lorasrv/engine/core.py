@@ -39,6 +39,7 @@ from lorasrv.types import (
     EngineStatus,
     Failure,
     FinishReason,
+    PoolStats,
     PositionLogprobs,
     Tier,
     TokenDelta,
@@ -195,8 +196,8 @@ class EngineCore:
 
     def status(self) -> EngineStatus:
         return EngineStatus(
-            pool=self._ledger.pool_stats(),
-            running=len(self._running),
+            pool=self.pool,
+            running=self.num_running,
             waiting=self.num_waiting,
             pins=self._ledger.num_pins,
             adapters=self._ledger.adapters(),
@@ -208,6 +209,14 @@ class EngineCore:
         if self._ledger.is_loaded(digest):
             return Tier.DEVICE
         return Tier.DISK if self._ledger.num_pages(digest) is None else Tier.HOST
+
+    @property
+    def pool(self) -> PoolStats:
+        return self._ledger.pool_stats()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     @property
     def num_waiting(self) -> int:

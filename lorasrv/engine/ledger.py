@@ -5,7 +5,6 @@ The scheduler asks (`sched.scheduler.Resources`); the core carries out what it d
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from collections.abc import Sequence as Seq
 
 from lorasrv.engine.batch import PageCopy
 from lorasrv.engine.costs import Costs
@@ -53,6 +52,8 @@ class Ledger:
         self._residency = Residency(self._order, Likelihood(self._requests))
         self._prefix = PrefixCache(self._order, Likelihood(self._requests))
         self._discarded: set[str] = set()
+        # What the tiers were told last; None where they are to be told again.
+        self._wanted: tuple[str, ...] | None = None
 
     @property
     def num_free(self) -> int:
@@ -113,15 +114,20 @@ class Ledger:
         for digest in changes.loaded:
             self._residency.loaded(digest, self._adapter_cost_s(digest))
             self.costs.copies.arrived(digest, self._num_bytes(digest), now)
-        for digest in self.costs.reads:
-            if digest in changes.failed:
+        for digest in changes.failed:
+            self._wanted = None
+            if digest in self.costs.reads:
                 self.costs.reads.given_up(digest, now)
-            elif self._tiers.num_pages(digest) is not None:
+        for digest in changes.read:
+            if digest in self.costs.reads:
                 self.costs.reads.arrived(digest, self._num_bytes(digest), now)
         return changes
 
-    def want(self, digests: Seq[str]) -> None:
+    def want(self, digests: tuple[str, ...]) -> None:
         """Have adapters read to host memory, where they are not, and kept there: `AdapterTiers.want`."""
+        if digests == self._wanted:
+            return
+        self._wanted = digests
         reads, now = self.costs.reads, self._clock()
         for digest in set(reads).difference(digests):
             reads.given_up(digest, now)
@@ -231,6 +237,7 @@ class Ledger:
                     continue  # its pages are being written
                 self._remove_adapter(digest)
             self._tiers.discard(digest)
+            self._wanted = None
             self._discarded.remove(digest)
 
     @property

@@ -190,7 +190,9 @@ class _Draft:
         places, all_ready_admitted = self.config.max_running - len(self.view.running), True
         if not places or not self.budget or not self.view.waiting:
             return not self.view.waiting
-        turns = self.view.waiting.turns(num_away=_SCANNED * self.config.lookahead)
+        # Of the others not one could be loaded.
+        is_any_read = any(self.view.resources.num_pages(digest) is not None for digest in self.wanted)
+        turns = self.view.waiting.turns(num_away=_SCANNED * self.config.lookahead if is_any_read else 0)
         for sequence in turns:
             if len(self.admitted) == places or self.budget == 0:
                 return False
