@@ -20,6 +20,7 @@ from lorasrv.memory.residency import ResidentAdapter
 from lorasrv.types import AdapterUse, EngineRequest, Tier
 
 BLOCK_TOKENS = 16
+MIN_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,9 @@ class Load:
 
     @property
     def num_pages(self) -> int:
-        """Little enough that sequences are preempted when many are long."""
-        blocks = (self.max_prompt + self.max_output) * 9 // 16 // BLOCK_TOKENS
+        """Blocks for what the running ones hold on the average: while many are long, some are preempted."""
+        mean_tokens = (MIN_TOKENS + self.max_prompt) // 2 + (MIN_TOKENS + self.max_output) // 4
+        blocks = -(-mean_tokens // BLOCK_TOKENS)
         return self.num_running * blocks + min(self.num_adapters, self.num_running) * self.adapter_pages
 
 
@@ -155,9 +157,9 @@ def measure(load: Load, num_steps: int, seed: int) -> Measured:
 def _request(load: Load, number: int, rng: random.Random) -> EngineRequest:
     return EngineRequest(
         request_id=str(number),
-        token_ids=tuple(rng.randrange(1000) for _ in range(rng.randint(8, load.max_prompt))),
+        token_ids=tuple(rng.randrange(1000) for _ in range(rng.randint(MIN_TOKENS, load.max_prompt))),
         adapter=AdapterUse(digest=str(rng.randrange(load.num_adapters))),
-        max_tokens=rng.randint(8, load.max_output),
+        max_tokens=rng.randint(MIN_TOKENS, load.max_output),
         seed=number,
         temperature=0.0,
         tenant=str(number % load.num_tenants),

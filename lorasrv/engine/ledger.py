@@ -11,7 +11,7 @@ from lorasrv.engine.costs import Costs
 from lorasrv.engine.messages import failure_of
 from lorasrv.engine.sampling import first_needed_row
 from lorasrv.engine.tiers import AdapterTiers, TierChanges
-from lorasrv.memory.eviction import Candidate, EvictionOrder, IdleAdapter, IdleBlock, Policy
+from lorasrv.memory.eviction import Candidate, EvictionOrder, IdleAdapter, Policy
 from lorasrv.memory.likelihood import Likelihood, RequestClock
 from lorasrv.memory.pages import Owner, OwnerKind, PagePool
 from lorasrv.memory.prefix import BlockKeys, PrefixCache
@@ -83,7 +83,7 @@ class Ledger:
         return self._order
 
     def num_own_pages(self, sequence: Sequence) -> int:
-        return sum(page not in self._prefix for page in sequence.block_table)
+        return len(self._prefix.split(sequence.block_table)[1])
 
     def cached_blocks(self, sequence: Sequence) -> list[int]:
         if not self._shares(sequence):
@@ -152,13 +152,12 @@ class Ledger:
 
     def evict(self, victim: Candidate) -> None:
         """Make room."""
-        match victim:
-            case IdleAdapter(digest):
-                self._order.evict(digest)
-                self._remove_adapter(digest)
-            case IdleBlock(page):
-                self._order.evict(page)
-                self._remove_block(page)
+        if isinstance(victim, IdleAdapter):
+            self._order.evict(victim.digest)
+            self._remove_adapter(victim.digest)
+        else:
+            self._order.evict(victim.page)
+            self._remove_block(victim.page)
 
     def admit(self, sequence: Sequence, admission: Admission) -> PageCopy | None:
         """Give a sequence the pages of its known tokens, cached ones first. Returns what is to be copied to them."""
@@ -184,31 +183,34 @@ class Ledger:
         """Let the sequence's pages cover `num_tokens` tokens."""
         missing = -(-num_tokens // self._block_tokens) - len(sequence.block_table)
         if missing > 0:
-            sequence.block_table += self._pool.alloc(missing, _owner(sequence))
+            sequence.block_table += self._pool.alloc(missing, sequence.owner)
             sequence.num_covered = len(sequence.block_table) * self._block_tokens
 
     def share_full_blocks(self, sequence: Sequence, num_tokens: int) -> None:
         """Give the blocks that the first `num_tokens` tokens fill to the prefix cache, where others find them."""
-        num_full = num_tokens // self._block_tokens
-        if num_full > sequence.num_keyed_blocks and self._shares(sequence):
-            keys = sequence.keys.first(num_full, sequence.token_ids)
-            for index in range(sequence.num_keyed_blocks, num_full):
-                page = sequence.block_table[index]
-                cached = self._prefix.insert(keys[index], page, sequence.block_table[index - 1] if index else None)
-                if cached == page:
-                    self._pool.transfer(page, _owner(sequence), _CACHE)
-                else:
-                    sequence.block_table[index] = cached
-                    self._pool.retire([page], _owner(sequence), self.step)
-        sequence.num_keyed_blocks = max(num_full, sequence.num_keyed_blocks)
+        num_full, first = num_tokens // self._block_tokens, sequence.num_keyed_blocks
+        if num_full <= first:
+            return
+        sequence.num_keyed_blocks = num_full
+        if not self._shares(sequence):
+            return
+        table, owner = sequence.block_table, sequence.owner
+        keys = sequence.keys.between(first, num_full, sequence.token_ids)
+        for index, key in enumerate(keys, first):
+            page = table[index]
+            cached = self._prefix.insert(key, page, table[index - 1] if index else None)
+            if cached == page:
+                self._pool.transfer(page, owner, _CACHE)
+            else:
+                table[index] = cached
+                self._pool.retire([page], owner, self.step)
 
     def release(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Take back a running sequence's pages and pins. Its full blocks stay in the prefix cache; with `forget` those
         that nobody else uses do not."""
-        cached = [page for page in sequence.block_table if page in self._prefix]
-        own = [page for page in sequence.block_table if page not in self._prefix]
+        cached, own = self._prefix.split(sequence.block_table)
         self._prefix.unpin(cached, self.costs.prefill_s_per_token * self._block_tokens)
-        self._pool.retire(own, _owner(sequence), self.step)
+        self._pool.retire(own, sequence.owner, self.step)
         if forget or not self._keep_prefixes:
             self._remove_idle_from(cached)
         sequence.block_table = []
@@ -279,7 +281,7 @@ class Ledger:
         self._order.check()
         self._tiers.check()
         for sequence in running:
-            owners = {_CACHE, _owner(sequence)}
+            owners = {_CACHE, sequence.owner}
             assert all(self._pool.owner(page) in owners for page in sequence.block_table), "a block is another's"
             assert sequence.num_covered == len(sequence.block_table) * self._block_tokens, "a miscounted block table"
             assert sequence.num_computed <= sequence.num_covered, "KV without a page"
@@ -328,7 +330,3 @@ class Ledger:
 
     def _shares(self, sequence: Sequence) -> bool:
         return self._keep_prefixes or sequence.request.n > 1
-
-
-def _owner(sequence: Sequence) -> Owner:
-    return Owner(OwnerKind.SEQUENCE, sequence.sequence_id)

@@ -15,25 +15,22 @@ queues' first. Putting in and taking out cost the same whatever the number of th
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from heapq import merge
 from math import ceil, frexp, ldexp
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 # A worth is rounded up to a multiple of 1/4 of the power of two above it: two queues for a factor of two.
 _FRACTIONS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class IdleAdapter:
+class IdleAdapter(NamedTuple):
     """A resident adapter that may go, and the pages that frees."""
 
     digest: str
     num_pages: int
 
 
-@dataclass(frozen=True, slots=True)
-class IdleBlock:
+class IdleBlock(NamedTuple):
     """A cached block that may go."""
 
     page: int

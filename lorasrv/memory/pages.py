@@ -8,8 +8,8 @@ the page's readers: `last_reader` names the step.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from lorasrv.types import PoolStats
 
@@ -20,8 +20,7 @@ class OwnerKind(StrEnum):
     ADAPTER = "adapter"
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+class Owner(NamedTuple):
     kind: OwnerKind
     owner_id: str
 

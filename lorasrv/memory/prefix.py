@@ -28,11 +28,15 @@ class BlockKeys:
 
     def first(self, count: int, token_ids: Sequence[int]) -> list[bytes]:
         """Keys of the first `count` blocks of `token_ids`, which may only ever have grown since the last call."""
-        while len(self._chain) <= count:
-            end = len(self._chain) * self._block_tokens
-            tokens = array("q", token_ids[end - self._block_tokens : end]).tobytes()
-            self._chain.append(blake2b(self._chain[-1] + tokens, digest_size=_KEY_BYTES).digest())
-        return self._chain[1 : count + 1]
+        return self.between(0, count, token_ids)
+
+    def between(self, start: int, end: int, token_ids: Sequence[int]) -> list[bytes]:
+        """Keys of the blocks `[start, end)`."""
+        chain, block_tokens = self._chain, self._block_tokens
+        for first in range((len(chain) - 1) * block_tokens, end * block_tokens, block_tokens):
+            tokens = array("q", token_ids[first : first + block_tokens]).tobytes()
+            chain.append(blake2b(chain[-1] + tokens, digest_size=_KEY_BYTES).digest())
+        return chain[start + 1 : end + 1]
 
 
 @dataclass(slots=True)
@@ -64,6 +68,14 @@ class PrefixCache:
 
     def __contains__(self, page: object) -> bool:
         return page in self._blocks
+
+    def split(self, pages: Iterable[int]) -> tuple[list[int], list[int]]:
+        """Those of the pages that hold cached blocks, and the others."""
+        cached: list[int] = []
+        others: list[int] = []
+        for page in pages:
+            (cached if page in self._blocks else others).append(page)
+        return cached, others
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """Pages of the longest cached prefix."""

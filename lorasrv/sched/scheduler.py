@@ -130,22 +130,32 @@ class _Draft:
         first. Prefills hold their pages already.
         """
         running = self.view.running
-        decodes, grow = running.decoding, self.grow
+        decodes = running.decoding
         num_decodes = len(decodes)
-        for place in [i for i, sequence in enumerate(decodes) if sequence.num_computed == sequence.num_covered]:
-            if place >= num_decodes:
-                break
-            if not self._grow(decodes[place]):
-                num_decodes = place
-                break
-            grow.append(decodes[place])
-            if self.preempted:
-                num_decodes = bisect_left(decodes, self.preempted[-1].order, key=order_of)
+        full = [place for place, each in enumerate(decodes) if each.num_computed == each.num_covered]
+        if self._take(len(full)):
+            self.grow = [decodes[place] for place in full]
+        else:
+            num_decodes = self._grow_by_turns(full)
         self.decodes = tuple(decodes[:num_decodes])
         self.budget -= num_decodes
         for sequence in running.prefilling:
             if not self.preempted or sequence.order < self.preempted[-1].order:
                 self._add_chunk(sequence, sequence.num_computed, sequence.num_remaining)
+
+    def _grow_by_turns(self, full: list[int]) -> int:
+        """Give a page to each of these decodes, oldest first, of which not all get one. How many decodes go on."""
+        decodes = self.view.running.decoding
+        num_decodes = len(decodes)
+        for place in full:
+            if place >= num_decodes:
+                break
+            if not self._grow(decodes[place]):
+                return place
+            self.grow.append(decodes[place])
+            if self.preempted:
+                num_decodes = bisect_left(decodes, self.preempted[-1].order, key=order_of)
+        return num_decodes
 
     def _grow(self, sequence: Sequence) -> bool:
         """Whether there is a page for one more token of a running sequence; may drop younger ones, youngest first, or
@@ -198,6 +208,9 @@ class _Draft:
                 return False
             digest = sequence.digest
             load = digest if digest is not None and self._must_load(digest) else None
+            if digest in self.gone or (load and len(self.loads) == self.config.max_loads_per_step):
+                all_ready_admitted = False
+                continue
             adapter_pages = 0
             if load is not None:
                 found = self.view.resources.num_pages(load) if load in self.wanted else None
@@ -206,9 +219,6 @@ class _Draft:
                 adapter_pages = found
             if self._reject_oversized(sequence):
                 self.wanted.pop(digest or "", None)  # who else asks for it does so in the next plan
-                continue
-            if digest in self.gone or (load and len(self.loads) == self.config.max_loads_per_step):
-                all_ready_admitted = False
                 continue
             cached = list(takewhile(lambda page: page not in self.gone, self.view.resources.cached_blocks(sequence)))
             self.kept |= {digest, *cached} if digest is not None else {*cached}

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from lorasrv.memory.pages import Owner, OwnerKind
 from lorasrv.memory.prefix import BlockKeys
 from lorasrv.memory.residency import AdapterInput
 from lorasrv.sched.fairness import INPUT_COST, Share
@@ -53,6 +54,7 @@ class Sequence:
     digest: str | None = field(init=False)
     num_prompt: int = field(init=False)
     max_tokens_total: int = field(init=False)
+    owner: Owner = field(init=False)
 
     def __post_init__(self) -> None:
         request = self.request
@@ -60,6 +62,7 @@ class Sequence:
         self.digest = request.adapter.digest if request.adapter else None
         self.num_prompt = len(request.token_ids)
         self.max_tokens_total = self.num_prompt + request.max_tokens
+        self.owner = Owner(OwnerKind.SEQUENCE, self.sequence_id)
 
     @property
     def num_generated(self) -> int:
