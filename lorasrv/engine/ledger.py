@@ -4,7 +4,7 @@ The scheduler asks (`sched.scheduler.Resources`); the core carries out what it d
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 
 from lorasrv.engine.batch import PageCopy
 from lorasrv.engine.costs import Costs
@@ -272,9 +272,10 @@ class Ledger:
         }
         return tuple((failed | below | resident).values())
 
-    def check(self, running: Collection[Sequence]) -> None:
+    def check(self, running: Iterable[Sequence]) -> None:
         """Raise AssertionError unless the parts are sound and every page and pin belongs to one of `running`, to the
         cache or to an adapter."""
+        running = tuple(running)
         self._pool.check()
         self._residency.check()
         self._prefix.check()

@@ -9,7 +9,7 @@ from lorasrv.engine.sampling import logit_edits
 from lorasrv.sched.sequence import Sequence
 from lorasrv.types import FinishReason, PositionLogprobs, TokenDelta
 
-_new = tuple.__new__
+_new = tuple.__new__  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
 
 
 def decode_input(sequence: Sequence) -> ChunkInput:
