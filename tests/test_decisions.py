@@ -13,7 +13,7 @@ SMALL = Load(num_running=6, num_waiting=12, num_adapters=9, adapter_pages=3, max
 def test_a_small_load_admits_evicts_and_preempts(seed: int) -> None:
     found = measure(SMALL, 400, seed)
     assert len(found.step_s) == 399
-    assert min(found.admissions, found.loads, found.evictions, found.preemptions) > 3
+    assert min(found.admissions, found.loads, found.evictions, found.preemptions) > 0
 
 
 def test_a_growth_is_drawn_over_multiples_of_the_target() -> None:
