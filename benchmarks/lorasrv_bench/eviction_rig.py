@@ -203,7 +203,7 @@ class Rig:
         if victims is None:
             return False
         for victim in victims:
-            self.ledger.evict(victim)
+            self.ledger.evict((victim,))
         self.outcome.evictions += len(victims)
         return True
 
@@ -244,7 +244,7 @@ class Rig:
         self.ledger.release(sequence)
         if self.drop_idle:
             for victim in list(self.ledger.idle()):
-                self.ledger.evict(victim)
+                self.ledger.evict((victim,))
 
 
 class _Sizes(dict[str, int]):

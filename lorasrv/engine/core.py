@@ -12,7 +12,7 @@ here.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from lorasrv.config import SchedulerConfig
@@ -21,7 +21,7 @@ from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, Runner, RunningStep
 from lorasrv.engine.deadlines import Deadlines
 from lorasrv.engine.ledger import Ledger
 from lorasrv.engine.positions import Positions
-from lorasrv.engine.rows import decode_input, draw_behind, token_delta
+from lorasrv.engine.rows import decode_inputs, draw_behind, token_delta
 from lorasrv.engine.sampling import check_named_tokens, finish_reason, score_input
 from lorasrv.engine.tiers import AdapterTiers
 from lorasrv.engine.warming import Warms
@@ -330,8 +330,7 @@ class EngineCore:
         """Carry the plan out: pages change hands, adapters begin to be copied, the forward is submitted."""
         for sequence in plan.preempt:
             self._preempt(sequence)
-        for victim in plan.evict:
-            self._evict(victim)
+        self._evict(plan.evict)
         self._ledger.want(plan.want)
         for digest in plan.load:
             self._ledger.load(digest)
@@ -359,11 +358,12 @@ class EngineCore:
         self._queue(sequence, again=True)
         self._counters["preemptions"] += 1
 
-    def _evict(self, victim: Candidate) -> None:
-        self._ledger.evict(victim)
-        if isinstance(victim, IdleAdapter):
-            self._waiting.move(victim.digest, away=True)
-            self._counters["adapter_evictions"] += 1
+    def _evict(self, victims: Iterable[Candidate]) -> None:
+        self._ledger.evict(victims)
+        for victim in victims:
+            if isinstance(victim, IdleAdapter):
+                self._waiting.move(victim.digest, away=True)
+                self._counters["adapter_evictions"] += 1
 
     def _admit(self, admission: Admission) -> PageCopy | None:
         sequence = admission.sequence
@@ -377,7 +377,7 @@ class EngineCore:
         return copy
 
     def _decode_inputs(self, decodes: tuple[Sequence, ...]) -> list[ChunkInput]:
-        inputs = list(map(decode_input, decodes))
+        inputs = decode_inputs(decodes)
         for sequence in decodes:
             if sequence.num_computed < sequence.num_prompt:
                 self._counters["prompt_tokens"] += 1

@@ -150,14 +150,18 @@ class Ledger:
         self.costs.copies.began(digest, self._clock())
         self._residency.add(self._tiers.load(digest, pages, wait_for_steps=wait_for_steps))
 
-    def evict(self, victim: Candidate) -> None:
+    def evict(self, victims: Iterable[Candidate]) -> None:
         """Make room."""
-        if isinstance(victim, IdleAdapter):
-            self._order.evict(victim.digest)
-            self._remove_adapter(victim.digest)
-        else:
-            self._order.evict(victim.page)
-            self._remove_block(victim.page)
+        blocks: list[int] = []
+        for victim in victims:
+            if isinstance(victim, IdleAdapter):
+                self._order.evict(victim.digest)
+                self._remove_adapter(victim.digest)
+            else:
+                self._order.evict(victim.page)
+                self._prefix.remove(victim.page)
+                blocks.append(victim.page)
+        self._pool.retire(blocks, _CACHE, self.step)
 
     def admit(self, sequence: Sequence, admission: Admission) -> PageCopy | None:
         """Give a sequence the pages of its known tokens, cached ones first. Returns what is to be copied to them."""
@@ -309,13 +313,11 @@ class Ledger:
         adapter = self._residency.remove(digest)
         self._pool.retire(adapter.pages, Owner(OwnerKind.ADAPTER, digest), self.step)
 
-    def _remove_block(self, page: int) -> None:
-        self._prefix.remove(page)
-        self._pool.retire([page], _CACHE, self.step)
-
     def _remove_idle_from(self, pages: Iterable[int]) -> None:
-        for page in self._prefix.idle_from(pages):
-            self._remove_block(page)
+        idle = self._prefix.idle_from(pages)
+        for page in idle:
+            self._prefix.remove(page)
+        self._pool.retire(idle, _CACHE, self.step)
 
     def _num_bytes(self, digest: str) -> int:
         num_pages = self.num_pages(digest)

@@ -4,6 +4,8 @@ These are made by the ten thousands a second. So they are made as tuples: a name
 in Python, which takes three times as long.
 """
 
+from collections.abc import Iterable
+
 from lorasrv.engine.batch import ChunkInput, Draw, SampleInput
 from lorasrv.engine.sampling import logit_edits
 from lorasrv.sched.sequence import Sequence
@@ -12,11 +14,22 @@ from lorasrv.types import FinishReason, PositionLogprobs, TokenDelta
 _new = tuple.__new__  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
 
 
-def decode_input(sequence: Sequence) -> ChunkInput:
-    """Of a sequence that needs one token computed: its last known one, or the one that the step before draws."""
-    drawn = sequence.drawn
-    token_ids = (sequence.token_ids[-1],) if drawn is None else ()
-    return _new(ChunkInput, (token_ids, sequence.num_computed, sequence.block_table, sequence.adapter, None, drawn))
+def decode_inputs(sequences: Iterable[Sequence]) -> list[ChunkInput]:
+    """Of sequences that need one token computed: the last known one, or the one that the step before draws."""
+    return [
+        _new(
+            ChunkInput,
+            (
+                (each.token_ids[-1],) if each.drawn is None else (),
+                each.num_computed,
+                each.block_table,
+                each.adapter,
+                None,
+                each.drawn,
+            ),
+        )
+        for each in sequences
+    ]
 
 
 def draw_behind(number: int, sequence: Sequence, eos_token_ids: frozenset[int]) -> Draw:

@@ -57,10 +57,11 @@ class PagePool:
 
     def retire(self, pages: Sequence[int], owner: Owner, last_reader: int) -> None:
         """Give back `owner`'s pages, which steps up to `last_reader` may read or write."""
+        owners, last_readers = self._owners, self._last_readers
         for page in pages:
-            assert self._owners[page] == owner, f"page {page} belongs to {self._owners[page]}, not {owner}"
-            self._owners[page] = None
-            self._last_readers[page] = last_reader
+            assert owners[page] == owner, f"page {page} belongs to {owners[page]}, not {owner}"
+            owners[page] = None
+            last_readers[page] = last_reader
         self._num_owned[owner.kind] -= len(pages)
         self._free.extend(pages)
 

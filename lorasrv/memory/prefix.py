@@ -5,16 +5,14 @@ an adapter version, with its scale) and a salt of its tenant: never a name. So a
 the same tenant, behind the same tokens. (Keys chained by block: vLLM, SOSP 2023.)
 """
 
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import sha256
+from struct import pack
 
 from lorasrv.memory.eviction import EvictionOrder, IdleBlock
 from lorasrv.memory.likelihood import Likelihood, Uses
-
-_KEY_BYTES = 32
 
 
 class BlockKeys:
@@ -23,8 +21,9 @@ class BlockKeys:
     def __init__(self, *, weights: str, salt: str, block_tokens: int) -> None:
         """`weights` names what computes the KV; `salt` keeps tenants apart."""
         root = f"{len(salt)}:{salt}{weights}".encode()
-        self._chain = [blake2b(root, digest_size=_KEY_BYTES).digest()]
+        self._chain = [sha256(root).digest()]
         self._block_tokens = block_tokens
+        self._packed = f"{block_tokens}q"
 
     def first(self, count: int, token_ids: Sequence[int]) -> list[bytes]:
         """Keys of the first `count` blocks of `token_ids`, which may only ever have grown since the last call."""
@@ -34,8 +33,8 @@ class BlockKeys:
         """Keys of the blocks `[start, end)`."""
         chain, block_tokens = self._chain, self._block_tokens
         for first in range((len(chain) - 1) * block_tokens, end * block_tokens, block_tokens):
-            tokens = array("q", token_ids[first : first + block_tokens]).tobytes()
-            chain.append(blake2b(chain[-1] + tokens, digest_size=_KEY_BYTES).digest())
+            tokens = pack(self._packed, *token_ids[first : first + block_tokens])
+            chain.append(sha256(chain[-1] + tokens).digest())
         return chain[start + 1 : end + 1]
 
 

@@ -1,6 +1,7 @@
 """A request on its way through the engine."""
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from lorasrv.memory.pages import Owner, OwnerKind
 from lorasrv.memory.prefix import BlockKeys
@@ -88,5 +89,4 @@ class Sequence:
         return 0.0 if self.charged or self.sample else INPUT_COST * self.num_prompt / self.share.weight
 
 
-def order_of(sequence: Sequence) -> tuple[int, int]:
-    return sequence.order
+order_of = attrgetter("order")
