@@ -27,6 +27,8 @@ from lorasrv_bench.records import commit, cpu_name
 
 BLOCK_TOKENS = 16
 MIN_TOKENS = 8
+# As in the default configuration: more prefill in a step would hold up those that decode.
+STEP_TOKENS_PER_PLACE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,9 @@ def measure(load: Load, num_steps: int, seed: int) -> Measured:
     rng = random.Random(seed)
     core = EngineCore(
         config=SchedulerConfig(
-            max_step_tokens=8192, max_running=load.num_running, max_waiting=load.num_waiting + load.num_running
+            max_step_tokens=STEP_TOKENS_PER_PLACE * load.num_running,
+            max_running=load.num_running,
+            max_waiting=load.num_waiting + load.num_running,
         ),
         limits=Limits(
             num_pages=load.num_pages,

@@ -202,8 +202,7 @@ class Rig:
         victims = Victims(self.ledger.idle(), lambda _: False).choose(missing, {digest or "", *cached})
         if victims is None:
             return False
-        for victim in victims:
-            self.ledger.evict((victim,))
+        self.ledger.evict(victims)
         self.outcome.evictions += len(victims)
         return True
 
@@ -243,8 +242,7 @@ class Rig:
         self._known_blocks |= set(sequence.keys.first(sequence.num_keyed_blocks, sequence.token_ids))
         self.ledger.release(sequence)
         if self.drop_idle:
-            for victim in list(self.ledger.idle()):
-                self.ledger.evict((victim,))
+            self.ledger.evict(list(self.ledger.idle()))
 
 
 class _Sizes(dict[str, int]):

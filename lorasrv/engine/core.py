@@ -337,12 +337,14 @@ class EngineCore:
             self._waiting.move(digest, away=False)
             self._counters["adapter_loads"] += 1
         copies = tuple(copy for admission in plan.admit if (copy := self._admit(admission)) is not None)
-        if not (plan.decodes or plan.chunks):
-            assert not copies, "a copy without a step"
-            return None
         for sequence in plan.grow:
             self._ledger.grow(sequence, sequence.num_computed + 1)
         inputs = (*self._decode_inputs(plan.decodes), *self._chunk_inputs(plan.chunks))
+        for admission in plan.admit:
+            self._running.sort_in(admission.sequence)
+        if not inputs:
+            assert not copies, "a copy without a step"
+            return None
         self._ledger.step += 1
         began_s = self._clock()
         return _InFlight(
@@ -372,7 +374,6 @@ class EngineCore:
         self._waiting.remove(sequence)
         copy = self._ledger.admit(sequence, admission)
         self._running.add(sequence)
-        self._running.sort_in(sequence)
         self._counters["cached_prompt_tokens"] += sequence.num_computed
         return copy
 

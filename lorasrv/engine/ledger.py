@@ -198,16 +198,15 @@ class Ledger:
         sequence.num_keyed_blocks = num_full
         if not self._shares(sequence):
             return
-        table, owner = sequence.block_table, sequence.owner
-        keys = sequence.keys.between(first, num_full, sequence.token_ids)
-        for index, key in enumerate(keys, first):
-            page = table[index]
-            cached = self._prefix.insert(key, page, table[index - 1] if index else None)
-            if cached == page:
-                self._pool.transfer(page, owner, _CACHE)
-            else:
-                table[index] = cached
-                self._pool.retire([page], owner, self.step)
+        table = sequence.block_table
+        keys, own = sequence.keys.between(first, num_full, sequence.token_ids), table[first:num_full]
+        cached = self._prefix.insert(keys, own, table[first - 1] if first else None)
+        if cached != own:
+            table[first:num_full] = cached
+            twice = [page for page, other in zip(own, cached, strict=True) if page != other]
+            self._pool.retire(twice, sequence.owner, self.step)
+            own = [page for page, other in zip(own, cached, strict=True) if page == other]
+        self._pool.transfer(own, sequence.owner, _CACHE)
 
     def release(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Take back a running sequence's pages and pins. Its full blocks stay in the prefix cache; with `forget` those

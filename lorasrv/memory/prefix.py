@@ -86,15 +86,19 @@ class PrefixCache:
             pages.append(page)
         return pages
 
-    def insert(self, key: bytes, page: int, parent: int | None) -> int:
-        """Cache a block that a running sequence has filled, behind the cached block `parent`, and pin it for it. Where
-        its content is cached already that block is pinned. Returns the page that the sequence is to read."""
-        cached = self._pages.setdefault(key, page)
-        if cached == page:
-            self._blocks[page] = _Block(key=key, parent=parent, uses=self._likelihood.first())
-        else:
-            self.pin([cached])
-        return cached
+    def insert(self, keys: Iterable[bytes], pages: Iterable[int], parent: int | None) -> list[int]:
+        """Cache blocks in a row that a running sequence has filled, behind the cached block `parent`, and pin them for
+        it. Where a content is cached already that block is pinned. Returns the pages that the sequence is to read."""
+        found: list[int] = []
+        for key, page in zip(keys, pages, strict=True):
+            cached = self._pages.setdefault(key, page)
+            if cached == page:
+                self._blocks[page] = _Block(key, parent, self._likelihood.first())
+            else:
+                self.pin((cached,))
+            found.append(cached)
+            parent = cached
+        return found
 
     def pin(self, pages: Sequence[int], *, again: bool = True) -> None:
         """For a running sequence; `again` says that this tells of further uses."""
@@ -111,6 +115,7 @@ class PrefixCache:
         order = self._order
         again, own = -1.0, 0.0
         worth, priority = 0.0, order.priority(0.0)
+        idle: list[int] = []
         for page in reversed(pages):
             block = self._blocks[page]
             assert block.pins > 0, f"page {page} is not pinned"
@@ -118,11 +123,14 @@ class PrefixCache:
             if block.uses.again != again:
                 again, own = block.uses.again, order.worth(self._likelihood.of(block.uses), cost_s, 1)
             if own > worth or priority < block.priority:
+                order.add_blocks(idle, worth)
+                idle = []
                 worth = max(worth, own, order.worth_of(block.priority))
                 priority = order.priority(worth)
             block.priority = priority
             if not block.pins:
-                order.add(page, 1, worth)
+                idle.append(page)
+        order.add_blocks(idle, worth)
 
     def remove(self, page: int) -> None:
         """Forget an idle block behind which there is none; its page is the caller's to retire."""

@@ -103,7 +103,7 @@ class _Draft:
         self.chunks: list[Chunk] = []
         self.admitted: list[Admission] = []
         self.loads: dict[str, None] = {}
-        self.evicted: dict[Candidate, None] = {}
+        self.evicted: list[Candidate] = []
         # Digests and pages that this plan evicts, and those that it relies on.
         self.gone: set[str | int] = set()
         self.kept: set[str | int] = set()
@@ -294,8 +294,8 @@ class _Draft:
             victims = self.victims.choose(missing, self.kept)
             if victims is None:
                 return False
-            self.evicted |= dict.fromkeys(victims)
-            self.gone |= {name_of(victim) for victim in victims}
+            self.evicted += victims
+            self.gone.update(map(name_of, victims))
             self.free += sum(victim.num_pages for victim in victims)
         self.free -= num_pages
         return True
