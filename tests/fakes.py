@@ -160,12 +160,14 @@ class FakeTiers:
     def poll(self) -> TierChanges:
         self.device.timeline.pass_time()
         failures: dict[str, AdapterLoadFailed] = {}
+        read: list[str] = []
         for digest in list(self._reading):
             self._reading[digest] -= 1
             if self._reading[digest] < 0:
                 del self._reading[digest]
                 if self.random.random() >= self.failing:
                     self._host.add(digest)
+                    read.append(digest)
                 elif digest in self.wanted:
                     failures[digest] = AdapterLoadFailed(f"adapter {digest} could not be read")
         for digest in sorted(self._host - self.wanted):
@@ -175,7 +177,7 @@ class FakeTiers:
         loaded = tuple(digest for digest, end in self._copying.items() if end <= self.device.timeline.now)
         for digest in loaded:
             del self._copying[digest]
-        return TierChanges(failed=failures, loaded=loaded)
+        return TierChanges(failed=failures, read=tuple(read), loaded=loaded)
 
     def load(self, digest: str, pages: list[int], *, wait_for_steps: bool) -> ResidentAdapter:
         assert digest in self._host and len(pages) == self.sizes[digest]

@@ -121,7 +121,7 @@ class Chains:
         self.cache.pin(pages, again=random.random() < 0.8)
         self.clock.now += 1
         for key in keys[len(pages) :]:
-            pages.append(self.cache.insert(key, self.free.pop(), pages[-1] if pages else None))
+            pages += self.cache.insert([key], [self.free.pop()], pages[-1] if pages else None)
         self.running.append(pages)
         self.ends["begun"] += 1
 
@@ -130,7 +130,7 @@ class Chains:
         if self.running:
             pages = self.random.choice(self.running)
             key = self.cache._blocks[pages[0]].key
-            assert self.cache.insert(key, 999, None) == pages[0]
+            assert self.cache.insert([key], [999], None) == pages[:1]
             self.running.append([pages[0]])
             self.ends["collided"] += 1
 

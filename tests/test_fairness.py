@@ -187,6 +187,14 @@ def test_ten_thousand_random_changes_of_a_queue() -> None:
             assert set(queue.for_digest(digest)) == {s for s in queued if s.digest == digest}
         places = {sequence: place for place, sequence in queue.places()}
         assert places == _places(queued)
+        behind = rng.choice(pool)  # queued or not
+        told = list(queue.places(behind))
+        assert told == [each for each in queue.places() if _line(each[1]) > _line(behind)]
+
+
+def _line(sequence: Sequence) -> tuple[int, str, int]:
+    priority, arrival = sequence.order
+    return priority, sequence.share.tenant, arrival
 
 
 def _turn(sequence: Sequence) -> tuple[int, float, int]:

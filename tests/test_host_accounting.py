@@ -191,12 +191,15 @@ def test_random_use_keeps_every_invariant(seed: int) -> None:
     operations += ["cancel", "discard", "get", "pin", "unpin", "prefer", "fail", "forget"]
     for _ in range(3000):
         ready = {digest for digest in digests if cache.state(digest) is HostState.READY}
+        reading = {digest for digest in digests if cache.state(digest) is HostState.READING}
         operation = rng.choice(operations)
         step(operation, rng.choice(digests))
         now = {digest for digest in digests if cache.state(digest) is HostState.READY}
         assert operation == "poll" or ready <= now, "an image went outside poll"
         assert ready & set(pins) <= now, "a pinned image went"
         assert now == set(reader.held)
+        ended = {digest for digest in reading if cache.state(digest) in (HostState.READY, HostState.FAILED)}
+        assert set(cache.take_ended()) == ended
         cache.check()
     cache.close()
     assert not reader.held

@@ -118,8 +118,8 @@ def test_cached_blocks_go_from_the_end_of_a_sequence() -> None:
     cache = PrefixCache(order, Likelihood(RequestClock()))
     keys = BlockKeys(weights="base", salt="", block_tokens=2).first(3, [1, 2, 3, 4, 5, 6])
     for page, key in enumerate(keys):
-        assert cache.insert(key, page, page - 1 if page else None) == page
-    assert cache.insert(keys[0], 9, None) == 0, "its content is cached already"
+        assert cache.insert([key], [page], page - 1 if page else None) == [page]
+    assert cache.insert(keys[:1], [9], None) == [0], "its content is cached already"
     cache.unpin([0, 1, 2], 1.0)
     cache.check()
     assert list(order) == [IdleBlock(2), IdleBlock(1)]
@@ -138,7 +138,7 @@ def test_what_is_cached_behind_forgotten_blocks_is_forgotten_too() -> None:
     cache = PrefixCache(order, Likelihood(RequestClock()))
     parents = {0: None, 1: 0, 2: 1, 3: 1, 4: None, 5: 0}
     for page, parent in parents.items():
-        cache.insert(bytes([page]), page, parent)
+        cache.insert([bytes([page])], [page], parent)
     for chain in ([0, 1, 2], [4], [3], [5]):
         cache.unpin(chain, 1.0)
     assert cache.idle_from([1]) == [3, 2, 1]

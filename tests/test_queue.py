@@ -85,6 +85,24 @@ def test_positions_are_told_when_they_change_and_at_most_once_an_interval() -> N
     assert told.step() == {"urgent": 2, "patient": 3}
 
 
+def test_a_long_queue_is_told_a_few_a_step_and_all_of_it() -> None:
+    """Some leave meanwhile: nobody is told a place that is not its own by then."""
+    told = Told()
+    told.core.add(replace(make_request("running", max_tokens=100), ignore_eos=True))
+    told.step()
+    for number in range(300):
+        told.core.add(make_request(str(number)))
+    told.now_s, places = INTERVAL_S, dict[str, int]()
+    for step in range(6):
+        of_step = told.step()
+        assert len(of_step) <= 64
+        assert all(place == int(name) - step for name, place in of_step.items())
+        places |= of_step
+        told.core.cancel(str(step))
+    assert places.keys() == {str(number) for number in range(300)}
+    assert told.step() == {}
+
+
 def test_what_has_begun_is_told_nothing() -> None:
     """A preempted request is queued again, but its caller has tokens by then."""
     now = [0.0]

@@ -9,6 +9,7 @@ from lorasrv.memory.prefix import BlockKeys
 from lorasrv.sched.fairness import Shares
 from lorasrv.sched.plan import Admission
 from lorasrv.sched.queue import WaitingQueue
+from lorasrv.sched.running import Running
 from lorasrv.sched.scheduler import Scheduler, View
 from lorasrv.sched.sequence import Sequence
 from lorasrv.types import AdapterUse, EngineRequest, Tier, Warm
@@ -73,7 +74,7 @@ def test_a_page_is_copied_only_where_a_step_computes_with_it() -> None:
     for loaded, copied_page in ((True, 5), (False, None)):
         sequence = make_sequence((1, 2, 3))
         view = View(
-            running=(),
+            running=Running(),
             waiting=queue_of(sequence),
             num_pages=9,
             free_pages=9,
@@ -99,7 +100,7 @@ def test_a_queued_request_whose_adapter_an_older_one_evicts_goes_before_a_warm()
     scheduler = Scheduler(config=SchedulerConfig(), block_tokens=BLOCK_TOKENS)
     older = make_sequence((1,) * 12, "older", None)
     view = View(
-        running=(),
+        running=Running(),
         waiting=queue_of(older, make_sequence((1,), "younger")),
         num_pages=9,
         free_pages=2,

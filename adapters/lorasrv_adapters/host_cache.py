@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
+from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
 from lorasrv_adapters.errors import ImageTooLarge
@@ -77,7 +78,6 @@ class _Read:
     """`size_bytes` is known from WAIT on."""
 
     phase: _Phase = _Phase.QUEUED
-    wanted: bool = True
     size_bytes: int = 0
 
     @property
@@ -89,7 +89,6 @@ class _Read:
 class _Ready(Generic[Image]):
     image: Image
     size_bytes: int
-    seen: bool = False
 
 
 class HostCache(Generic[Image]):
@@ -106,11 +105,19 @@ class HostCache(Generic[Image]):
         self._budget_bytes = budget_bytes
         self._reader = reader
         self._reads: dict[str, _Read] = {}  # most urgent first
-        self._ready: OrderedDict[str, _Ready[Image]] = OrderedDict()
+        # Of those: the ones that wait for room, and the ones that nobody waits for any more.
+        self._measured: set[str] = set()
+        self._unwanted: dict[str, None] = {}
+        self._ended: list[str] = []
+        self._ready: dict[str, _Ready[Image]] = {}
+        # The ready ones that somebody has got, least recently first, and those that nobody has, in order of arrival.
+        self._got: OrderedDict[str, None] = OrderedDict()
+        self._new: dict[str, None] = {}
         self._failed: dict[str, Exception] = {}
         self._pins: dict[str, int] = {}
         self._discarded: set[str] = set()
         self._used_bytes = 0
+        self._ready_bytes = 0
         self._num_loads = 0
         self._num_evictions = 0
 
@@ -120,14 +127,14 @@ class HostCache(Generic[Image]):
         if self.state(digest) is HostState.ABSENT:
             self._reads[digest] = _Read()
             self._begin_reads()
-        elif digest in self._reads:
-            self._reads[digest].wanted = True
+        else:
+            self._unwanted.pop(digest, None)
 
     def cancel(self, digest: str) -> None:
         """Nobody waits for a read any more: the next `poll` drops it, unless it is in the reader's hands by then or
         requested again."""
         if digest in self._reads:
-            self._reads[digest].wanted = False
+            self._unwanted[digest] = None
 
     def prefer(self, digests: Sequence[str]) -> None:
         """Reads that have not begun begin in this order, all others behind them."""
@@ -144,10 +151,13 @@ class HostCache(Generic[Image]):
             self.finished(digest, ImageTooLarge(message))
         else:
             read.phase, read.size_bytes = _Phase.WAIT, size_bytes
+            self._measured.add(digest)
 
     def finished(self, digest: str, result: Image | Exception) -> None:
         """The reader has built an image, or has given up."""
-        read = self._reads.pop(digest)
+        read = self._take_read(digest)
+        assert read is not None, f"{digest} is not being read"
+        self._ended.append(digest)
         if isinstance(result, Exception):
             if read.phase is _Phase.BUILD:
                 self._used_bytes -= read.size_bytes
@@ -155,6 +165,8 @@ class HostCache(Generic[Image]):
         else:
             assert read.phase is _Phase.BUILD, (digest, read)
             self._ready[digest] = _Ready(image=result, size_bytes=read.size_bytes)
+            self._new[digest] = None
+            self._ready_bytes += read.size_bytes
             self._num_loads += 1
         self._begin_reads()
 
@@ -163,15 +175,21 @@ class HostCache(Generic[Image]):
         for digest in [d for d in self._discarded if d not in self._pins and not self._is_in_hands(d)]:
             self._discarded.remove(digest)
             self._drop(digest)
-        for digest in [d for d, read in self._reads.items() if not read.wanted and d not in self._pins]:
+        for digest in [d for d in self._unwanted if d not in self._pins]:
             if self._reads[digest].is_droppable:
                 self._discarded.discard(digest)
                 self._drop(digest)
-        for digest in [d for d, read in self._reads.items() if read.phase is _Phase.WAIT]:
-            if not self._make_room(self._reads[digest].size_bytes):
-                break
-            self._build(digest)
+        if self._measured:
+            for digest in [d for d in self._reads if d in self._measured]:
+                if not self._make_room(self._reads[digest].size_bytes):
+                    break
+                self._build(digest)
         self._begin_reads()
+
+    def take_ended(self) -> tuple[str, ...]:
+        """The digests whose reads have ended since the last call, in whatever way, in order."""
+        ended, self._ended = tuple(self._ended), []
+        return ended
 
     def state(self, digest: str) -> HostState:
         if digest in self._ready:
@@ -185,8 +203,11 @@ class HostCache(Generic[Image]):
         entry = self._ready.get(digest)
         if entry is None:
             return None
-        entry.seen = True
-        self._ready.move_to_end(digest)
+        if digest in self._new:
+            del self._new[digest]
+            self._got[digest] = None
+        else:
+            self._got.move_to_end(digest)
         return entry.image
 
     def failure(self, digest: str) -> Exception | None:
@@ -232,9 +253,11 @@ class HostCache(Generic[Image]):
         """Let everything go; the reader is told of nothing but images that are free, and tells nothing any more."""
         for entry in self._ready.values():
             self._reader.free(entry.image)
-        for held in (self._reads, self._ready, self._failed, self._pins, self._discarded):
+        for held in (self._reads, self._measured, self._unwanted, self._ended, self._ready, self._got, self._new):
             held.clear()
-        self._used_bytes = 0
+        for held in (self._failed, self._pins, self._discarded):
+            held.clear()
+        self._used_bytes = self._ready_bytes = 0
 
     def check(self) -> None:
         """Raises AssertionError on a broken invariant."""
@@ -242,7 +265,11 @@ class HostCache(Generic[Image]):
         assert len(everywhere) == len(set(everywhere)), everywhere
         building = [read.size_bytes for read in self._reads.values() if read.phase is _Phase.BUILD]
         assert self._used_bytes == sum(entry.size_bytes for entry in self._ready.values()) + sum(building)
+        assert self._ready_bytes == sum(entry.size_bytes for entry in self._ready.values())
         assert self._used_bytes <= self._budget_bytes
+        assert self._measured == {digest for digest, read in self._reads.items() if read.phase is _Phase.WAIT}
+        assert self._unwanted.keys() <= self._reads.keys()
+        assert sorted([*self._got, *self._new]) == sorted(self._ready)
         assert all(count > 0 for count in self._pins.values())
         assert self._pins.keys() | self._discarded <= set(everywhere)
         phases = {read.phase for read in self._reads.values()}
@@ -254,20 +281,29 @@ class HostCache(Generic[Image]):
     def _drop(self, digest: str) -> None:
         """Forget a digest that the reader does not have in its hands, wherever it is."""
         self._failed.pop(digest, None)
-        read = self._reads.pop(digest, None)
+        read = self._take_read(digest)
         if read is not None and read.phase is _Phase.WAIT:
             self._reader.abandon(digest)
         if digest in self._ready:
             self._let_go(digest)
 
+    def _take_read(self, digest: str) -> _Read | None:
+        self._measured.discard(digest)
+        self._unwanted.pop(digest, None)
+        return self._reads.pop(digest, None)
+
     def _let_go(self, digest: str) -> None:
         entry = self._ready.pop(digest)
+        self._got.pop(digest, None)
+        self._new.pop(digest, None)
+        self._ready_bytes -= entry.size_bytes
         self._used_bytes -= entry.size_bytes
         self._reader.free(entry.image)
 
     def _build(self, digest: str) -> None:
         read = self._reads[digest]
         read.phase = _Phase.BUILD
+        self._measured.remove(digest)
         self._used_bytes += read.size_bytes
         image = self._reader.build(digest)
         if image is not None:
@@ -278,21 +314,25 @@ class HostCache(Generic[Image]):
 
         Images that nobody has got yet go last: they were read for someone who is about to ask.
         """
-        idle = [digest for digest in self._ready if digest not in self._pins]
-        idle_bytes = sum(self._ready[digest].size_bytes for digest in idle)
-        if self._used_bytes - idle_bytes + size_bytes > self._budget_bytes:
+        pinned_bytes = sum(self._ready[digest].size_bytes for digest in self._pins if digest in self._ready)
+        if self._used_bytes - (self._ready_bytes - pinned_bytes) + size_bytes > self._budget_bytes:
             return False
-        idle.sort(key=lambda digest: not self._ready[digest].seen)
-        for digest in idle:
-            if self._used_bytes + size_bytes <= self._budget_bytes:
+        excess_bytes = self._used_bytes + size_bytes - self._budget_bytes
+        victims: list[str] = []
+        for digest in chain(self._got, self._new):
+            if excess_bytes <= 0:
                 break
+            if digest not in self._pins:
+                victims.append(digest)
+                excess_bytes -= self._ready[digest].size_bytes
+        for digest in victims:
             self._let_go(digest)
-            self._num_evictions += 1
+        self._num_evictions += len(victims)
         return True
 
     def _begin_reads(self) -> None:
         """Not while an image waits for room: what comes behind it would wait too."""
-        if any(read.phase is _Phase.WAIT for read in self._reads.values()):
+        if self._measured:
             return
         for digest, read in self._reads.items():
             if not self._reader.is_free:

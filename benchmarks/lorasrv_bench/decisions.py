@@ -1,14 +1,18 @@
 """What the engine's own work costs a step: decide, submit and apply on a device that computes nothing.
 
 A closed loop of requests over many adapters through a pool too small for them all, so that every few steps there are
-admissions, loads, evictions and preemptions. `python -m lorasrv_bench.decisions` prints percentiles for growing sizes.
+admissions, loads, evictions and preemptions. `python -m lorasrv_bench.decisions` prints percentiles of all of
+`EngineCore.step`, in seconds of its thread's CPU time, for growing sizes, and with `--plot FILE.svg` draws them.
 """
 
 import argparse
+import platform
 import random
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from lorasrv.config import SchedulerConfig
 from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, StepOutput
@@ -18,8 +22,13 @@ from lorasrv.engine.tiers import TierChanges
 from lorasrv.errors import LorasrvError
 from lorasrv.memory.residency import ResidentAdapter
 from lorasrv.types import AdapterUse, EngineRequest, Tier
+from lorasrv_bench.plots import Curve, chart
+from lorasrv_bench.records import commit, cpu_name
 
 BLOCK_TOKENS = 16
+MIN_TOKENS = 8
+# As in the default configuration: more prefill in a step would hold up those that decode.
+STEP_TOKENS_PER_PLACE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +45,9 @@ class Load:
 
     @property
     def num_pages(self) -> int:
-        """Little enough that sequences are preempted when many are long."""
-        blocks = (self.max_prompt + self.max_output) * 9 // 16 // BLOCK_TOKENS
+        """Blocks for what the running ones hold on the average: while many are long, some are preempted."""
+        mean_tokens = (MIN_TOKENS + self.max_prompt) // 2 + (MIN_TOKENS + self.max_output) // 4
+        blocks = -(-mean_tokens // BLOCK_TOKENS)
         return self.num_running * blocks + min(self.num_adapters, self.num_running) * self.adapter_pages
 
 
@@ -72,7 +82,7 @@ class HostTiers:
 
     def poll(self) -> TierChanges:
         loaded, self.loaded = tuple(self.loaded), []
-        return TierChanges(failed={}, loaded=loaded)
+        return TierChanges(failed={}, read=(), loaded=loaded)
 
     def load(self, digest: str, pages: list[int], *, wait_for_steps: bool) -> ResidentAdapter:
         self.loaded.append(digest)
@@ -112,7 +122,9 @@ def measure(load: Load, num_steps: int, seed: int) -> Measured:
     rng = random.Random(seed)
     core = EngineCore(
         config=SchedulerConfig(
-            max_step_tokens=8192, max_running=load.num_running, max_waiting=load.num_waiting + load.num_running
+            max_step_tokens=STEP_TOKENS_PER_PLACE * load.num_running,
+            max_running=load.num_running,
+            max_waiting=load.num_waiting + load.num_running,
         ),
         limits=Limits(
             num_pages=load.num_pages,
@@ -126,18 +138,26 @@ def measure(load: Load, num_steps: int, seed: int) -> Measured:
         tiers=HostTiers(load.adapter_pages),
     )
     number, open_requests = 0, 0
+    owed: dict[str, int] = {}
+    given: Counter[str] = Counter()
     step_s: list[float] = []
     before = core.status().counters
     warm_up = load.max_output
     spare_collections()
     for step in range(warm_up + num_steps):
         while open_requests < load.num_running + load.num_waiting:
-            core.add(_request(load, number, rng))
+            request = _request(load, number, rng)
+            core.add(request)
+            owed[request.request_id] = request.max_tokens
             number, open_requests = number + 1, open_requests + 1
         begin = time.thread_time()
         deltas = core.step()
         step_s.append(time.thread_time() - begin)
-        open_requests -= sum(delta.finish is not None for delta in deltas)
+        for delta in deltas:
+            given[delta.request_id] += len(delta.token_ids)
+            if delta.finish is not None:
+                open_requests -= 1
+                assert given.pop(delta.request_id) == owed.pop(delta.request_id), "a request got too few tokens"
         if step == warm_up:
             before = core.status().counters
             step_s.clear()
@@ -155,31 +175,60 @@ def measure(load: Load, num_steps: int, seed: int) -> Measured:
 def _request(load: Load, number: int, rng: random.Random) -> EngineRequest:
     return EngineRequest(
         request_id=str(number),
-        token_ids=tuple(rng.randrange(1000) for _ in range(rng.randint(8, load.max_prompt))),
+        token_ids=tuple(rng.randrange(1000) for _ in range(rng.randint(MIN_TOKENS, load.max_prompt))),
         adapter=AdapterUse(digest=str(rng.randrange(load.num_adapters))),
-        max_tokens=rng.randint(8, load.max_output),
+        max_tokens=rng.randint(MIN_TOKENS, load.max_output),
         seed=number,
         temperature=0.0,
         tenant=str(number % load.num_tenants),
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Growth:
+    """One number of the load grows, the others stay."""
+
+    name: str
+    target: int
+    loads: tuple[Load, ...]
+
+    def curve(self, found: Mapping[Load, Measured], share: float) -> Curve:
+        """Milliseconds over the number, 1 being the target's."""
+        sizes = [getattr(load, self.name) / self.target for load in self.loads]
+        values = [1e3 * found[load].quantile(share) for load in self.loads]
+        name = f"{self.name.removeprefix('num_')} p{100 * share:.0f}"
+        return Curve(name=name, points=tuple(zip(sizes, values, strict=True)))
+
+
+GROWTHS = (
+    Growth(name="num_running", target=256, loads=tuple(Load(num_running=n) for n in (32, 64, 128, 256, 384, 512))),
+    Growth(name="num_waiting", target=2000, loads=tuple(Load(num_waiting=n) for n in (250, 1000, 2000, 4000))),
+    Growth(name="num_adapters", target=1000, loads=tuple(Load(num_adapters=n) for n in (250, 500, 1000, 2000))),
+)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m lorasrv_bench.decisions", description=__doc__)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, help="draw the growth, as SVG")
     arguments = parser.parse_args()
-    print("running waiting adapters |  p50 ms  p99 ms  max ms | admitted loads evictions preemptions")
-    sizes = [Load(num_running=n) for n in (32, 64, 128, 256, 512)]
-    sizes += [Load(num_waiting=n) for n in (250, 8000)] + [Load(num_adapters=n) for n in (100, 4000)]
-    for load in sizes:
-        found = measure(load, arguments.steps, arguments.seed)
-        times = " ".join(f"{1e3 * found.quantile(share):7.3f}" for share in (0.5, 0.99, 1.0))
+    print(f"commit {commit()}; {platform.machine()}, {cpu_name()}; Python {platform.python_version()}")
+    print(f"seed {arguments.seed}, {arguments.steps} steps behind a warm-up; milliseconds of CPU time a step")
+    print("running waiting adapters |   p50    p99    max | admitted loads evictions preemptions")
+    found: dict[Load, Measured] = {}
+    for load in dict.fromkeys(load for growth in GROWTHS for load in growth.loads):
+        each = found[load] = measure(load, arguments.steps, arguments.seed)
+        times = " ".join(f"{1e3 * each.quantile(share):6.3f}" for share in (0.5, 0.99, 1.0))
         print(
             f"{load.num_running:7d} {load.num_waiting:7d} {load.num_adapters:8d} | {times} | "
-            f"{found.admissions:8d} {found.loads:5d} {found.evictions:9d} {found.preemptions:11d}",
+            f"{each.admissions:8d} {each.loads:5d} {each.evictions:9d} {each.preemptions:11d}",
             flush=True,
         )
+    if arguments.plot is not None:
+        curves = [growth.curve(found, share) for growth in GROWTHS for share in (0.99, 0.5)]
+        title = "A step's own work: 256 running, 2,000 waiting, 1,000 adapters, and one of these grown"
+        arguments.plot.write_text(chart(title, curves, x="times that number", y="ms") + "\n")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ class RigTiers:
         return self.host.get(digest)
 
     def poll(self) -> TierChanges:
+        read = tuple(digest for digest in self.wanted if digest not in self.host)
         for digest in self.wanted:
             if digest not in self.host:
                 self.clock += self.sizes[digest] * self.hardware.read_s_per_page
@@ -112,7 +113,7 @@ class RigTiers:
             self.clock += self.sizes[digest] * self.hardware.copy_s_per_page
         loaded, self.arriving = tuple(self.arriving), []
         failed: dict[str, LorasrvError] = {}
-        return TierChanges(failed=failed, loaded=loaded)
+        return TierChanges(failed=failed, read=read, loaded=loaded)
 
     def load(self, digest: str, pages: list[int], *, wait_for_steps: bool) -> ResidentAdapter:
         self.arriving.append(digest)
@@ -201,8 +202,7 @@ class Rig:
         victims = Victims(self.ledger.idle(), lambda _: False).choose(missing, {digest or "", *cached})
         if victims is None:
             return False
-        for victim in victims:
-            self.ledger.evict(victim)
+        self.ledger.evict(victims)
         self.outcome.evictions += len(victims)
         return True
 
@@ -242,8 +242,7 @@ class Rig:
         self._known_blocks |= set(sequence.keys.first(sequence.num_keyed_blocks, sequence.token_ids))
         self.ledger.release(sequence)
         if self.drop_idle:
-            for victim in list(self.ledger.idle()):
-                self.ledger.evict(victim)
+            self.ledger.evict(list(self.ledger.idle()))
 
 
 class _Sizes(dict[str, int]):

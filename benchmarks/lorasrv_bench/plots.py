@@ -1,4 +1,4 @@
-"""Line charts and stacked bands as SVG, to stand in a page."""
+"""Line charts and stacked bands as SVG, to stand in a page or a file of their own."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -72,7 +72,8 @@ def _colours(count: int) -> list[str]:
 
 
 def _svg(title: str, axes: Axes, drawn: Sequence[str], names: Sequence[str], x: str, y: str) -> str:
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" font-size="11" font-family="sans-serif">']
+    page = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" font-size="11" font-family="sans-serif"'
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {page}>']
     parts.append(f'<text x="{LEFT}" y="16" font-weight="bold">{escape(title)}</text>')
     for tick in range(TICKS + 1):
         across = axes.low_x + (axes.high_x - axes.low_x) * tick / TICKS

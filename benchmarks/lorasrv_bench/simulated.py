@@ -122,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cpu-time", action="store_true", help="count CPU seconds of this process")
     parser.add_argument("--out", type=Path, help="keep the hardware table in this file")
+    names = [case.name for case in CASES]
+    parser.add_argument("--case", action="append", choices=names, help="a workload to run; else all")
     given = parser.parse_args(argv)
     root = Path(__file__).parents[2]
     print(f"commit {_commit(root)}; {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
@@ -141,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=given.seed,
             clock=CpuClock if given.cpu_time else WallClock,
         )
-        near = [_compare(case, run) for case in CASES if not (case.is_cold and given.cpu_time)]
+        asked = [case for case in CASES if case.name in (given.case or names)]
+        near = [_compare(case, run) for case in asked if not (case.is_cold and given.cpu_time)]
     print(f"{sum(near)} of {len(near)} workloads within {LIMIT:.0%}")
     return 0
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from lorasrv.sim.replay import PoolSample
 
-_OWNERS = ("adapters", "prefix", "sequences", "free")
+_OWNERS = {"adapters": "tab:blue", "prefix": "tab:orange", "sequences": "tab:green", "free": "lightgray"}
+_TITLE_COLS = 110
 
 
 def plot_pool(samples: Sequence[PoolSample], title: str, path: Path) -> None:
@@ -15,8 +17,11 @@ def plot_pool(samples: Sequence[PoolSample], title: str, path: Path) -> None:
     figure = Figure(figsize=(10, 6), layout="constrained")
     pool, queue = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     times = [sample.at_s for sample in samples]
-    pool.stackplot(times, [[getattr(s.pool, owner) for s in samples] for owner in _OWNERS], labels=_OWNERS)
-    pool.set(ylabel="pages", title=title)
+    pages = [[getattr(sample.pool, owner) for sample in samples] for owner in _OWNERS]
+    pool.stackplot(times, pages, labels=list(_OWNERS), colors=list(_OWNERS.values()))
+    pool.set_title(fill(title.replace(",", ", "), _TITLE_COLS), fontsize="medium")
+    pool.set(ylabel="pages")
+    pool.margins(0)
     pool.legend(loc="upper left")
     queue.plot(times, [sample.running for sample in samples], label="running")
     queue.plot(times, [sample.waiting for sample in samples], label="waiting")

@@ -11,18 +11,18 @@ here.
 """
 
 import time
-from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from lorasrv.config import SchedulerConfig
 from lorasrv.engine.admission import TokenLimits, check_tokens
-from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, Runner, RunningStep
+from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, Runner, RunningStep, StepOutput
 from lorasrv.engine.deadlines import Deadlines
 from lorasrv.engine.ledger import Ledger
 from lorasrv.engine.positions import Positions
-from lorasrv.engine.sampling import check_named_tokens, finish_reason, sample_input, score_input
+from lorasrv.engine.rows import decode_inputs, draw_behind, token_delta
+from lorasrv.engine.sampling import check_named_tokens, finish_reason, score_input
 from lorasrv.engine.tiers import AdapterTiers
 from lorasrv.engine.warming import Warms
 from lorasrv.errors import DeadlineExceeded, GenerationExists, InternalError, InvalidRequest, LorasrvError, QueueFull
@@ -30,14 +30,17 @@ from lorasrv.memory.eviction import Candidate, GreedyDual, IdleAdapter, Policy
 from lorasrv.sched.fairness import OUTPUT_COST, Shares
 from lorasrv.sched.plan import Admission, Chunk, Plan
 from lorasrv.sched.queue import WaitingQueue
+from lorasrv.sched.running import Running
 from lorasrv.sched.scheduler import Scheduler, View
-from lorasrv.sched.sequence import Sequence, order_of
+from lorasrv.sched.sequence import Sequence
 from lorasrv.types import (
     EngineCounters,
     EngineRequest,
     EngineStatus,
     Failure,
     FinishReason,
+    PoolStats,
+    PositionLogprobs,
     Tier,
     TokenDelta,
     Warm,
@@ -61,12 +64,15 @@ class Limits:
 
 @dataclass(kw_only=True)
 class _InFlight:
-    """A submitted step. `draws` are the numbers of the chunks behind which it draws a token, in order."""
+    """A submitted step. Of its `decodes`, those in `filling` fill a block; `drawing` are the sequences that it draws a
+    token for, in the order of the draws."""
 
+    decodes: tuple[Sequence, ...]
+    filling: list[Sequence]
     chunks: tuple[Chunk, ...]
     running: RunningStep
     began_s: float
-    draws: tuple[int, ...] = ()
+    drawing: list[Sequence] = field(default_factory=list[Sequence])
 
 
 class EngineCore:
@@ -105,7 +111,7 @@ class EngineCore:
         self._sequences: dict[str, Sequence] = {}
         self._shares = Shares()
         self._waiting = WaitingQueue(self._shares)
-        self._running: list[Sequence] = []
+        self._running = Running()
         # Samples that wait for the first one of their request to compute the prompt, by its sequence id.
         self._followers: dict[str, list[Sequence]] = {}
         self._in_flight: _InFlight | None = None
@@ -190,8 +196,8 @@ class EngineCore:
 
     def status(self) -> EngineStatus:
         return EngineStatus(
-            pool=self._ledger.pool_stats(),
-            running=len(self._running),
+            pool=self.pool,
+            running=self.num_running,
             waiting=self.num_waiting,
             pins=self._ledger.num_pins,
             adapters=self._ledger.adapters(),
@@ -203,6 +209,14 @@ class EngineCore:
         if self._ledger.is_loaded(digest):
             return Tier.DEVICE
         return Tier.DISK if self._ledger.num_pages(digest) is None else Tier.HOST
+
+    @property
+    def pool(self) -> PoolStats:
+        return self._ledger.pool_stats()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
 
     @property
     def num_waiting(self) -> int:
@@ -223,8 +237,7 @@ class EngineCore:
         self._warms.check()
         assert self._followers.keys() <= self._sequences.keys(), "samples wait for one that has ended"
         self._waiting.check(self._ledger.resident())
-        assert self._running == sorted(self._running, key=order_of), "the running ones are out of order"
-        assert all(sequence.running for sequence in self._running), "a running sequence does not know it"
+        self._running.check()
         assert not any(sequence.running or sequence.ended for sequence in self._waiting), "a sequence waits and runs"
         open_by_share = Counter(sequence.share for sequence in self._sequences.values())
         assert all(share.num_open == count for share, count in open_by_share.items()), "an account is off"
@@ -317,60 +330,72 @@ class EngineCore:
         """Carry the plan out: pages change hands, adapters begin to be copied, the forward is submitted."""
         for sequence in plan.preempt:
             self._preempt(sequence)
-        for victim in plan.evict:
-            self._evict(victim)
+        self._evict(plan.evict)
         self._ledger.want(plan.want)
         for digest in plan.load:
             self._ledger.load(digest)
             self._waiting.move(digest, away=False)
             self._counters["adapter_loads"] += 1
         copies = tuple(copy for admission in plan.admit if (copy := self._admit(admission)) is not None)
-        if not plan.chunks:
+        for sequence in plan.grow:
+            self._ledger.grow(sequence, sequence.num_computed + 1)
+        inputs = (*self._decode_inputs(plan.decodes), *self._chunk_inputs(plan.chunks))
+        for admission in plan.admit:
+            self._running.sort_in(admission.sequence)
+        if not inputs:
             assert not copies, "a copy without a step"
             return None
-        inputs = self._chunk_inputs(plan.chunks)
         self._ledger.step += 1
         began_s = self._clock()
-        return _InFlight(chunks=plan.chunks, running=self._runner.forward(inputs, copies), began_s=began_s)
+        return _InFlight(
+            decodes=plan.decodes,
+            filling=[sequence for sequence in plan.decodes if sequence.num_computed == sequence.num_covered],
+            chunks=plan.chunks,
+            running=self._runner.forward(inputs, copies),
+            began_s=began_s,
+        )
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop_running(sequence)
         self._queue(sequence, again=True)
         self._counters["preemptions"] += 1
 
-    def _evict(self, victim: Candidate) -> None:
-        self._ledger.evict(victim)
-        if isinstance(victim, IdleAdapter):
-            self._waiting.move(victim.digest, away=True)
-            self._counters["adapter_evictions"] += 1
+    def _evict(self, victims: Iterable[Candidate]) -> None:
+        self._ledger.evict(victims)
+        for victim in victims:
+            if isinstance(victim, IdleAdapter):
+                self._waiting.move(victim.digest, away=True)
+                self._counters["adapter_evictions"] += 1
 
     def _admit(self, admission: Admission) -> PageCopy | None:
         sequence = admission.sequence
         sequence.share.served += sequence.admission_cost
         sequence.charged = True
         self._waiting.remove(sequence)
-        sequence.running = True
-        sequence.share.num_running += 1
-        insort(self._running, sequence, key=order_of)
         copy = self._ledger.admit(sequence, admission)
+        self._running.add(sequence)
         self._counters["cached_prompt_tokens"] += sequence.num_computed
         return copy
 
-    def _chunk_inputs(self, chunks: tuple[Chunk, ...]) -> tuple[ChunkInput, ...]:
-        block_tokens = self._limits.block_tokens
+    def _decode_inputs(self, decodes: tuple[Sequence, ...]) -> list[ChunkInput]:
+        inputs = decode_inputs(decodes)
+        for sequence in decodes:
+            if sequence.num_computed < sequence.num_prompt:
+                self._counters["prompt_tokens"] += 1
+            sequence.num_computed += 1
+        return inputs
+
+    def _chunk_inputs(self, chunks: tuple[Chunk, ...]) -> list[ChunkInput]:
         inputs: list[ChunkInput] = []
         for sequence, start, num_tokens in chunks:
             end = start + num_tokens
-            table = sequence.block_table
-            if end > len(table) * block_tokens:
-                self._ledger.grow(sequence, end)
+            if start < sequence.num_prompt:
+                self._counters["prompt_tokens"] += min(end, sequence.num_prompt) - start
             sequence.num_computed = end
-            score = None if sequence.request.prompt_logprobs is None else score_input(sequence, start, end)
-            drawn = sequence.drawn if start == len(sequence.token_ids) else None
-            inputs.append(
-                ChunkInput(tuple(sequence.token_ids[start:end]), start, table, sequence.adapter, score, drawn)
-            )
-        return tuple(inputs)
+            score = score_input(sequence, start, end)
+            token_ids = tuple(sequence.token_ids[start:end])
+            inputs.append(ChunkInput(token_ids, start, sequence.block_table, sequence.adapter, score))
+        return inputs
 
     def _go_on(self, loaded: tuple[str, ...]) -> None:
         """The weights of these adapters have arrived."""
@@ -378,6 +403,7 @@ class EngineCore:
             for sequence in self._running:
                 if sequence.held_up and sequence.digest in loaded:
                     sequence.held_up = False
+                    self._running.sort_in(sequence)
 
     def _queue(self, sequence: Sequence, *, again: bool = False) -> None:
         digest = sequence.digest
@@ -385,9 +411,7 @@ class EngineCore:
 
     def _stop_running(self, sequence: Sequence, *, forget: bool = False) -> None:
         self._ledger.release(sequence, forget=forget)
-        del self._running[bisect_left(self._running, sequence.order, key=order_of)]
-        sequence.running = False
-        sequence.share.num_running -= 1
+        self._running.remove(sequence)
 
     # Effects after the step before.
 
@@ -396,12 +420,22 @@ class EngineCore:
         if step is None:
             return
         draws: list[Draw] = []
-        eos_token_ids = self._limits.eos_token_ids
-        for number, (sequence, start, num_tokens) in enumerate(step.chunks):
-            if start + num_tokens == len(sequence.token_ids) and not sequence.ended:
+        drawing, eos_token_ids = step.drawing, self._limits.eos_token_ids
+        for number, sequence in enumerate(step.decodes):
+            if not sequence.ended:
                 sequence.drawn = len(draws)
-                draws.append(Draw(number, sample_input(sequence, eos_token_ids)))
-        step.draws = tuple([draw.chunk for draw in draws])
+                draws.append(draw_behind(number, sequence, eos_token_ids))
+                drawing.append(sequence)
+                if sequence.num_computed + 1 == sequence.max_tokens_total:
+                    self._running.sort_in(sequence)
+        for number, (sequence, start, num_tokens) in enumerate(step.chunks, len(step.decodes)):
+            if sequence.ended:
+                continue
+            if start + num_tokens == len(sequence.token_ids):
+                sequence.drawn = len(draws)
+                draws.append(draw_behind(number, sequence, eos_token_ids))
+                drawing.append(sequence)
+            self._running.sort_in(sequence)
         step.running.draw(tuple(draws))
 
     def _apply(self, step: _InFlight | None) -> tuple[TokenDelta, ...]:
@@ -409,52 +443,71 @@ class EngineCore:
         if step is None:
             return ()
         output = step.running.output()
-        total = sum([chunk.num_tokens for chunk in step.chunks])
-        self._ledger.costs.step_ended(len(step.chunks), total, step.began_s, self._clock())
+        num_rows = len(step.decodes) + len(step.chunks)
+        num_tokens = len(step.decodes) + sum([chunk.num_tokens for chunk in step.chunks])
+        self._ledger.costs.step_ended(num_rows, num_tokens, step.began_s, self._clock())
         self._ledger.completed += 1
-        deltas: list[TokenDelta] = []
-        num_prompt, num_drawn, place = 0, 0, 0
-        draws, tokens, block_tokens = (*step.draws, None), output.tokens, self._limits.block_tokens
-        for number, (sequence, start, num_tokens) in enumerate(step.chunks):
-            is_drawn = draws[place] == number
-            place += is_drawn
-            if sequence.ended:
-                continue
-            end = start + num_tokens
-            if end // block_tokens > sequence.num_keyed_blocks and sequence.block_table:
-                self._ledger.share_full_blocks(sequence, end)
-            if start < sequence.num_prompt:
-                num_prompt += min(end, sequence.num_prompt) - start
-            scored = output.prompt_logprobs.get(number, ()) if output.prompt_logprobs else ()
-            sequence.num_scored += len(scored)
-            if is_drawn:
-                sequence.drawn = None
-                token_id, logprobs = tokens[place - 1], output.logprobs.get(place - 1)
-                if token_id is None:
-                    # Its KV may be to blame: no later request is to find it cached.
-                    error = InternalError("the model's output is not finite")
-                    deltas.append(self._fail(sequence, error, forget=True))
-                    continue
-                num_drawn += 1
-                finish = self._append(sequence, token_id)
-                told = () if logprobs is None else (logprobs,)
-                deltas.append(TokenDelta(sequence.request_id, sequence.sample, (token_id,), told, scored, None, finish))
-            elif scored:
-                deltas.append(TokenDelta(sequence.request_id, prompt_logprobs=scored))
         self._counters["steps"] += 1
-        self._counters["prompt_tokens"] += num_prompt
-        self._counters["completion_tokens"] += num_drawn
+        self._share_full_blocks(step)
+        scored = self._take_scores(step, output) if output.prompt_logprobs else {}
+        deltas = self._take_tokens(step, output, scored)
+        for sequence, scores in scored.items():
+            if not sequence.ended:
+                deltas.append(TokenDelta(sequence.request_id, prompt_logprobs=scores))
         return tuple(deltas)
 
-    def _append(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        """Take in a drawn token, and end the sequence if it is the last."""
-        token_ids, share = sequence.token_ids, sequence.share
-        token_ids.append(token_id)
-        share.served += OUTPUT_COST / share.weight
-        if self._followers:
-            self._queue_followers(sequence, sequence)
-        if token_id not in sequence.ends and len(token_ids) < sequence.max_tokens_total:
-            return None
+    def _share_full_blocks(self, step: _InFlight) -> None:
+        """What a preempted sequence had is shared or gone already."""
+        for sequence in step.filling:
+            if sequence.running:
+                self._ledger.share_full_blocks(sequence, len(sequence.token_ids))
+        for sequence, start, num_tokens in step.chunks:
+            if sequence.running:
+                self._ledger.share_full_blocks(sequence, start + num_tokens)
+
+    def _take_scores(self, step: _InFlight, output: StepOutput) -> dict[Sequence, tuple[PositionLogprobs, ...]]:
+        """The log-probabilities of prompts, by the sequences that are still owed them."""
+        scored: dict[Sequence, tuple[PositionLogprobs, ...]] = {}
+        for number, scores in output.prompt_logprobs.items():
+            sequence = step.chunks[number - len(step.decodes)].sequence
+            if scores and not sequence.ended:
+                sequence.num_scored += len(scores)
+                scored[sequence] = scores
+        return scored
+
+    def _take_tokens(
+        self, step: _InFlight, output: StepOutput, scored: dict[Sequence, tuple[PositionLogprobs, ...]]
+    ) -> list[TokenDelta]:
+        """Give the drawn tokens to the sequences that go on, and end those whose last one it was. What their prompts
+        `scored` is told with them, and taken out."""
+        deltas: list[TokenDelta] = []
+        num_drawn, logprobs = 0, output.logprobs
+        for place, (sequence, token_id) in enumerate(zip(step.drawing, output.tokens, strict=True)):
+            if sequence.ended:
+                continue
+            sequence.drawn = None
+            prompt_logprobs = scored.pop(sequence, ()) if scored else ()
+            if token_id is None:
+                # Its KV may be to blame: no later request is to find it cached.
+                error = InternalError("the model's output is not finite")
+                deltas.append(self._fail(sequence, error, forget=True))
+                continue
+            num_drawn += 1
+            token_ids, share = sequence.token_ids, sequence.share
+            token_ids.append(token_id)
+            share.served += OUTPUT_COST / share.weight
+            finish = None
+            if self._followers:
+                self._queue_followers(sequence, sequence)
+            if token_id in sequence.ends or len(token_ids) == sequence.max_tokens_total:
+                finish = self._end(sequence)
+            told = (logprobs[place],) if logprobs and place in logprobs else ()
+            deltas.append(token_delta(sequence, token_id, told, prompt_logprobs, finish))
+        self._counters["completion_tokens"] += num_drawn
+        return deltas
+
+    def _end(self, sequence: Sequence) -> FinishReason | None:
+        """A sequence has its last token."""
         finish = finish_reason(sequence, self._limits.eos_token_ids)
         self._drop(sequence)
         self._counters["finished_requests"] += sequence.request_id not in self._requests

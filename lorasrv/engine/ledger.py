@@ -5,14 +5,13 @@ The scheduler asks (`sched.scheduler.Resources`); the core carries out what it d
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Seq
 
 from lorasrv.engine.batch import PageCopy
 from lorasrv.engine.costs import Costs
 from lorasrv.engine.messages import failure_of
 from lorasrv.engine.sampling import first_needed_row
 from lorasrv.engine.tiers import AdapterTiers, TierChanges
-from lorasrv.memory.eviction import Candidate, EvictionOrder, IdleAdapter, IdleBlock, Policy
+from lorasrv.memory.eviction import Candidate, EvictionOrder, IdleAdapter, Policy
 from lorasrv.memory.likelihood import Likelihood, RequestClock
 from lorasrv.memory.pages import Owner, OwnerKind, PagePool
 from lorasrv.memory.prefix import BlockKeys, PrefixCache
@@ -53,6 +52,8 @@ class Ledger:
         self._residency = Residency(self._order, Likelihood(self._requests))
         self._prefix = PrefixCache(self._order, Likelihood(self._requests))
         self._discarded: set[str] = set()
+        # What the tiers were told last; None where they are to be told again.
+        self._wanted: tuple[str, ...] | None = None
 
     @property
     def num_free(self) -> int:
@@ -82,7 +83,7 @@ class Ledger:
         return self._order
 
     def num_own_pages(self, sequence: Sequence) -> int:
-        return sum(page not in self._prefix for page in sequence.block_table)
+        return len(self._prefix.split(sequence.block_table)[1])
 
     def cached_blocks(self, sequence: Sequence) -> list[int]:
         if not self._shares(sequence):
@@ -113,15 +114,20 @@ class Ledger:
         for digest in changes.loaded:
             self._residency.loaded(digest, self._adapter_cost_s(digest))
             self.costs.copies.arrived(digest, self._num_bytes(digest), now)
-        for digest in self.costs.reads:
-            if digest in changes.failed:
+        for digest in changes.failed:
+            self._wanted = None
+            if digest in self.costs.reads:
                 self.costs.reads.given_up(digest, now)
-            elif self._tiers.num_pages(digest) is not None:
+        for digest in changes.read:
+            if digest in self.costs.reads:
                 self.costs.reads.arrived(digest, self._num_bytes(digest), now)
         return changes
 
-    def want(self, digests: Seq[str]) -> None:
+    def want(self, digests: tuple[str, ...]) -> None:
         """Have adapters read to host memory, where they are not, and kept there: `AdapterTiers.want`."""
+        if digests == self._wanted:
+            return
+        self._wanted = digests
         reads, now = self.costs.reads, self._clock()
         for digest in set(reads).difference(digests):
             reads.given_up(digest, now)
@@ -144,15 +150,18 @@ class Ledger:
         self.costs.copies.began(digest, self._clock())
         self._residency.add(self._tiers.load(digest, pages, wait_for_steps=wait_for_steps))
 
-    def evict(self, victim: Candidate) -> None:
+    def evict(self, victims: Iterable[Candidate]) -> None:
         """Make room."""
-        match victim:
-            case IdleAdapter(digest):
-                self._order.evict(digest)
-                self._remove_adapter(digest)
-            case IdleBlock(page):
-                self._order.evict(page)
-                self._remove_block(page)
+        blocks: list[int] = []
+        for victim in victims:
+            if isinstance(victim, IdleAdapter):
+                self._order.evict(victim.digest)
+                self._remove_adapter(victim.digest)
+            else:
+                self._order.evict(victim.page)
+                self._prefix.remove(victim.page)
+                blocks.append(victim.page)
+        self._pool.retire(blocks, _CACHE, self.step)
 
     def admit(self, sequence: Sequence, admission: Admission) -> PageCopy | None:
         """Give a sequence the pages of its known tokens, cached ones first. Returns what is to be copied to them."""
@@ -163,7 +172,7 @@ class Ledger:
         self._prefix.pin(sequence.block_table, again=again)
         self._requests.now += 1
         sequence.num_keyed_blocks = num_cached
-        sequence.num_computed = num_cached * self._block_tokens
+        sequence.num_computed = sequence.num_covered = num_cached * self._block_tokens
         self.grow(sequence, len(sequence.token_ids))
         if sequence.digest is not None:
             self._residency.pin(sequence.digest, again=again)
@@ -178,34 +187,37 @@ class Ledger:
         """Let the sequence's pages cover `num_tokens` tokens."""
         missing = -(-num_tokens // self._block_tokens) - len(sequence.block_table)
         if missing > 0:
-            sequence.block_table += self._pool.alloc(missing, _owner(sequence))
+            sequence.block_table += self._pool.alloc(missing, sequence.owner)
+            sequence.num_covered = len(sequence.block_table) * self._block_tokens
 
     def share_full_blocks(self, sequence: Sequence, num_tokens: int) -> None:
         """Give the blocks that the first `num_tokens` tokens fill to the prefix cache, where others find them."""
-        num_full = num_tokens // self._block_tokens
-        if num_full > sequence.num_keyed_blocks and self._shares(sequence):
-            keys = sequence.keys.first(num_full, sequence.token_ids)
-            for index in range(sequence.num_keyed_blocks, num_full):
-                page = sequence.block_table[index]
-                cached = self._prefix.insert(keys[index], page, sequence.block_table[index - 1] if index else None)
-                if cached == page:
-                    self._pool.transfer(page, _owner(sequence), _CACHE)
-                else:
-                    sequence.block_table[index] = cached
-                    self._pool.retire([page], _owner(sequence), self.step)
-        sequence.num_keyed_blocks = max(num_full, sequence.num_keyed_blocks)
+        num_full, first = num_tokens // self._block_tokens, sequence.num_keyed_blocks
+        if num_full <= first:
+            return
+        sequence.num_keyed_blocks = num_full
+        if not self._shares(sequence):
+            return
+        table = sequence.block_table
+        keys, own = sequence.keys.between(first, num_full, sequence.token_ids), table[first:num_full]
+        cached = self._prefix.insert(keys, own, table[first - 1] if first else None)
+        if cached != own:
+            table[first:num_full] = cached
+            twice = [page for page, other in zip(own, cached, strict=True) if page != other]
+            self._pool.retire(twice, sequence.owner, self.step)
+            own = [page for page, other in zip(own, cached, strict=True) if page == other]
+        self._pool.transfer(own, sequence.owner, _CACHE)
 
     def release(self, sequence: Sequence, *, forget: bool = False) -> None:
         """Take back a running sequence's pages and pins. Its full blocks stay in the prefix cache; with `forget` those
         that nobody else uses do not."""
-        cached = [page for page in sequence.block_table if page in self._prefix]
-        own = [page for page in sequence.block_table if page not in self._prefix]
+        cached, own = self._prefix.split(sequence.block_table)
         self._prefix.unpin(cached, self.costs.prefill_s_per_token * self._block_tokens)
-        self._pool.retire(own, _owner(sequence), self.step)
+        self._pool.retire(own, sequence.owner, self.step)
         if forget or not self._keep_prefixes:
             self._remove_idle_from(cached)
         sequence.block_table = []
-        sequence.num_computed = sequence.num_keyed_blocks = 0
+        sequence.num_computed = sequence.num_covered = sequence.num_keyed_blocks = 0
         sequence.adapter, sequence.held_up = None, False
         if sequence.digest is not None:
             self._residency.unpin(sequence.digest, self._adapter_cost_s(sequence.digest))
@@ -230,6 +242,7 @@ class Ledger:
                     continue  # its pages are being written
                 self._remove_adapter(digest)
             self._tiers.discard(digest)
+            self._wanted = None
             self._discarded.remove(digest)
 
     @property
@@ -262,18 +275,20 @@ class Ledger:
         }
         return tuple((failed | below | resident).values())
 
-    def check(self, running: Seq[Sequence]) -> None:
+    def check(self, running: Iterable[Sequence]) -> None:
         """Raise AssertionError unless the parts are sound and every page and pin belongs to one of `running`, to the
         cache or to an adapter."""
+        running = tuple(running)
         self._pool.check()
         self._residency.check()
         self._prefix.check()
         self._order.check()
         self._tiers.check()
         for sequence in running:
-            owners = {_CACHE, _owner(sequence)}
+            owners = {_CACHE, sequence.owner}
             assert all(self._pool.owner(page) in owners for page in sequence.block_table), "a block is another's"
-            assert sequence.num_computed <= len(sequence.block_table) * self._block_tokens, "KV without a page"
+            assert sequence.num_covered == len(sequence.block_table) * self._block_tokens, "a miscounted block table"
+            assert sequence.num_computed <= sequence.num_covered, "KV without a page"
         stats = self._pool.stats()
         shared = Counter(page for s in running for page in s.block_table if page in self._prefix)
         num_blocks = sum(len(sequence.block_table) for sequence in running)
@@ -297,13 +312,11 @@ class Ledger:
         adapter = self._residency.remove(digest)
         self._pool.retire(adapter.pages, Owner(OwnerKind.ADAPTER, digest), self.step)
 
-    def _remove_block(self, page: int) -> None:
-        self._prefix.remove(page)
-        self._pool.retire([page], _CACHE, self.step)
-
     def _remove_idle_from(self, pages: Iterable[int]) -> None:
-        for page in self._prefix.idle_from(pages):
-            self._remove_block(page)
+        idle = self._prefix.idle_from(pages)
+        for page in idle:
+            self._prefix.remove(page)
+        self._pool.retire(idle, _CACHE, self.step)
 
     def _num_bytes(self, digest: str) -> int:
         num_pages = self.num_pages(digest)
@@ -319,7 +332,3 @@ class Ledger:
 
     def _shares(self, sequence: Sequence) -> bool:
         return self._keep_prefixes or sequence.request.n > 1
-
-
-def _owner(sequence: Sequence) -> Owner:
-    return Owner(OwnerKind.SEQUENCE, sequence.sequence_id)

@@ -1,6 +1,6 @@
 """Where queued requests stand, told now and then: what it costs a step does not depend on how many there are."""
 
-from collections import deque
+from itertools import islice
 
 from lorasrv.sched.queue import WaitingQueue
 from lorasrv.sched.sequence import Sequence
@@ -17,18 +17,22 @@ class Positions:
 
     def __init__(self, now_s: float) -> None:
         self._next_s = now_s + INTERVAL_S
-        self._to_tell: deque[tuple[int, Sequence]] = deque()
+        self._is_telling = False
+        self._told: Sequence | None = None
 
     def tell(self, waiting: WaitingQueue, now_s: float) -> tuple[TokenDelta, ...]:
         """Begun at most once in INTERVAL_S, a few a step: the places of requests that have not begun and have moved."""
-        if not self._to_tell and now_s >= self._next_s:
+        if not self._is_telling and now_s >= self._next_s:
             self._next_s = now_s + INTERVAL_S
-            self._to_tell.extend(waiting.places())
+            self._is_telling, self._told = True, None
+        if not self._is_telling:
+            return ()
+        places = list(islice(waiting.places(behind=self._told), _TOLD_A_STEP))
+        self._is_telling = len(places) == _TOLD_A_STEP
         told: list[TokenDelta] = []
-        for _ in range(min(_TOLD_A_STEP, len(self._to_tell))):
-            position, sequence = self._to_tell.popleft()
-            if not sequence.queued or sequence.told_position == position or sequence.has_output or sequence.sample:
-                continue
-            sequence.told_position = position
-            told.append(TokenDelta(sequence.request_id, queue_position=position))
+        for position, sequence in places:
+            self._told = sequence
+            if sequence.told_position != position and not sequence.has_output and not sequence.sample:
+                sequence.told_position = position
+                told.append(TokenDelta(sequence.request_id, queue_position=position))
         return tuple(told)

@@ -6,7 +6,7 @@ Nothing is kept from step to step: a request that was preempted and is computed 
 from collections import Counter
 from collections.abc import Sequence as Seq
 
-from lorasrv.engine.batch import SampleInput, ScoreInput
+from lorasrv.engine.batch import ScoreInput
 from lorasrv.errors import InvalidRequest
 from lorasrv.model.logit_edits import LogitEdits
 from lorasrv.sched.sequence import Sequence
@@ -29,25 +29,6 @@ def check_named_tokens(request: EngineRequest, vocab_size: int, eos_token_ids: f
         raise InvalidRequest(
             "bad_words", f"with min_tokens {request.min_tokens}, they can mask all {vocab_size} tokens"
         )
-
-
-def sample_input(sequence: Sequence, eos_token_ids: frozenset[int]) -> SampleInput:
-    """How to draw the token behind the known ones."""
-    request, token_ids = sequence.request, sequence.token_ids
-    edits = None
-    if request.rules is not None or request.min_tokens:
-        edits = logit_edits(request, token_ids, eos_token_ids)
-    return SampleInput(
-        request.temperature,
-        request.top_p,
-        request.top_k,
-        request.seed,
-        len(token_ids),
-        sequence.sample,
-        request.min_p,
-        edits,
-        request.logprobs,
-    )
 
 
 def score_input(sequence: Sequence, start: int, end: int) -> ScoreInput | None:

@@ -27,9 +27,11 @@ _TIERS = {HostState.READING: Tier.READING, HostState.READY: Tier.HOST, HostState
 
 @dataclass(frozen=True, kw_only=True)
 class TierChanges:
-    """Since the last poll: why wanted adapters could not be read, by digest, and which have arrived on the device."""
+    """Since the last poll: why wanted adapters could not be read, by digest, which have come to host memory, and which
+    have arrived on the device."""
 
     failed: Mapping[str, LorasrvError]
+    read: tuple[str, ...]
     loaded: tuple[str, ...]
 
 
@@ -98,7 +100,6 @@ class Tiers:
         self._copy_bytes_per_step = copy_bytes_per_step
         self._copy_bytes_left = 0
         self._wanted: set[str] = set()
-        self._reading: set[str] = set()
         self._copies: dict[str, AdapterCopy] = {}  # oldest first; their images are pinned
         self._failures: dict[str, LorasrvError] = {}  # the last ones, oldest first
 
@@ -111,7 +112,6 @@ class Tiers:
                 self._failures.pop(digest, None)
                 self._host.request(digest)
                 self._host.pin(digest)
-                self._reading.add(digest)
         self._wanted = set(digests)
         self._host.prefer(digests)
 
@@ -122,10 +122,12 @@ class Tiers:
     def poll(self) -> TierChanges:
         self._take_in()
         failures: dict[str, LorasrvError] = {}
-        for digest in [d for d in self._reading if self._host.state(d) is not HostState.READING]:
-            self._reading.remove(digest)
+        read: list[str] = []
+        for digest in self._host.take_ended():
             error = self._host.failure(digest)
             if error is None:
+                if self._host.state(digest) is HostState.READY:
+                    read.append(digest)
                 continue
             self._remember(digest, _describe(digest, error))
             if digest in self._wanted:
@@ -139,7 +141,7 @@ class Tiers:
         for digest in loaded:
             del self._copies[digest]
             self._host.unpin(digest)
-        return TierChanges(failed=failures, loaded=loaded)
+        return TierChanges(failed=failures, read=tuple(read), loaded=loaded)
 
     def load(self, digest: str, pages: list[int], *, wait_for_steps: bool) -> ResidentAdapter:
         image = self._host.get(digest)

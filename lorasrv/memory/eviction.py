@@ -14,26 +14,23 @@ queues' first. Putting in and taking out cost the same whatever the number of th
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from heapq import merge
 from math import ceil, frexp, ldexp
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 # A worth is rounded up to a multiple of 1/4 of the power of two above it: two queues for a factor of two.
 _FRACTIONS = 4
 
 
-@dataclass(frozen=True, slots=True)
-class IdleAdapter:
+class IdleAdapter(NamedTuple):
     """A resident adapter that may go, and the pages that frees."""
 
     digest: str
     num_pages: int
 
 
-@dataclass(frozen=True, slots=True)
-class IdleBlock:
+class IdleBlock(NamedTuple):
     """A cached block that may go."""
 
     page: int
@@ -110,6 +107,18 @@ class EvictionOrder:
         if queue is None:
             queue = self._queues[worth] = OrderedDict()
         queue[name] = (self._inflation + worth, self._count, name, num_pages)
+
+    def add_blocks(self, pages: Sequence[int], worth: float) -> None:
+        """Cached blocks have become idle, in this order, that are worth the same."""
+        if not pages:
+            return
+        assert self._worth.keys().isdisjoint(pages), f"one of {pages} is idle already"
+        priority, first = self._inflation + worth, self._count + 1
+        self._count += len(pages)
+        queue = self._queues.setdefault(worth, OrderedDict())
+        for count, page in enumerate(pages, first):
+            queue[page] = (priority, count, page, 1)
+        self._worth.update(dict.fromkeys(pages, worth))
 
     def discard(self, name: Name) -> None:
         """It is in use again, or gone, or never was idle."""

@@ -49,7 +49,7 @@ class Likelihood:
     def first(self) -> Uses:
         """Something new is used."""
         self._count(0)
-        return Uses(again=0.0, at=self._clock.now)
+        return Uses(0.0, self._clock.now)
 
     def again(self, uses: Uses) -> None:
         """It is used again."""

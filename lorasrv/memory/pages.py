@@ -8,8 +8,8 @@ the page's readers: `last_reader` names the step.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from lorasrv.types import PoolStats
 
@@ -20,8 +20,7 @@ class OwnerKind(StrEnum):
     ADAPTER = "adapter"
 
 
-@dataclass(frozen=True, slots=True)
-class Owner:
+class Owner(NamedTuple):
     kind: OwnerKind
     owner_id: str
 
@@ -49,19 +48,22 @@ class PagePool:
         self._num_owned[owner.kind] += count
         return pages
 
-    def transfer(self, page: int, owner: Owner, to: Owner) -> None:
-        """Change a page's owner, its content staying as it is."""
-        assert self._owners[page] == owner, f"page {page} belongs to {self._owners[page]}, not {owner}"
-        self._owners[page] = to
-        self._num_owned[owner.kind] -= 1
-        self._num_owned[to.kind] += 1
+    def transfer(self, pages: Sequence[int], owner: Owner, to: Owner) -> None:
+        """Change pages' owner, their content staying as it is."""
+        owners = self._owners
+        for page in pages:
+            assert owners[page] == owner, f"page {page} belongs to {owners[page]}, not {owner}"
+            owners[page] = to
+        self._num_owned[owner.kind] -= len(pages)
+        self._num_owned[to.kind] += len(pages)
 
     def retire(self, pages: Sequence[int], owner: Owner, last_reader: int) -> None:
         """Give back `owner`'s pages, which steps up to `last_reader` may read or write."""
+        owners, last_readers = self._owners, self._last_readers
         for page in pages:
-            assert self._owners[page] == owner, f"page {page} belongs to {self._owners[page]}, not {owner}"
-            self._owners[page] = None
-            self._last_readers[page] = last_reader
+            assert owners[page] == owner, f"page {page} belongs to {owners[page]}, not {owner}"
+            owners[page] = None
+            last_readers[page] = last_reader
         self._num_owned[owner.kind] -= len(pages)
         self._free.extend(pages)
 

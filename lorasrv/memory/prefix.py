@@ -5,16 +5,14 @@ an adapter version, with its scale) and a salt of its tenant: never a name. So a
 the same tenant, behind the same tokens. (Keys chained by block: vLLM, SOSP 2023.)
 """
 
-from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import sha256
+from struct import pack
 
 from lorasrv.memory.eviction import EvictionOrder, IdleBlock
 from lorasrv.memory.likelihood import Likelihood, Uses
-
-_KEY_BYTES = 32
 
 
 class BlockKeys:
@@ -23,16 +21,21 @@ class BlockKeys:
     def __init__(self, *, weights: str, salt: str, block_tokens: int) -> None:
         """`weights` names what computes the KV; `salt` keeps tenants apart."""
         root = f"{len(salt)}:{salt}{weights}".encode()
-        self._chain = [blake2b(root, digest_size=_KEY_BYTES).digest()]
+        self._chain = [sha256(root).digest()]
         self._block_tokens = block_tokens
+        self._packed = f"{block_tokens}q"
 
     def first(self, count: int, token_ids: Sequence[int]) -> list[bytes]:
         """Keys of the first `count` blocks of `token_ids`, which may only ever have grown since the last call."""
-        while len(self._chain) <= count:
-            end = len(self._chain) * self._block_tokens
-            tokens = array("q", token_ids[end - self._block_tokens : end]).tobytes()
-            self._chain.append(blake2b(self._chain[-1] + tokens, digest_size=_KEY_BYTES).digest())
-        return self._chain[1 : count + 1]
+        return self.between(0, count, token_ids)
+
+    def between(self, start: int, end: int, token_ids: Sequence[int]) -> list[bytes]:
+        """Keys of the blocks `[start, end)`."""
+        chain, block_tokens = self._chain, self._block_tokens
+        for first in range((len(chain) - 1) * block_tokens, end * block_tokens, block_tokens):
+            tokens = pack(self._packed, *token_ids[first : first + block_tokens])
+            chain.append(sha256(chain[-1] + tokens).digest())
+        return chain[start + 1 : end + 1]
 
 
 @dataclass(slots=True)
@@ -65,6 +68,14 @@ class PrefixCache:
     def __contains__(self, page: object) -> bool:
         return page in self._blocks
 
+    def split(self, pages: Iterable[int]) -> tuple[list[int], list[int]]:
+        """Those of the pages that hold cached blocks, and the others."""
+        cached: list[int] = []
+        others: list[int] = []
+        for page in pages:
+            (cached if page in self._blocks else others).append(page)
+        return cached, others
+
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """Pages of the longest cached prefix."""
         pages: list[int] = []
@@ -75,15 +86,19 @@ class PrefixCache:
             pages.append(page)
         return pages
 
-    def insert(self, key: bytes, page: int, parent: int | None) -> int:
-        """Cache a block that a running sequence has filled, behind the cached block `parent`, and pin it for it. Where
-        its content is cached already that block is pinned. Returns the page that the sequence is to read."""
-        cached = self._pages.setdefault(key, page)
-        if cached == page:
-            self._blocks[page] = _Block(key=key, parent=parent, uses=self._likelihood.first())
-        else:
-            self.pin([cached])
-        return cached
+    def insert(self, keys: Iterable[bytes], pages: Iterable[int], parent: int | None) -> list[int]:
+        """Cache blocks in a row that a running sequence has filled, behind the cached block `parent`, and pin them for
+        it. Where a content is cached already that block is pinned. Returns the pages that the sequence is to read."""
+        found: list[int] = []
+        for key, page in zip(keys, pages, strict=True):
+            cached = self._pages.setdefault(key, page)
+            if cached == page:
+                self._blocks[page] = _Block(key, parent, self._likelihood.first())
+            else:
+                self.pin((cached,))
+            found.append(cached)
+            parent = cached
+        return found
 
     def pin(self, pages: Sequence[int], *, again: bool = True) -> None:
         """For a running sequence; `again` says that this tells of further uses."""
@@ -100,6 +115,7 @@ class PrefixCache:
         order = self._order
         again, own = -1.0, 0.0
         worth, priority = 0.0, order.priority(0.0)
+        idle: list[int] = []
         for page in reversed(pages):
             block = self._blocks[page]
             assert block.pins > 0, f"page {page} is not pinned"
@@ -107,11 +123,14 @@ class PrefixCache:
             if block.uses.again != again:
                 again, own = block.uses.again, order.worth(self._likelihood.of(block.uses), cost_s, 1)
             if own > worth or priority < block.priority:
+                order.add_blocks(idle, worth)
+                idle = []
                 worth = max(worth, own, order.worth_of(block.priority))
                 priority = order.priority(worth)
             block.priority = priority
             if not block.pins:
-                order.add(page, 1, worth)
+                idle.append(page)
+        order.add_blocks(idle, worth)
 
     def remove(self, page: int) -> None:
         """Forget an idle block behind which there is none; its page is the caller's to retire."""

@@ -55,4 +55,4 @@ class Victims:
 
 def name_of(candidate: Candidate) -> Name:
     """A candidate's digest or page."""
-    return candidate.digest if isinstance(candidate, IdleAdapter) else candidate.page
+    return candidate[0]

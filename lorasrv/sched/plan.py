@@ -40,7 +40,8 @@ class Admission:
 class Plan:
     """Effects in the order in which they are carried out; `want`, `load` are adapter versions' digests.
 
-    `want` is what queued requests need in host memory, most urgent first.
+    `want` is what queued requests need in host memory, most urgent first. Of `decodes` the next token is computed; the
+    first tokens of new blocks, those in `grow`, need a page. Behind them stand the rows of `chunks`.
     """
 
     reject: tuple[Rejection, ...] = ()
@@ -49,4 +50,6 @@ class Plan:
     want: tuple[str, ...] = ()
     load: tuple[str, ...] = ()
     admit: tuple[Admission, ...] = ()
+    grow: tuple[Sequence, ...] = ()
+    decodes: tuple[Sequence, ...] = ()
     chunks: tuple[Chunk, ...] = ()

@@ -4,12 +4,12 @@ A sequence is `away` while its adapter is not on the device. So thousands that w
 nothing: it looks at the first few of them, and at those that could run at once.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace, merge
-from operator import itemgetter
+from itertools import islice
 
 from lorasrv.sched.fairness import Share, Shares
 from lorasrv.sched.sequence import Sequence, order_of
@@ -52,11 +52,22 @@ class WaitingQueue:
         """All, in the order of service as it stands."""
         return iter(Turns(self._lines.items()))
 
-    def places(self) -> Iterator[tuple[int, Sequence]]:
-        """Every sequence, with how many of its own tenant go before it."""
+    def places(self, behind: Sequence | None = None) -> Iterator[tuple[int, Sequence]]:
+        """Every sequence, with how many of its own tenant go before it: class by class, tenant by tenant, by arrival.
+
+        With `behind`, which need not be queued any more, only those that come after it.
+        """
         before: Counter[str] = Counter()
-        for (_, tenant), line in sorted(self._lines.items(), key=itemgetter(0)):
-            yield from enumerate(merge(line.here, line.away, key=order_of), before[tenant])
+        begin = (0, "") if behind is None else _key(behind)
+        for key in sorted(self._lines):
+            line, tenant = self._lines[key], key[1]
+            here = away = 0
+            if key == begin and behind is not None:
+                here = bisect_right(line.here, behind.order, key=order_of)
+                away = bisect_right(line.away, behind.order, key=order_of)
+            if key >= begin:
+                queued = merge(islice(line.here, here, None), islice(line.away, away, None), key=order_of)
+                yield from enumerate(queued, before[tenant] + here + away)
             before[tenant] += len(line)
 
     @property
@@ -110,7 +121,7 @@ class WaitingQueue:
                 (self._away.add if away else self._away.discard)(sequence)
 
     def turns(self, *, away_only: bool = False, num_away: int | None = None) -> "Turns":
-        """At most `num_away` of those whose adapter is away; None is all of them."""
+        """With about `num_away` of those whose adapter is away; None is all of them."""
         return Turns(self._lines.items(), away_only=away_only, num_away=num_away)
 
     def check(self, is_resident: "Iterable[str]") -> None:
@@ -154,49 +165,64 @@ class Turns:
         self._away_only = away_only
         self._away_left = num_away
         self._granted: dict[Share, float] = {}
+        self._has_turns = any(len(lines) > 1 for lines in self._by_class.values())
 
     def grant(self, sequence: Sequence) -> None:
+        if not self._has_turns:
+            return
         share = sequence.share
         self._granted[share] = self._granted.get(share, 0.0) + sequence.admission_cost
 
     def __iter__(self) -> Iterator[Sequence]:
         for priority in sorted(self._by_class):
-            yield from self._class(self._by_class[priority])
+            lines = self._by_class[priority]
+            yield from self._in_line(lines[0]) if len(lines) == 1 else self._by_turns(lines)
 
-    def _class(self, lines: list[Line]) -> Iterator[Sequence]:
-        heap = [entry for line in lines if (entry := self._entry(line, 0, 0)) is not None]
+    def _by_turns(self, lines: list[Line]) -> Iterator[Sequence]:
+        """A line's next sequence is known when its last one has been charged for; nobody else changes its account."""
+        granted = self._granted
+        heap: list[tuple[float, tuple[int, int], Share, Sequence, Iterator[Sequence]]] = []
+        for line in lines:
+            share, walk = line.share, self._in_line(line)
+            if (first := next(walk, None)) is not None:
+                heap.append((share.served + granted.get(share, 0.0), first.order, share, first, walk))
         heapify(heap)
         while heap:
-            served, _, line, here, away, sequence = heap[0]
-            now = self._served(line.share)
-            if now != served:
-                # Granted something in a better class, or just now.
-                heapreplace(heap, (now, sequence.order, line, here, away, sequence))
-                continue
+            _, _, share, sequence, walk = heap[0]
             yield sequence
-            is_away = away < len(line.away) and line.away[away] is sequence
-            if is_away and self._away_left is not None:
-                self._away_left -= 1
-            entry = self._entry(line, here + (not is_away), away + is_away)
-            if entry is None:
+            following = next(walk, None)
+            if following is None:
                 heappop(heap)
             else:
-                heapreplace(heap, entry)
+                served = share.served + granted.get(share, 0.0)
+                heapreplace(heap, (served, following.order, share, following, walk))
 
-    def _entry(
-        self, line: Line, here: int, away: int
-    ) -> tuple[float, tuple[int, int], Line, int, int, Sequence] | None:
-        """The next of a line, of which so many have come."""
-        first = None if self._away_only or here == len(line.here) else line.here[here]
-        too_many = self._away_left is not None and self._away_left <= 0
-        if away < len(line.away) and not too_many:
-            abroad = line.away[away]
-            if first is None or abroad.order < first.order:
-                first = abroad
-        return None if first is None else (self._served(line.share), first.order, line, here, away, first)
+    def _in_line(self, line: Line) -> Iterator[Sequence]:
+        """By arrival."""
+        if self._away_only:
+            return iter(line.away)
+        return self._both_sides(line) if line.away and self._may_show_away() else iter(line.here)
 
-    def _served(self, share: Share) -> float:
-        return share.served + self._granted.get(share, 0.0)
+    def _both_sides(self, line: Line) -> Iterator[Sequence]:
+        here, away = line.here, line.away
+        num_here = num_away = 0
+        while True:
+            first = here[num_here] if num_here < len(here) else None
+            if num_away < len(away) and self._may_show_away():
+                abroad = away[num_away]
+                if first is None or abroad.order < first.order:
+                    yield abroad
+                    num_away += 1
+                    if self._away_left is not None:
+                        self._away_left -= 1
+                    continue
+            if first is None:
+                return
+            yield first
+            num_here += 1
+
+    def _may_show_away(self) -> bool:
+        return self._away_left is None or self._away_left > 0
 
 
 def _key(sequence: Sequence) -> tuple[int, str]:

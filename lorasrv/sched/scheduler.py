@@ -6,6 +6,7 @@ then the youngest sequence is preempted: it queues again in its old place, its f
 what is no longer there when its turn comes is recomputed.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ from lorasrv.memory.eviction import Candidate
 from lorasrv.memory.victims import Victims, name_of
 from lorasrv.sched.plan import Admission, Chunk, Plan, Rejection
 from lorasrv.sched.queue import WaitingQueue
-from lorasrv.sched.sequence import Sequence
+from lorasrv.sched.running import Running
+from lorasrv.sched.sequence import Sequence, order_of
 from lorasrv.types import Failure, Tier, Warm
 
 # So many queued requests are looked at for each adapter of the look-ahead: several may ask for the same one.
@@ -61,11 +63,11 @@ class Resources(Protocol):
 class View:
     """The engine's state as one decision sees it; read, never written.
 
-    `running` is in order of class and arrival. `warms` are the adapters that are wanted in memory before a request asks
-    for them, in order of arrival; they have not arrived.
+    `warms` are the adapters that are wanted in memory before a request asks for them, in order of arrival; they have
+    not arrived.
     """
 
-    running: Seq[Sequence]
+    running: Running
     waiting: WaitingQueue
     num_pages: int
     free_pages: int
@@ -96,10 +98,12 @@ class _Draft:
         self.block_tokens = block_tokens
         self.budget = config.max_step_tokens
         self.free = view.free_pages
+        self.grow: list[Sequence] = []
+        self.decodes: tuple[Sequence, ...] = ()
         self.chunks: list[Chunk] = []
         self.admitted: list[Admission] = []
         self.loads: dict[str, None] = {}
-        self.evicted: dict[Candidate, None] = {}
+        self.evicted: list[Candidate] = []
         # Digests and pages that this plan evicts, and those that it relies on.
         self.gone: set[str | int] = set()
         self.kept: set[str | int] = set()
@@ -116,41 +120,46 @@ class _Draft:
             want=tuple(self.wanted),
             load=tuple(self.loads),
             admit=tuple(self.admitted),
+            grow=tuple(self.grow),
+            decodes=self.decodes,
             chunks=tuple(self.chunks),
         )
 
     def continue_running(self) -> None:
-        """Decodes, oldest first; then prefills that have begun, oldest first. Prefills hold their pages already.
-
-        A sequence whose adapter is still being copied waits.
+        """Decodes, of which there are never more than the budget has tokens; then prefills that have begun, oldest
+        first. Prefills hold their pages already.
         """
-        running, block_tokens, chunks = self.view.running, self.block_tokens, self.chunks
-        prefills: list[Sequence] = []
-        num_kept, index = len(running), 0
-        while index < num_kept:
-            sequence = running[index]
-            index += 1
-            num_remaining = sequence.num_remaining
-            if num_remaining == 0 or sequence.held_up:
-                continue
-            if num_remaining > 1:
-                prefills.append(sequence)
-                continue
-            start = sequence.num_computed
-            if start == len(sequence.block_table) * block_tokens and not self._grow(index):
-                break
-            num_kept = len(running) - len(self.preempted)
-            if self.budget:
-                self.budget -= 1
-                chunks.append(Chunk(sequence, start, 1))
-        gone = set(self.preempted)
-        for sequence in prefills:
-            if sequence not in gone:
+        running = self.view.running
+        decodes = running.decoding
+        num_decodes = len(decodes)
+        full = [place for place, each in enumerate(decodes) if each.num_computed == each.num_covered]
+        if self._take(len(full)):
+            self.grow = [decodes[place] for place in full]
+        else:
+            num_decodes = self._grow_by_turns(full)
+        self.decodes = tuple(decodes[:num_decodes])
+        self.budget -= num_decodes
+        for sequence in running.prefilling:
+            if not self.preempted or sequence.order < self.preempted[-1].order:
                 self._add_chunk(sequence, sequence.num_computed, sequence.num_remaining)
 
-    def _grow(self, num_older: int) -> bool:
-        """Whether there is a page for one more token of a running sequence, the last of the `num_older` oldest; may
-        drop younger ones, or itself, to get one."""
+    def _grow_by_turns(self, full: list[int]) -> int:
+        """Give a page to each of these decodes, oldest first, of which not all get one. How many decodes go on."""
+        decodes = self.view.running.decoding
+        num_decodes = len(decodes)
+        for place in full:
+            if place >= num_decodes:
+                break
+            if not self._grow(decodes[place]):
+                return place
+            self.grow.append(decodes[place])
+            if self.preempted:
+                num_decodes = bisect_left(decodes, self.preempted[-1].order, key=order_of)
+        return num_decodes
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Whether there is a page for one more token of a running sequence; may drop younger ones, youngest first, or
+        itself, to get one."""
         running = self.view.running
         while not self._take(1):
             num_kept = len(running) - len(self.preempted)
@@ -160,7 +169,7 @@ class _Draft:
             self.preempted.append(youngest)
             # Its cached blocks only become idle: the next plan may evict them.
             self.free += self.view.resources.num_own_pages(youngest)
-            if num_kept == num_older:
+            if youngest is sequence:
                 return False
         return True
 
@@ -191,12 +200,17 @@ class _Draft:
         places, all_ready_admitted = self.config.max_running - len(self.view.running), True
         if not places or not self.budget or not self.view.waiting:
             return not self.view.waiting
-        turns = self.view.waiting.turns(num_away=_SCANNED * self.config.lookahead)
+        # Of the others not one could be loaded.
+        is_any_read = any(self.view.resources.num_pages(digest) is not None for digest in self.wanted)
+        turns = self.view.waiting.turns(num_away=_SCANNED * self.config.lookahead if is_any_read else 0)
         for sequence in turns:
             if len(self.admitted) == places or self.budget == 0:
                 return False
             digest = sequence.digest
             load = digest if digest is not None and self._must_load(digest) else None
+            if digest in self.gone or (load and len(self.loads) == self.config.max_loads_per_step):
+                all_ready_admitted = False
+                continue
             adapter_pages = 0
             if load is not None:
                 found = self.view.resources.num_pages(load) if load in self.wanted else None
@@ -205,9 +219,6 @@ class _Draft:
                 adapter_pages = found
             if self._reject_oversized(sequence):
                 self.wanted.pop(digest or "", None)  # who else asks for it does so in the next plan
-                continue
-            if digest in self.gone or (load and len(self.loads) == self.config.max_loads_per_step):
-                all_ready_admitted = False
                 continue
             cached = list(takewhile(lambda page: page not in self.gone, self.view.resources.cached_blocks(sequence)))
             self.kept |= {digest, *cached} if digest is not None else {*cached}
@@ -283,8 +294,8 @@ class _Draft:
             victims = self.victims.choose(missing, self.kept)
             if victims is None:
                 return False
-            self.evicted |= dict.fromkeys(victims)
-            self.gone |= {name_of(victim) for victim in victims}
+            self.evicted += victims
+            self.gone.update(map(name_of, victims))
             self.free += sum(victim.num_pages for victim in victims)
         self.free -= num_pages
         return True

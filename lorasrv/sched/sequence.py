@@ -1,7 +1,9 @@
 """A request on its way through the engine."""
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 
+from lorasrv.memory.pages import Owner, OwnerKind
 from lorasrv.memory.prefix import BlockKeys
 from lorasrv.memory.residency import AdapterInput
 from lorasrv.sched.fairness import INPUT_COST, Share
@@ -20,6 +22,9 @@ class Sequence:
     it is `held_up` until the weights are there. The log-probabilities of prompt tokens before `num_scored`, where asked
     for, have been told; the first token has none. `sibling` is the sample that has computed the prompt of a request
     that draws several. `told_position` is where its caller was last told that it stands.
+
+    The pages of `block_table` have room for `num_covered` tokens; `lane` is the list of `sched.running.Running` that a
+    running one is in.
     """
 
     sequence_id: str
@@ -35,11 +40,13 @@ class Sequence:
     num_computed: int = 0
     num_scored: int = 1
     block_table: list[int] = field(default_factory=list[int])
+    num_covered: int = 0
     num_keyed_blocks: int = 0
     adapter: AdapterInput | None = None
     held_up: bool = False
     queued: bool = False
     running: bool = False
+    lane: "list[Sequence] | None" = None
     ended: bool = False
     charged: bool = False
     told_position: int | None = None
@@ -48,6 +55,7 @@ class Sequence:
     digest: str | None = field(init=False)
     num_prompt: int = field(init=False)
     max_tokens_total: int = field(init=False)
+    owner: Owner = field(init=False)
 
     def __post_init__(self) -> None:
         request = self.request
@@ -55,6 +63,7 @@ class Sequence:
         self.digest = request.adapter.digest if request.adapter else None
         self.num_prompt = len(request.token_ids)
         self.max_tokens_total = self.num_prompt + request.max_tokens
+        self.owner = Owner(OwnerKind.SEQUENCE, self.sequence_id)
 
     @property
     def num_generated(self) -> int:
@@ -80,5 +89,4 @@ class Sequence:
         return 0.0 if self.charged or self.sample else INPUT_COST * self.num_prompt / self.share.weight
 
 
-def order_of(sequence: Sequence) -> tuple[int, int]:
-    return sequence.order
+order_of = attrgetter("order")

@@ -65,7 +65,7 @@ def _gpu(name: str, memory_gib: float, read_tb: float, tflops: float, copy_gb: f
     )
 
 
-# About 90 % of the data sheets' bandwidth and 70 % of their dense bf16 rate: assumed, not measured.
+# It is assumed, not measured, that programs reach 90 % of the data sheets' bandwidth and 70 % of their dense bf16 rate.
 HARDWARE: Mapping[str, Hardware] = MappingProxyType(
     {
         each.name: each

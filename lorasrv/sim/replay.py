@@ -122,8 +122,8 @@ class Replica:
 
     def _sample(self, now_s: float) -> None:
         self._sample_at_s = now_s + self.sample_every_s
-        status = self.core.status()
-        self.samples.append(PoolSample(at_s=now_s, pool=status.pool, running=status.running, waiting=status.waiting))
+        core = self.core
+        self.samples.append(PoolSample(at_s=now_s, pool=core.pool, running=core.num_running, waiting=core.num_waiting))
 
 
 def replay(
