@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from lorasrv.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
+from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from lorasrv.engine.build import build_core
 from lorasrv.engine.core import EngineCore
 from lorasrv.model.families import read_architecture
@@ -94,10 +94,12 @@ def prepare(folder: Path, *, num_adapters: int, ranks: tuple[int, ...], model: P
 
 
 @contextmanager
-def real_engine(prepared: Prepared, *, pool_bytes: int, scheduler: SchedulerConfig) -> Iterator[RealEngine]:
+def real_engine(
+    prepared: Prepared, *, pool_bytes: int, scheduler: SchedulerConfig, dtype: DType = "float32"
+) -> Iterator[RealEngine]:
     """A model of random weights."""
     config = EngineConfig(
-        model=ModelConfig(path=str(prepared.model), dtype="float32", dummy_weights=True),
+        model=ModelConfig(path=str(prepared.model), dtype=dtype, dummy_weights=True),
         pool=PoolConfig(pool_bytes=pool_bytes),
         scheduler=scheduler,
         blob_root=str(prepared.blobs),
