@@ -1,7 +1,7 @@
 """A base model of random weights on disk, from a seed, that any server can load: what peers are compared on.
 
-Its vocabulary is byte-level, and its words are four letters behind a space. Rows of the output head for bytes and
-special tokens are zero, so that greedy answers are words alone: a text says its tokens, and no answer ends early.
+Its vocabulary is byte-level, and its words are four letters behind a space. Rows of the output head for all else
+are zero, so that greedy answers are words alone: a text says its tokens, and no answer ends early.
 """
 
 import json
@@ -49,7 +49,9 @@ CONFIGS: Mapping[Size, Mapping[str, Any]] = MappingProxyType(
     }
 )
 BOS, EOS = 256, 257
-FIRST_WORD = 258
+# A vocabulary without a merge is none to llama.cpp.
+MERGED = 258
+FIRST_WORD = 259
 # As byte-level vocabularies write it.
 SPACE = "\u0120"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -131,7 +133,7 @@ def _tokenizer(vocab_size: int) -> Tokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: place for place, letter in enumerate(letters)} | {"<s>": BOS, "</s>": EOS}
     vocab |= {SPACE + word(token_id): token_id for token_id in range(FIRST_WORD, vocab_size)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=vocab | {"aa": MERGED}, merges=[("a", "a")]))
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
