@@ -150,7 +150,7 @@ def _dispatches(effort: Effort, folder: Path, kept: Path | None) -> list[Row]:
 
 def _economy(effort: Effort, folder: Path, kept: Path | None) -> list[Row]:
     rows: list[Row] = []
-    for show, way, told in economy.measured(effort.economy, ("thousands", "storm"), ("grpc",), folder / "economy"):
+    for show, way, told in economy.measured(effort.economy, ("thousands", "storm"), ("grpc",), _own(folder, "economy")):
         print(economy.line(show, way, told), flush=True)
         rows.append(cpu_rows.of_economy(show, told))
     return rows
@@ -167,9 +167,13 @@ def _streaming(effort: Effort, folder: Path, kept: Path | None) -> list[Row]:
 
 
 def _start(effort: Effort, folder: Path, kept: Path | None) -> list[Row]:
-    starts = folder / "starts"
-    starts.mkdir()
-    return cpu_rows.of_start(start_up.measure(SAMPLE, "float32", cpu_rows.POOL_MIB, starts, effort.starts))
+    started = start_up.measure(SAMPLE, "float32", cpu_rows.POOL_MIB, _own(folder, "starts"), effort.starts)
+    return cpu_rows.of_start(started)
+
+
+def _own(folder: Path, name: str) -> Path:
+    (folder / name).mkdir()
+    return folder / name
 
 
 def _parsed(argv: Sequence[str] | None) -> tuple[Effort, Path | None, Path | None]:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from lorasrv.client import Client
 from lorasrv.config import DType
 from lorasrv.demo.local_server import LocalServer
+from lorasrv.types import BASE_ID
 
 LOOK_S = 0.02
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -47,7 +48,7 @@ def measure(model: Path, dtype: DType, pool_mib: int, folder: Path, starts: int)
                 ready_s.append(time.perf_counter() - begun_s)
                 with Client(server.url) as client:
                     for prompt in range(8):
-                        client.generate([300 + prompt] * 64, temperature=0.0, max_tokens=16, ignore_eos=True)
+                        client.generate([prompt] * 64, adapter=BASE_ID, temperature=0.0, max_tokens=16, ignore_eos=True)
         peaks.append(max(looks))
     return Started(
         ready_s=tuple(ready_s),
