@@ -8,10 +8,15 @@ READY := .venv/.ready
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-all lint format proto proto-check proto-release docs clean
+.PHONY: demo bench test test-all lint format proto proto-check proto-release docs clean
 
 demo: $(READY)
 	$(BIN)/lorasrv demo
+
+# On a CPU: every target of speed, measured, met or not, in some ten minutes. OPTIONS=--quick sees whether it runs.
+bench: $(READY)
+	mkdir -p build
+	$(BIN)/python -m lorasrv_bench.cpu --out build/bench.json $(OPTIONS)
 
 # A test's module stays in one process; more of them than cores gain nothing.
 PYTEST := $(BIN)/pytest -q -n auto --maxprocesses 4 --dist loadfile

@@ -187,6 +187,24 @@ async def test_a_server_by_url_has_figures() -> None:
     assert [call.cold for call in outcome.calls].count(True) == 2, "an adapter's first request"
 
 
+async def test_adapters_by_number_are_told_in_the_field_lora() -> None:
+    seen: list[tuple[str, Any]] = []
+
+    def keep(body: dict[str, Any]) -> list[str]:
+        seen.append((body["model"], body["lora"]))
+        return spoken(body)
+
+    async with openai_server(keep) as url:
+        server = Server(api="openai", url=url, lora_ids={"lora-0": 0, "lora-1": 1})
+        ready = openai_ready(SMALL, "the-base", "lora-{}", 100, 3, exact=False)
+        await run(Setup(server=server, workload=SMALL, warm_up=1), ready, InlineClients())
+    assert dict(seen) == {
+        "the-base": [],
+        "lora-0": [{"id": 0, "scale": 1.0}],
+        "lora-1": [{"id": 1, "scale": 1.0}],
+    }
+
+
 async def test_a_server_by_url_that_ends_early_has_none() -> None:
     def early(body: dict[str, Any]) -> list[str]:
         return spoken(body | {"max_tokens": 2})
@@ -297,5 +315,7 @@ def test_the_report_is_a_page_with_curves(tmp_path: Path) -> None:
     assert page.count("<svg") == 2 * 4 + 2, "three distributions and the pool of each, two curves over adapters"
     assert page.count("it was late") == 2
     assert "Throughput" in page and "requests_per_s" in page and "nan" not in page
+    busier = report([written(tmp_path / name, concurrency=number) for name, number in (("d", 1), ("e", 64))])
+    assert "Against the number of requests at a time" in busier and "Against the number of adapters" not in busier
     refused = report([written(tmp_path / "c", wrong=["<request 3>"])])
     assert "No score" in refused and "&lt;request 3&gt;" in refused and "<svg" not in refused

@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ import typer.main
 from commands import command_env, command_folder
 from doc_pages import Shell, blocks, code_spans, steps
 from lorasrv.cli.main import app
+from lorasrv_bench import peers
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,6 +52,15 @@ def exists_with_its_options(command: str) -> None:
     check_options(command.split())
 
 
+def names_our_material(command: str) -> None:
+    """Paths are those that `lorasrv_bench.peers --write material` writes, or that a command of the page makes of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        peers.written(Path(folder) / "material", peers.Setup(size="tiny"))
+        paths = [path.replace("$n", "0") for path in re.findall(r"material/[\w./$-]+", command)]
+        missing = [path for path in paths if not path.endswith(".gguf") and not (Path(folder) / path).exists()]
+        assert not missing, missing
+
+
 def is_outside_the_tree(command: str) -> None:
     assert not (ROOT / command.split()[-1]).exists()
 
@@ -66,6 +77,20 @@ NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {
         "takes many minutes; tests/test_bench_economy.py runs a small one",
         has_options,
     ),
+    "make bench": ("takes minutes; tests/test_cpu_bench.py runs it --quick", has_make_target),
+    "PYTHONPATH=.:kernels:adapters:benchmarks python -m lorasrv_bench.peers": (
+        "takes minutes; tests/test_cpu_bench.py runs a small one",
+        has_options,
+    ),
+    "PYTHONPATH=.:kernels:adapters:benchmarks python -m lorasrv_bench.curves": (
+        "takes minutes; tests/test_cpu_bench.py runs a small one",
+        has_options,
+    ),
+    "cmake": ("builds another project", names_our_material),
+    "PYTHONPATH=llama.cpp": ("another project's converter", names_our_material),
+    "for n in 0 1 2 3": ("another project's converter", names_our_material),
+    "llama.cpp/build": ("another project's server", names_our_material),
+    "VLLM_CPU": ("another project's server", names_our_material),
     "lorasrv bench serve --openai": (
         "asks another project's server; tests/test_bench_serving.py runs a small one",
         exists_with_its_options,

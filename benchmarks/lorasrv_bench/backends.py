@@ -1,7 +1,7 @@
 """Servers that load can be sent to: ours through gRPC, and whatever speaks OpenAI's completions."""
 
 import json
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,11 +13,15 @@ from lorasrv_bench.load import Backend, CallFailed, End, Piece
 
 @dataclass(frozen=True, kw_only=True)
 class Server:
-    """Where to send: tenant t's requests go with key t modulo their number; no keys are one tenant without a key."""
+    """Where to send: tenant t's requests go with key t modulo their number; no keys are one tenant without a key.
+
+    With `lora_ids`, an OpenAI server is told of an adapter by its number, as llama.cpp wants it, not as a model's name.
+    """
 
     api: Literal["grpc", "openai"]
     url: str
     api_keys: tuple[str | None, ...] = (None,)
+    lora_ids: Mapping[str, int] | None = None
 
     def connect(self) -> Backend:
         """A connection of the running event loop. Raises ConfigurationError where httpx2 is needed and missing."""
@@ -76,6 +80,7 @@ class OpenAIBackend:
         except ModuleNotFoundError:
             raise ConfigurationError("httpx2 is not installed; pip install 'lorasrv[server,bench]' has it") from None
         self._errors = httpx2.HTTPError
+        self._lora_ids = server.lora_ids
         keys = server.api_keys
         self._headers: Sequence[dict[str, str]] = [{"authorization": f"Bearer {key}"} if key else {} for key in keys]
         self._client = httpx2.AsyncClient(
@@ -86,7 +91,7 @@ class OpenAIBackend:
         )
 
     async def stream(self, ask: Ask) -> AsyncGenerator[Piece | End, None]:
-        body = {
+        body: dict[str, Any] = {
             "model": ask.name,
             "prompt": ask.prompt,
             "max_tokens": ask.max_tokens,
@@ -94,7 +99,11 @@ class OpenAIBackend:
             "stream": True,
             "stream_options": {"include_usage": True},
             "ignore_eos": ask.exact_tokens,
+            # What vLLM tells on request; others ignore it.
+            "return_token_ids": True,
         }
+        if self._lora_ids is not None:
+            body["lora"] = [{"id": self._lora_ids[ask.name], "scale": 1.0}] if ask.name in self._lora_ids else []
         usage: dict[str, int] = {}
         headers = self._headers[ask.tenant % len(self._headers)]
         try:

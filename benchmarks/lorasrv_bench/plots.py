@@ -21,23 +21,36 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """From values to places on the page; both begin at 0 or below."""
+    """From values to places on the page; both begin at 0 or below, but for a logarithmic one across."""
 
     low_x: float
     high_x: float
     high_y: float
+    log_x: bool = False
+
+    def share(self, x: float) -> float:
+        """How far across, from 0 to 1."""
+        if self.log_x:
+            return math.log(x / self.low_x) / math.log(self.high_x / self.low_x)
+        return (x - self.low_x) / (self.high_x - self.low_x)
+
+    def value(self, share: float) -> float:
+        """What is so far across."""
+        if self.log_x:
+            return self.low_x * (self.high_x / self.low_x) ** share
+        return self.low_x + (self.high_x - self.low_x) * share
 
     def place(self, x: float, y: float) -> str:
-        across = (x - self.low_x) / (self.high_x - self.low_x)
+        across = self.share(x)
         from_left = LEFT + across * (WIDTH - LEFT - RIGHT)
         from_top = HEIGHT - BOTTOM - y / self.high_y * (HEIGHT - TOP - BOTTOM)
         return f"{from_left:.1f},{from_top:.1f}"
 
 
-def chart(title: str, curves: Sequence[Curve], *, x: str, y: str) -> str:
-    """Curves over one pair of axes."""
+def chart(title: str, curves: Sequence[Curve], *, x: str, y: str, log_x: bool = False) -> str:
+    """Curves over one pair of axes; with `log_x` equal ratios are equally far across, if all are above 0."""
     points = [point for curve in curves for point in curve.points]
-    axes = _axes([across for across, _ in points], max(up for _, up in points))
+    axes = _axes([across for across, _ in points], max(up for _, up in points), log_x)
     drawn = [
         f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="'
         + " ".join(axes.place(*point) for point in curve.points)
@@ -62,9 +75,10 @@ def bands(title: str, across: Sequence[float], layers: Mapping[str, Sequence[flo
     return _svg(title, axes, drawn, list(layers), x, y)
 
 
-def _axes(across: Sequence[float], high_y: float) -> Axes:
-    low, high = min(0.0, *across), max(across)
-    return Axes(low_x=low, high_x=high if high > low else low + 1, high_y=high_y if high_y > 0 else 1)
+def _axes(across: Sequence[float], high_y: float, log_x: bool = False) -> Axes:
+    log_x = log_x and min(across) > 0
+    low, high = (min(across) if log_x else min(0.0, *across)), max(across)
+    return Axes(low_x=low, high_x=high if high > low else low + 1, high_y=high_y if high_y > 0 else 1, log_x=log_x)
 
 
 def _colours(count: int) -> list[str]:
@@ -76,7 +90,7 @@ def _svg(title: str, axes: Axes, drawn: Sequence[str], names: Sequence[str], x: 
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {page}>']
     parts.append(f'<text x="{LEFT}" y="16" font-weight="bold">{escape(title)}</text>')
     for tick in range(TICKS + 1):
-        across = axes.low_x + (axes.high_x - axes.low_x) * tick / TICKS
+        across = axes.value(tick / TICKS)
         up = axes.high_y * tick / TICKS
         left, bottom = axes.place(across, 0).split(",")
         _, height = axes.place(across, up).split(",")

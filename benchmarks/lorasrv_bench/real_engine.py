@@ -2,24 +2,25 @@
 
 import json
 import random
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save
-
-from lorasrv.config import EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
+from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig
 from lorasrv.engine.build import build_core
 from lorasrv.engine.core import EngineCore
+from lorasrv.model.base_shapes import base_shapes
 from lorasrv.model.families import read_architecture
 from lorasrv.model.shape import ModelShape
 from lorasrv.sim.workload import Arrival
 from lorasrv.types import AdapterUse, EngineInfo, EngineRequest
+from lorasrv_adapters.base import BaseShapes
 from lorasrv_adapters.blobs import BlobStore
 from lorasrv_adapters.manifest import CONFIG_FILE, WEIGHTS_FILE, ManifestFile, make_manifest
+from lorasrv_bench.fresh_adapters import write_adapter
 
 # Steps of a few milliseconds on two cores.
 SMALL_CONFIG: Mapping[str, Any] = {
@@ -37,8 +38,6 @@ SMALL_CONFIG: Mapping[str, Any] = {
     "tie_word_embeddings": False,
 }
 MAX_RANK = 64
-_PEFT_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_PATHS = dict(zip(_PEFT_NAMES, ("self_attn",) * 4 + ("mlp",) * 3, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +88,18 @@ def prepare(folder: Path, *, num_adapters: int, ranks: tuple[int, ...], model: P
         model.mkdir()
         (model / "config.json").write_text(json.dumps(SMALL_CONFIG))
     shape, blobs = ModelShape.of(read_architecture(model)), BlobStore(folder / "blobs")
-    digests = tuple(_publish(blobs, shape, ranks[number % len(ranks)], number) for number in range(num_adapters))
+    base = base_shapes(model, "float32")
+    digests = tuple(_publish(blobs, base, ranks[number % len(ranks)], number) for number in range(num_adapters))
     return Prepared(model=model, blobs=folder / "blobs", shape=shape, digests=digests, ranks=ranks)
 
 
 @contextmanager
-def real_engine(prepared: Prepared, *, pool_bytes: int, scheduler: SchedulerConfig) -> Iterator[RealEngine]:
+def real_engine(
+    prepared: Prepared, *, pool_bytes: int, scheduler: SchedulerConfig, dtype: DType = "float32"
+) -> Iterator[RealEngine]:
     """A model of random weights."""
     config = EngineConfig(
-        model=ModelConfig(path=str(prepared.model), dtype="float32", dummy_weights=True),
+        model=ModelConfig(path=str(prepared.model), dtype=dtype, dummy_weights=True),
         pool=PoolConfig(pool_bytes=pool_bytes),
         scheduler=scheduler,
         blob_root=str(prepared.blobs),
@@ -112,34 +114,12 @@ def real_engine(prepared: Prepared, *, pool_bytes: int, scheduler: SchedulerConf
         core.close()
 
 
-def _publish(blobs: BlobStore, shape: ModelShape, rank: int, seed: int) -> str:
+def _publish(blobs: BlobStore, base: BaseShapes, rank: int, seed: int) -> str:
     """An adapter of random weights on all modules, as PEFT would save it; its digest."""
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": rank,
-        "lora_alpha": rank,
-        "use_rslora": False,
-        "bias": "none",
-        "target_modules": list(_PEFT_NAMES),
-    }
-    files = {CONFIG_FILE: json.dumps(config).encode(), WEIGHTS_FILE: save(_weights(shape, rank, seed))}
+    with tempfile.TemporaryDirectory(prefix="lorasrv-adapter-") as folder:
+        path = write_adapter(Path(folder), base, rank=rank, seeds=(seed,))
+        files = {name: (path / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
     manifest = make_manifest(
         [ManifestFile(name=name, size_bytes=len(data), sha256=blobs.put_bytes(data)) for name, data in files.items()]
     )
     return blobs.put_bytes(manifest.to_bytes())
-
-
-def _weights(shape: ModelShape, rank: int, seed: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-
-    def values(*size: int) -> np.ndarray:
-        return 0.02 * rng.standard_normal(size, dtype=np.float32)
-
-    tensors: dict[str, np.ndarray] = {}
-    for layer in range(shape.num_layers):
-        for name, (_, num_in, num_out) in zip(_PEFT_NAMES, shape.module_shapes, strict=True):
-            key = f"base_model.model.model.layers.{layer}.{_PATHS[name]}.{name}"
-            tensors[f"{key}.lora_A.weight"] = values(rank, num_in)
-            tensors[f"{key}.lora_B.weight"] = values(num_out, rank)
-    return tensors

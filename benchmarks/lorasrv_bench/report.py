@@ -1,7 +1,7 @@
 """A report of one run or several: a page that needs nothing but a browser, with the figures and their curves.
 
 One run: its figures, the distributions of its latencies, the pool by owner over time. Several: throughput and latency
-against the number of adapters too, a point for each.
+too, a point for each, against the number of adapters and against how many requests were under way at a time.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,8 @@ from lorasrv_bench.watch import OWNERS
 
 SHOWN = ("requests_per_s", "output_tokens_per_s", "goodput_per_s", "failed")
 LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "E2E"}
+# What of a header several runs are set against, and what it is called.
+AGAINST = {"adapters": "adapters", "concurrency": "requests at a time"}
 STYLE = "body{font:14px sans-serif;max-width:1000px;margin:2em auto}td,th{padding:.2em .8em;text-align:right}"
 
 
@@ -28,8 +30,9 @@ def report(records: Sequence[Record]) -> str:
         parts.append("<p>" + escape("; ".join(f"{name}: {head.get(name)}" for name in told)) + "</p>")
         parts.append(_of_run(record))
     scored = [record for record in records if not refusals(record.summary) and "requests_per_s" in record.summary]
-    if len(scored) > 1:
-        parts.append("<h2>Against the number of adapters</h2>" + _against_adapters(scored))
+    for key, title in AGAINST.items():
+        if len({record.header.get(key) for record in scored}) > 1:
+            parts.append(f"<h2>Against the number of {title}</h2>" + _against(key, title, scored))
     return "\n".join(parts)
 
 
@@ -77,14 +80,16 @@ def _table(summary: dict[str, Any]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def _against_adapters(records: Sequence[Record]) -> str:
-    ordered = sorted(records, key=lambda record: record.header["adapters"])
+def _against(key: str, title: str, records: Sequence[Record]) -> str:
+    placed = [(float(record.header[key]), record.summary) for record in records if record.header.get(key) is not None]
+    placed.sort(key=lambda each: each[0])
 
-    def curve(name: str, title: str, key: str | None = None) -> Curve:
-        values = [record.summary[name] if key is None else 1000 * record.summary[name][key] for record in ordered]
-        counts = [float(record.header["adapters"]) for record in ordered]
-        return Curve(name=title, points=tuple(zip(counts, values, strict=True)))
+    def curve(name: str, said: str, which: str | None = None) -> Curve:
+        points = [(at, found[name] if which is None else 1000 * found[name][which]) for at, found in placed]
+        return Curve(name=said, points=tuple(points))
 
     tokens = [curve("output_tokens_per_s", "output tokens/s")]
     latency = [curve("ttft_s", "TTFT p50", "p50"), curve("ttft_s", "TTFT p99", "p99"), curve("e2e_s", "E2E p50", "p50")]
-    return chart("Throughput", tokens, x="adapters", y="tokens/s") + chart("Latency", latency, x="adapters", y="ms")
+    return chart("Throughput", tokens, x=title, y="tokens/s", log_x=True) + chart(
+        "Latency", latency, x=title, y="ms", log_x=True
+    )

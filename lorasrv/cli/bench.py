@@ -65,6 +65,9 @@ def serve(
         str, typer.Option(help="With --openai: its adapters' names; {} is the number.")
     ] = "lora-{}",
     vocab_size: Annotated[int, typer.Option(min=1, help="With --openai: prompts are of token ids below it.")] = 32_000,
+    lora_field: Annotated[
+        bool, typer.Option("--lora-field", help="With --openai: tell it of adapters by number, as llama.cpp wants it.")
+    ] = False,
     exact: Annotated[
         bool, typer.Option("--exact", help="With --openai: hold it to the same answer whatever else it does.")
     ] = False,
@@ -85,7 +88,9 @@ def serve(
         drawn = parse_workload(workload, seed)
         salt = secrets.randbits(32) if salt is None else salt
         if openai is not None:
-            server = Server(api="openai", url=openai, api_keys=_keys(tenant_keys, None))
+            names = {adapter_names.format(number): number for number in range(drawn.num_adapters)}
+            lora_ids = names if lora_field else None
+            server = Server(api="openai", url=openai, api_keys=_keys(tenant_keys, None), lora_ids=lora_ids)
         else:
             server = Server(api="grpc", url=resolve(url).context.url, api_keys=_keys(tenant_keys, url))
         setup = serving.Setup(
