@@ -13,7 +13,8 @@ class ModelConfig:
     """Which base model, and how it is held. `dummy_weights` builds random weights of the config's shape, by `seed`.
 
     `deterministic` makes a token's arithmetic independent of what else is in the batch, of chunking, cache hits and
-    preemption: the same request gives the same bits.
+    preemption: the same request gives the same bits. `threads` compute on a CPU; None is one for a small model, else as
+    many as there are cores.
     """
 
     path: str
@@ -22,6 +23,11 @@ class ModelConfig:
     dummy_weights: bool = False
     seed: int = 0
     deterministic: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ConfigurationError(f"threads is {self.threads}; it must be >= 1")
 
 
 @dataclass(frozen=True, kw_only=True)

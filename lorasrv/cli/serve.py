@@ -38,6 +38,9 @@ def serve(
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same request gives the same bits, whatever the batch; slower.")
     ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads that compute on a CPU; one for a small model, else all cores.")
+    ] = None,
     max_running: Annotated[int, typer.Option(help="Requests in one step.")] = 64,
     max_step_tokens: Annotated[int, typer.Option(help="Tokens in one step.")] = 512,
     max_waiting: Annotated[int, typer.Option(help="Requests of a tenant that may wait.")] = 2048,
@@ -81,6 +84,7 @@ def serve(
                     device=device,
                     dummy_weights=dummy_weights,
                     deterministic=deterministic,
+                    threads=threads,
                 ),
                 pool=PoolConfig(pool_bytes=pool_bytes),
                 scheduler=SchedulerConfig(

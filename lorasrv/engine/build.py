@@ -11,6 +11,7 @@ from lorasrv.engine.core import EngineCore, Limits
 from lorasrv.engine.image_readers import ImageSource, ThreadReader
 from lorasrv.engine.packer import Packer, pageable
 from lorasrv.engine.runner import build_runner
+from lorasrv.engine.threads import use_threads
 from lorasrv.engine.tiers import Tiers, unfelt_copy_bytes
 from lorasrv.engine.warm_up import warm_up
 from lorasrv.errors import ConfigurationError
@@ -33,6 +34,7 @@ def build_core(config: EngineConfig) -> tuple[EngineCore, EngineInfo]:
     if config.blob_root is None:
         raise ConfigurationError("an engine process needs blob_root, the registry's blob folder")
     blob_root = config.blob_root
+    use_threads(config.model)
     assembly = _assemble(config, lambda packer, on_gpu: _builders(config, blob_root, packer, on_gpu))
     return assembly.core, assembly.info
 
