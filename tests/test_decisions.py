@@ -12,7 +12,8 @@ SMALL = Load(num_running=6, num_waiting=12, num_adapters=9, adapter_pages=3, max
 @pytest.mark.parametrize("seed", range(3))
 def test_a_small_load_admits_evicts_and_preempts(seed: int) -> None:
     found = measure(SMALL, 400, seed)
-    assert len(found.step_s) == 399
+    assert len(found.step_s) == len(found.decide_apply_s) == 399
+    assert all(0 < part < whole for part, whole in zip(found.decide_apply_s, found.step_s, strict=True))
     assert min(found.admissions, found.loads, found.evictions, found.preemptions) > 0
 
 
@@ -20,7 +21,9 @@ def test_a_growth_is_drawn_over_multiples_of_the_target() -> None:
     loads = (replace(SMALL, num_running=3), SMALL)
     growth = Growth(name="num_running", target=6, loads=loads)
     times = {
-        load: Measured(step_s=[1e-3 * (index + 1)] * 3, admissions=0, loads=0, evictions=0, preemptions=0)
+        load: Measured(
+            step_s=[1e-3 * (index + 1)] * 3, decide_apply_s=[], admissions=0, loads=0, evictions=0, preemptions=0
+        )
         for index, load in enumerate(loads)
     }
     curve = growth.curve(times, 0.99)

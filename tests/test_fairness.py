@@ -9,7 +9,7 @@ import pytest
 from core_rig import BLOCK_TOKENS, make_core, make_request
 from lorasrv.engine.core import EngineCore
 from lorasrv.errors import QueueFull
-from lorasrv.sched.fairness import Shares
+from lorasrv.sched.fairness import Share, Shares
 from lorasrv.sched.queue import WaitingQueue
 from lorasrv.sched.sequence import Sequence
 from lorasrv.types import EngineRequest, Priority
@@ -182,7 +182,9 @@ def test_ten_thousand_random_changes_of_a_queue() -> None:
         queue.check(resident)
         assert list(queue) == sorted(queued, key=_turn) and len(queue) == len(queued)
         away_ones = [s for s in sorted(queued, key=_turn) if s.digest is not None and s.digest not in resident]
-        assert list(queue.turns(away_only=True)) == away_ones
+        assert list(queue.next_away(99, 99)) == _digests(away_ones, 99, 99)
+        num_digests, num_sequences = rng.randint(0, 3), rng.randint(0, 20)
+        assert list(queue.next_away(num_digests, num_sequences)) == _digests(away_ones, num_digests, num_sequences)
         for digest in "abc":
             assert set(queue.for_digest(digest)) == {s for s in queued if s.digest == digest}
         places = {sequence: place for place, sequence in queue.places()}
@@ -190,6 +192,19 @@ def test_ten_thousand_random_changes_of_a_queue() -> None:
         behind = rng.choice(pool)  # queued or not
         told = list(queue.places(behind))
         assert told == [each for each in queue.places() if _line(each[1]) > _line(behind)]
+
+
+def _digests(away: list[Sequence], num_digests: int, num_sequences: int) -> list[str]:
+    """Of those that go first when each is charged for as it goes."""
+    left, digests, charged = list(away), list[str](), dict[Share, float]()
+    while left and num_sequences and len(digests) < num_digests:
+        first = min(left, key=lambda s: (s.order[0], s.share.served + charged.get(s.share, 0.0), s.order))
+        left.remove(first)
+        charged[first.share] = charged.get(first.share, 0.0) + first.admission_cost
+        num_sequences -= 1
+        if first.digest is not None and first.digest not in digests:
+            digests.append(first.digest)
+    return digests
 
 
 def _line(sequence: Sequence) -> tuple[int, str, int]:

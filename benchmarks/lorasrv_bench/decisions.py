@@ -1,8 +1,9 @@
 """What the engine's own work costs a step: decide, submit and apply on a device that computes nothing.
 
 A closed loop of requests over many adapters through a pool too small for them all, so that every few steps there are
-admissions, loads, evictions and preemptions. `python -m lorasrv_bench.decisions` prints percentiles of all of
-`EngineCore.step`, in seconds of its thread's CPU time, for growing sizes, and with `--plot FILE.svg` draws them.
+admissions, loads, evictions and preemptions. `python -m lorasrv_bench.decisions` prints percentiles, of the thread's
+CPU time, for growing sizes, and with `--plot FILE.svg` draws them: of all of `EngineCore.step`, and of deciding and
+applying alone. What the former has beside is submitting: pages change hands, and each row is described to the runner.
 """
 
 import argparse
@@ -10,9 +11,11 @@ import platform
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from lorasrv.config import SchedulerConfig
 from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, StepOutput
@@ -105,16 +108,38 @@ class HostTiers:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Processor seconds a step, and what happened in those steps."""
+    """Processor seconds a step, and of them those of deciding and applying; what happened in those steps."""
 
     step_s: list[float]
+    decide_apply_s: list[float]
     admissions: int
     loads: int
     evictions: int
     preemptions: int
 
-    def quantile(self, share: float) -> float:
-        return sorted(self.step_s)[int(share * (len(self.step_s) - 1))]
+
+def quantile(seconds: Sequence[float], share: float) -> float:
+    return sorted(seconds)[int(share * (len(seconds) - 1))]
+
+
+@dataclass
+class Stopwatch:
+    """Adds up what the calls that it is put around take."""
+
+    seconds: float = 0.0
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any) -> Any:
+            begin = time.thread_time()
+            result = call(*arguments)
+            self.seconds += time.thread_time() - begin
+            return result
+
+        return timed
+
+    def read(self) -> float:
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
 
 
 def measure(load: Load, num_steps: int, seed: int) -> Measured:
@@ -137,10 +162,14 @@ def measure(load: Load, num_steps: int, seed: int) -> Measured:
         runner=NullRunner(),
         tiers=HostTiers(load.adapter_pages),
     )
+    watch = Stopwatch()
+    scheduler = SimpleNamespace(decide=watch.around(core._scheduler.decide))
+    core.__dict__.update(_scheduler=scheduler, _apply=watch.around(core._apply))
     number, open_requests = 0, 0
     owed: dict[str, int] = {}
     given: Counter[str] = Counter()
     step_s: list[float] = []
+    decide_apply_s: list[float] = []
     before = core.status().counters
     warm_up = load.max_output
     spare_collections()
@@ -153,6 +182,7 @@ def measure(load: Load, num_steps: int, seed: int) -> Measured:
         begin = time.thread_time()
         deltas = core.step()
         step_s.append(time.thread_time() - begin)
+        decide_apply_s.append(watch.read())
         for delta in deltas:
             given[delta.request_id] += len(delta.token_ids)
             if delta.finish is not None:
@@ -161,10 +191,12 @@ def measure(load: Load, num_steps: int, seed: int) -> Measured:
         if step == warm_up:
             before = core.status().counters
             step_s.clear()
+            decide_apply_s.clear()
     core.check()
     after = core.status().counters
     return Measured(
         step_s=step_s,
+        decide_apply_s=decide_apply_s,
         admissions=number - load.num_waiting - load.num_running,
         loads=after.adapter_loads - before.adapter_loads,
         evictions=after.adapter_evictions - before.adapter_evictions,
@@ -195,7 +227,7 @@ class Growth:
     def curve(self, found: Mapping[Load, Measured], share: float) -> Curve:
         """Milliseconds over the number, 1 being the target's."""
         sizes = [getattr(load, self.name) / self.target for load in self.loads]
-        values = [1e3 * found[load].quantile(share) for load in self.loads]
+        values = [1e3 * quantile(found[load].step_s, share) for load in self.loads]
         name = f"{self.name.removeprefix('num_')} p{100 * share:.0f}"
         return Curve(name=name, points=tuple(zip(sizes, values, strict=True)))
 
@@ -215,13 +247,19 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"commit {commit()}; {platform.machine()}, {cpu_name()}; Python {platform.python_version()}")
     print(f"seed {arguments.seed}, {arguments.steps} steps behind a warm-up; milliseconds of CPU time a step")
-    print("running waiting adapters |   p50    p99    max | admitted loads evictions preemptions")
+    print("                         | all of a step        | decide and apply     |")
+    print(
+        "running waiting adapters |   p50    p99    max  |   p50    p99    max  | admitted loads evictions preemptions"
+    )
     found: dict[Load, Measured] = {}
     for load in dict.fromkeys(load for growth in GROWTHS for load in growth.loads):
         each = found[load] = measure(load, arguments.steps, arguments.seed)
-        times = " ".join(f"{1e3 * each.quantile(share):6.3f}" for share in (0.5, 0.99, 1.0))
+        times = [
+            " ".join(f"{1e3 * quantile(seconds, share):6.3f}" for share in (0.5, 0.99, 1.0))
+            for seconds in (each.step_s, each.decide_apply_s)
+        ]
         print(
-            f"{load.num_running:7d} {load.num_waiting:7d} {load.num_adapters:8d} | {times} | "
+            f"{load.num_running:7d} {load.num_waiting:7d} {load.num_adapters:8d} | {times[0]} | {times[1]} | "
             f"{each.admissions:8d} {each.loads:5d} {each.evictions:9d} {each.preemptions:11d}",
             flush=True,
         )

@@ -12,7 +12,7 @@ here.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from lorasrv.config import SchedulerConfig
@@ -360,7 +360,7 @@ class EngineCore:
         self._queue(sequence, again=True)
         self._counters["preemptions"] += 1
 
-    def _evict(self, victims: Iterable[Candidate]) -> None:
+    def _evict(self, victims: tuple[Candidate, ...]) -> None:
         self._ledger.evict(victims)
         for victim in victims:
             if isinstance(victim, IdleAdapter):

@@ -4,18 +4,19 @@ The scheduler asks (`sched.scheduler.Resources`); the core carries out what it d
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from lorasrv.engine.batch import PageCopy
 from lorasrv.engine.costs import Costs
 from lorasrv.engine.messages import failure_of
 from lorasrv.engine.sampling import first_needed_row
 from lorasrv.engine.tiers import AdapterTiers, TierChanges
-from lorasrv.memory.eviction import Candidate, EvictionOrder, IdleAdapter, Policy
+from lorasrv.memory.eviction import Candidate, EvictionOrder, IdleAdapter, IdleBlock, Policy
 from lorasrv.memory.likelihood import Likelihood, RequestClock
 from lorasrv.memory.pages import Owner, OwnerKind, PagePool
 from lorasrv.memory.prefix import BlockKeys, PrefixCache
 from lorasrv.memory.residency import AdapterInput, Residency
+from lorasrv.memory.victims import name_of
 from lorasrv.sched.plan import Admission
 from lorasrv.sched.sequence import Sequence
 from lorasrv.types import AdapterResidency, EngineRequest, PoolStats, Tier
@@ -150,17 +151,14 @@ class Ledger:
         self.costs.copies.began(digest, self._clock())
         self._residency.add(self._tiers.load(digest, pages, wait_for_steps=wait_for_steps))
 
-    def evict(self, victims: Iterable[Candidate]) -> None:
+    def evict(self, victims: Collection[Candidate]) -> None:
         """Make room."""
-        blocks: list[int] = []
+        self._order.evict(*map(name_of, victims))
         for victim in victims:
             if isinstance(victim, IdleAdapter):
-                self._order.evict(victim.digest)
                 self._remove_adapter(victim.digest)
-            else:
-                self._order.evict(victim.page)
-                self._prefix.remove(victim.page)
-                blocks.append(victim.page)
+        blocks = [victim.page for victim in victims if isinstance(victim, IdleBlock)]
+        self._prefix.remove(*blocks)
         self._pool.retire(blocks, _CACHE, self.step)
 
     def admit(self, sequence: Sequence, admission: Admission) -> PageCopy | None:
@@ -314,8 +312,7 @@ class Ledger:
 
     def _remove_idle_from(self, pages: Iterable[int]) -> None:
         idle = self._prefix.idle_from(pages)
-        for page in idle:
-            self._prefix.remove(page)
+        self._prefix.remove(*idle)
         self._pool.retire(idle, _CACHE, self.step)
 
     def _num_bytes(self, digest: str) -> int:

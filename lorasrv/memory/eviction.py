@@ -129,11 +129,19 @@ class EvictionOrder:
             if not queue:
                 del self._queues[worth]
 
-    def evict(self, name: Name) -> None:
-        """It goes to make room."""
+    def evict(self, *names: Name) -> None:
+        """They go to make room."""
+        inflation = self._inflation
+        for name in names:
+            worth = self._worth.pop(name)
+            queue = self._queues[worth]
+            priority = queue.pop(name)[0]
+            if priority > inflation:
+                inflation = priority
+            if not queue:
+                del self._queues[worth]
         if self._policy.inflates:
-            self._inflation = max(self._inflation, self._queues[self._worth[name]][name][0])
-        self.discard(name)
+            self._inflation = inflation
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""

@@ -48,8 +48,13 @@ class Likelihood:
 
     def first(self) -> Uses:
         """Something new is used."""
-        self._count(0)
-        return Uses(0.0, self._clock.now)
+        return Uses(0.0, self.firsts(1))
+
+    def firsts(self, count: int) -> int:
+        """So many new things are used now. Returns the time, for their `Uses`."""
+        for _ in range(count):
+            self._count(0)
+        return self._clock.now
 
     def again(self, uses: Uses) -> None:
         """It is used again."""

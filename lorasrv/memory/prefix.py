@@ -39,13 +39,12 @@ class BlockKeys:
 
 
 @dataclass(slots=True)
-class _Block:
-    """A cached block; `parent` is the page of the one before it. `priority` is at least that of each idle block behind
-    it, and its own when it is idle."""
+class _Block(Uses):
+    """A cached block and its uses; `parent` is the page of the one before it. `priority` is at least that of each idle
+    block behind it, and its own when it is idle."""
 
     key: bytes
     parent: int | None
-    uses: Uses
     pins: int = 1
     priority: float = 0.0
 
@@ -93,7 +92,7 @@ class PrefixCache:
         for key, page in zip(keys, pages, strict=True):
             cached = self._pages.setdefault(key, page)
             if cached == page:
-                self._blocks[page] = _Block(key, parent, self._likelihood.first())
+                self._blocks[page] = _Block(0.0, self._likelihood.firsts(1), key, parent)
             else:
                 self.pin((cached,))
             found.append(cached)
@@ -108,7 +107,7 @@ class PrefixCache:
                 self._order.discard(page)
             block.pins += 1
             if again:
-                self._likelihood.again(block.uses)
+                self._likelihood.again(block)
 
     def unpin(self, pages: Sequence[int], cost_s: float) -> None:
         """Give back all the cached blocks of a sequence, first to last. `cost_s` is what computing one costs."""
@@ -120,8 +119,8 @@ class PrefixCache:
             block = self._blocks[page]
             assert block.pins > 0, f"page {page} is not pinned"
             block.pins -= 1
-            if block.uses.again != again:
-                again, own = block.uses.again, order.worth(self._likelihood.of(block.uses), cost_s, 1)
+            if block.again != again:
+                again, own = block.again, order.worth(self._likelihood.of(block), cost_s, 1)
             if own > worth or priority < block.priority:
                 order.add_blocks(idle, worth)
                 idle = []
@@ -132,12 +131,13 @@ class PrefixCache:
                 idle.append(page)
         order.add_blocks(idle, worth)
 
-    def remove(self, page: int) -> None:
-        """Forget an idle block behind which there is none; its page is the caller's to retire."""
-        block = self._blocks.pop(page)
-        assert not block.pins, f"page {page} is in use"
-        self._order.discard(page)
-        del self._pages[block.key]
+    def remove(self, *pages: int) -> None:
+        """Forget idle blocks, last ones first, behind which there are none; their pages are the caller's to retire."""
+        for page in pages:
+            block = self._blocks.pop(page)
+            assert not block.pins, f"page {page} is in use"
+            self._order.discard(page)
+            del self._pages[block.key]
 
     def idle_from(self, pages: Iterable[int]) -> list[int]:
         """Those of the blocks that are idle and all that is cached behind them, last ones first. Looks at all."""

@@ -120,9 +120,40 @@ class WaitingQueue:
                 insort(line.side(away), sequence, key=order_of)
                 (self._away.add if away else self._away.discard)(sequence)
 
-    def turns(self, *, away_only: bool = False, num_away: int | None = None) -> "Turns":
+    def turns(self, *, num_away: int | None = None) -> "Turns":
         """With about `num_away` of those whose adapter is away; None is all of them."""
-        return Turns(self._lines.items(), away_only=away_only, num_away=num_away)
+        return Turns(self._lines.items(), num_away=num_away)
+
+    def next_away(self, num_digests: int, num_sequences: int) -> dict[str, None]:
+        """The adapters that the next `num_sequences` of those that are away wait for, at most `num_digests`: in the
+        order of service, if each is granted in its turn."""
+        digests: dict[str, None] = {}
+        granted: dict[Share, float] = {}
+        by_class: dict[int, list[Line]] = {}
+        for (priority, _), line in self._lines.items():
+            if line.away:
+                by_class.setdefault(priority, []).append(line)
+        for priority in sorted(by_class):
+            heap = [
+                (line.share.served + granted.get(line.share, 0.0), line.away[0].order, line, 0)
+                for line in by_class[priority]
+            ]
+            heapify(heap)
+            while heap:
+                if not num_sequences or len(digests) == num_digests:
+                    return digests
+                num_sequences -= 1
+                _, _, line, place = heap[0]
+                sequence, share = line.away[place], line.share
+                assert sequence.digest is not None, "without an adapter there is nothing to wait for"
+                digests[sequence.digest] = None
+                cost = granted[share] = granted.get(share, 0.0) + sequence.admission_cost
+                place += 1
+                if place == len(line.away):
+                    heappop(heap)
+                else:
+                    heapreplace(heap, (share.served + cost, line.away[place].order, line, place))
+        return digests
 
     def check(self, is_resident: "Iterable[str]") -> None:
         """Raise AssertionError on a broken invariant; `is_resident` are the digests that are on the device."""
@@ -155,14 +186,11 @@ class Turns:
         self,
         lines: Iterable[tuple[tuple[int, str], Line]],
         *,
-        away_only: bool = False,
         num_away: int | None = None,
     ) -> None:
         self._by_class: dict[int, list[Line]] = {}
         for (priority, _), line in lines:
-            if line.away or not away_only:
-                self._by_class.setdefault(priority, []).append(line)
-        self._away_only = away_only
+            self._by_class.setdefault(priority, []).append(line)
         self._away_left = num_away
         self._granted: dict[Share, float] = {}
         self._has_turns = any(len(lines) > 1 for lines in self._by_class.values())
@@ -199,8 +227,6 @@ class Turns:
 
     def _in_line(self, line: Line) -> Iterator[Sequence]:
         """By arrival."""
-        if self._away_only:
-            return iter(line.away)
         return self._both_sides(line) if line.away and self._may_show_away() else iter(line.here)
 
     def _both_sides(self, line: Line) -> Iterator[Sequence]:

@@ -179,13 +179,7 @@ class _Draft:
         Behind them one that is to be warm: the reads of requests that come next queue behind its own.
         """
         if self.view.waiting.num_away:
-            turns = self.view.waiting.turns(away_only=True)
-            for sequence in islice(turns, _SCANNED * self.config.lookahead):
-                if len(self.wanted) == self.config.lookahead:
-                    break
-                assert sequence.digest is not None, "without an adapter there is nothing to wait for"
-                self.wanted[sequence.digest] = None
-                turns.grant(sequence)
+            self.wanted = self.view.waiting.next_away(self.config.lookahead, _SCANNED * self.config.lookahead)
         unread = (warm.digest for warm in self.view.warms if self.view.resources.num_pages(warm.digest) is None)
         if len(self.wanted) < self.config.lookahead:
             self.wanted |= dict.fromkeys(islice(unread, 1))
