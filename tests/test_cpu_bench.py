@@ -1,6 +1,7 @@
 """The table of the CPU's targets: what is met, what is not, and what has no score."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from lorasrv_bench import cpu, cpu_rows, curves
+from lorasrv_bench import cpu, cpu_rows, curves, lora_cost
 from lorasrv_bench.cpu_rows import Row
 from lorasrv_bench.decisions import Load, Measured
 from lorasrv_bench.lora_cost import Cost
 from lorasrv_bench.peers import MIXED, OURS, Compared
+from lorasrv_bench.plots import Curve, chart
 from lorasrv_bench.start_up import Started, peak_memory
 from lorasrv_bench.step_counts import Counts, StepCost
 
@@ -60,6 +62,23 @@ def test_the_cost_of_adapters_is_what_their_bytes_take_and_half_more() -> None:
     assert many.met is False and "12.00 ms" in many.target
     (wrong,) = cpu_rows.of_cost(replace(cost, wrong=("off",)), (4,))
     assert "| off | no score |" in cpu_rows.table([wrong])
+
+
+def test_a_step_counts_where_all_rows_decode() -> None:
+    """The second row's prompt takes longer, the first ends earlier: only steps between are of both."""
+    first, second = (1.0, 6.0, 7.0, 9.0), (6.0, 7.0, 9.0, 30.0)
+    assert lora_cost._decode_s([first, second]) == 1.5
+
+
+def test_equal_ratios_are_equally_far_across() -> None:
+    points = ((1.0, 1.0), (10.0, 2.0), (100.0, 3.0))
+    drawn = chart("t", [Curve(name="c", points=points)], x="x", y="y", log_x=True)
+    line = re.search(r'<polyline[^>]*points="([^"]+)"', drawn)
+    assert line is not None
+    a, b, c = (float(point.split(",")[0]) for point in line[1].split())
+    assert b - a == pytest.approx(c - b, abs=0.2) and b - a > 50
+    assert ">1<" in drawn and ">100<" in drawn
+    assert "nan" not in chart("t", [Curve(name="c", points=((0.0, 1.0), (5.0, 2.0)))], x="x", y="y", log_x=True)
 
 
 def counts(python_calls: float, torch_ops: float) -> StepCost:
@@ -111,7 +130,7 @@ def test_start_up_may_take_five_seconds_and_the_reading() -> None:
 
 
 def test_peak_memory_is_that_of_all_processes_below() -> None:
-    holding = "import sys; held = bytearray(b'x' * (100 << 20)); print('there', flush=True); sys.stdin.read()"
+    holding = "import sys; held = b'x' * (100 << 20); print('there', flush=True); sys.stdin.read()"
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {holding!r}])"
     with (
         peak_memory() as looks,
