@@ -36,7 +36,11 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-$(READY): pyproject.toml constraints.txt
+# The native CPU code is compiled when the package is installed.
+NATIVE := hatch_build.py $(wildcard kernels/lorasrv_kernels/native/*.py kernels/lorasrv_kernels/native/*.h \
+	kernels/lorasrv_kernels/native/*.cpp)
+
+$(READY): pyproject.toml constraints.txt $(NATIVE)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if v >= (3, 11) else "lorasrv needs Python >= 3.11; $(PYTHON) is %d.%d. Name another with PYTHON=..." % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) --editable ".[server,dev]"

@@ -20,6 +20,7 @@ from lorasrv.model.loader import load_weights
 from lorasrv.model.sampler import Fence
 from lorasrv_kernels import fixed, reference
 from lorasrv_kernels.forward import ForwardKernels
+from native_kernels import KINDS, kernels_of
 from peft_models import random_llama
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -32,6 +33,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
     },
 }
+
+
+def named(kernels: str) -> ForwardKernels:
+    oracles: dict[str, ForwardKernels] = {"reference": reference, "fixed": fixed}
+    return oracles.get(kernels) or kernels_of(kernels)
 
 
 class Rig:
@@ -76,14 +82,12 @@ def prompt(seed: int, length: int) -> list[int]:
     return random.Random(seed).choices(range(101), k=length)
 
 
-@pytest.mark.parametrize("kernels", [reference, fixed], ids=["reference", "fixed"])
+@pytest.mark.parametrize("kernels", ["reference", "fixed", *KINDS])
 @pytest.mark.parametrize("size", [1, 7, 30])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_equal_transformers_in_any_chunking(
-    tmp_path: Path, name: str, size: int, kernels: ForwardKernels
-) -> None:
+def test_logits_equal_transformers_in_any_chunking(tmp_path: Path, name: str, size: int, kernels: str) -> None:
     model = random_llama(tmp_path, **CONFIGS[name])
-    rig, tokens = Rig(tmp_path, kernels=kernels), prompt(1, 30)
+    rig, tokens = Rig(tmp_path, kernels=named(kernels)), prompt(1, 30)
     table, want = rig.table(30), expected(model, tokens)
     for start in range(0, 30, size):
         end = min(start + size, 30)

@@ -1,10 +1,12 @@
-"""The oracle of paged attention and its batch-invariant form against plain attention, row by row, with windows."""
+"""The oracle of paged attention, its batch-invariant form and the CPU's kernels against plain attention, row by row,
+with windows."""
 
 import pytest
 import torch
 
 from lorasrv_kernels import fixed, reference
 from lorasrv_kernels.forward import ForwardKernels
+from native_kernels import KINDS, kernels_of
 
 BLOCK, LAYERS, KV_HEADS, GROUP, HEAD_DIM = 4, 2, 2, 3, 8
 SEQUENCES = ((1, 1), (1, 22), (9, 9), (5, 18), (16, 16), (3, 4), (20, 45))  # (rows, context)
@@ -22,7 +24,7 @@ def plain(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, seen: r
 KERNELS: dict[str, ForwardKernels] = {"reference": reference, "fixed": fixed}
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kernels", [*KERNELS, *KINDS])
 @pytest.mark.parametrize("window", [None, 1, 2, 4, 5, 9, 100])
 def test_rows_see_their_window_and_pages_that_no_row_sees_are_not_read(window: int | None, kernels: str) -> None:
     generator = torch.Generator().manual_seed(window or 0)
@@ -44,8 +46,8 @@ def test_rows_see_their_window_and_pages_that_no_row_sees_are_not_read(window: i
             seen = range(0 if window is None else max(0, end - window), end)
             want[first_row + row] = plain(query[first_row + row], keys, values, seen)
         first_row += rows
-    starts = torch.tensor([0, *(rows for rows, _ in SEQUENCES)], dtype=torch.int32).cumsum(0)
+    starts = torch.tensor([0, *(rows for rows, _ in SEQUENCES)], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     contexts = torch.tensor([context for _, context in SEQUENCES], dtype=torch.int32)
     out = torch.full_like(query, float("nan"))
-    KERNELS[kernels].paged_attention(query, kv, 1, tables, starts, contexts, window, out)
+    (KERNELS.get(kernels) or kernels_of(kernels)).paged_attention(query, kv, 1, tables, starts, contexts, window, out)
     torch.testing.assert_close(out, want.float(), atol=1e-5, rtol=0)

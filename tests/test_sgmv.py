@@ -1,4 +1,5 @@
-"""The LoRA oracle and its batch-invariant form against dense products, on adapters scattered in a pool."""
+"""The LoRA oracle, its batch-invariant form and the CPU's kernels against dense products, on adapters scattered in a
+pool."""
 
 import random
 from dataclasses import dataclass
@@ -15,11 +16,17 @@ from lorasrv_kernels.forward import ForwardKernels
 from lorasrv_kernels.reference import sgmv_expand, sgmv_shrink
 from lorasrv_kernels.tiles import Segments
 from lorasrv_kernels.work import plan_work
+from native_kernels import KINDS, kernels_of
 
 SHAPES = (("q", 72, 136), ("k", 72, 40), ("v", 72, 300))
 LAYER = 1
 KERNELS: dict[str, ForwardKernels] = {"reference": reference, "fixed": fixed}
+NAMES = [*KERNELS, *KINDS]
 TARGETS = {1: (0, 1, 2), 3: (0, 2), 16: (1,), 40: (0, 1, 2), 200: (2,)}  # by rank
+
+
+def named(kernels: str) -> ForwardKernels:
+    return KERNELS.get(kernels) or kernels_of(kernels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,25 +129,25 @@ CASES: dict[str, tuple[int, list[tuple[int, int, int, float]]]] = {
 }
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kernels", NAMES)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_dense_fp32(case: str, kernels: str) -> None:
-    compare(FP32, *CASES[case], torch.float32, KERNELS[kernels])
+    compare(FP32, *CASES[case], torch.float32, named(kernels))
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kernels", NAMES)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_dense_bf16(case: str, kernels: str) -> None:
-    compare(BF16, *CASES[case], torch.bfloat16, KERNELS[kernels])
+    compare(BF16, *CASES[case], torch.bfloat16, named(kernels))
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kernels", NAMES)
 @pytest.mark.parametrize("seed", range(3))
 def test_equals_dense_on_random_segments(seed: int, kernels: str) -> None:
     rng = random.Random(seed)
     bounds = sorted(rng.sample(range(41), 8))
     ranges = [(bounds[i], bounds[i + 1], rng.choice(list(TARGETS)), rng.uniform(-2, 2)) for i in range(0, 8, 2)]
-    compare(FP32, 40, ranges, torch.float32, KERNELS[kernels])
+    compare(FP32, 40, ranges, torch.float32, named(kernels))
 
 
 def test_a_module_alone_is_the_same_as_in_company() -> None:

@@ -1,11 +1,11 @@
-"""Picks what computes: the oracles, their batch-invariant forms, or the kernels of a GPU."""
+"""Picks what computes: the kernels of a GPU or a CPU, the oracles where there are none, or their fixed forms."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from lorasrv_kernels import fixed, reference
+from lorasrv_kernels import cpu, fixed, reference
 from lorasrv_kernels.attention_work import Tiling, tiling
 from lorasrv_kernels.forward import ForwardKernels, LoraKernels
 
@@ -18,7 +18,7 @@ def forward_kernels(device: torch.device, *, deterministic: bool) -> ForwardKern
         from lorasrv_kernels import gpu
 
         return gpu
-    return reference
+    return _cpu_kernels(device)
 
 
 def lora_kernels(device: torch.device) -> LoraKernels:
@@ -27,14 +27,19 @@ def lora_kernels(device: torch.device) -> LoraKernels:
         from lorasrv_kernels import sgmv
 
         return sgmv
-    return reference
+    return _cpu_kernels(device)
+
+
+def _cpu_kernels(device: torch.device) -> ForwardKernels:
+    found = cpu.load() if device.type == "cpu" else "no CPU"
+    return reference if isinstance(found, str) else found
 
 
 def attention_tiling(
     kernels: ForwardKernels, device: torch.device, dtype: torch.dtype, head_dim: int, group: int
 ) -> Tiling | None:
     """How these kernels want attention cut, `group` being the query heads of a kv head; None where they do not ask."""
-    if kernels is reference or kernels is fixed:
+    if kernels is reference or kernels is fixed or isinstance(kernels, cpu.CpuKernels):
         return None
     major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
     return tiling(head_dim, group, dtype, capability=10 * major + minor)

@@ -1,0 +1,279 @@
+// Attention that reads pages in place: prompts, chunks and decode rows of a step in one call.
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "vectors.h"
+
+using namespace lorasrv;
+
+namespace {
+
+constexpr int64_t QUERY_ROWS = 16;
+constexpr float NOWHERE = -std::numeric_limits<float>::infinity();
+
+template <typename T>
+struct Step {
+  const T* query;  // [num_tokens, num_heads, head_dim]
+  int64_t num_heads, kv_heads, head_dim;
+  const T* keys;  // the layer's keys of the first page, [block_tokens, kv_heads, head_dim]; the values lie behind them
+  int64_t page_stride, block_tokens;
+  const int32_t* block_tables;  // [num_sequences, max_blocks]
+  int64_t max_blocks;
+  const int32_t* query_starts;     // [num_sequences + 1]
+  const int32_t* context_lengths;  // [num_sequences]
+  int64_t num_sequences;
+  int64_t window;  // 0 for none
+  T* out;          // [num_tokens, num_heads, head_dim]
+
+  int64_t group() const { return num_heads / kv_heads; }
+};
+
+// Rows [first, first + num_rows) of a sequence, with the kv heads [head, last_head).
+struct Task {
+  int64_t sequence, first, num_rows, head, last_head;
+};
+
+// What a query row with its head has met so far. Vectors are padded to whole lanes.
+struct Running {
+  int64_t position;  // of the row
+  float top, total;
+};
+
+// A task's rows by kv head, and scratch. Each thread has its own and keeps it.
+struct Scratch {
+  std::vector<Running> rows;
+  std::vector<float> query, acc, keys, values;
+};
+
+thread_local Scratch scratch;
+
+template <typename T>
+class Attention {
+ public:
+  Attention(const Step<T>& step, const Task& task) : step_(step), task_(task), dim_(up(step.head_dim, LANES) * LANES) {
+    per_head_ = task.num_rows * step.group();
+    const int64_t num_heads = task.last_head - task.head;
+    scratch.rows.resize(num_heads * per_head_);
+    scratch.query.assign(num_heads * per_head_ * dim_, 0.0f);
+    scratch.acc.assign(num_heads * per_head_ * dim_, 0.0f);
+    scratch.keys.resize(dim_ * LANES);
+    scratch.values.resize(dim_ * LANES);
+    start_ = step.query_starts[task.sequence] + task.first;
+    const int64_t rows = step.query_starts[task.sequence + 1] - step.query_starts[task.sequence];
+    place_ = step.context_lengths[task.sequence] - rows + task.first;
+  }
+
+  void run() {
+    each_row([&](Running& row, const T* query, T*, float* own, float*, int64_t number) {
+      row = {place_ + number, NOWHERE, 0.0f};
+      for (int64_t at = 0; at < step_.head_dim; at += LANES)
+        store(own + at, load_upto(query + at, step_.head_dim - at));
+    });
+    const int64_t end = place_ + task_.num_rows;
+    const int64_t seen = step_.window ? std::max<int64_t>(0, place_ - step_.window + 1) : 0;
+    const int32_t* table = step_.block_tables + task_.sequence * step_.max_blocks;
+    for (int64_t at = seen; at < end;) {
+      const int64_t block = at / step_.block_tokens, place = at % step_.block_tokens;
+      const int64_t count = std::min({int64_t{LANES}, step_.block_tokens - place, end - at});
+      const int64_t row = step_.kv_heads * step_.head_dim;
+      const T* keys = step_.keys + table[block] * step_.page_stride + place * row;
+      const int64_t next = at + count;
+      const T* ahead = keys;
+      if (next < end)
+        ahead = step_.keys + table[next / step_.block_tokens] * step_.page_stride + next % step_.block_tokens * row;
+      for (int64_t head = task_.head; head < task_.last_head; ++head) {
+        const int64_t offset = head * step_.head_dim;
+        if (ahead != keys) prefetch_head(ahead + offset, std::min<int64_t>(count, end - next));
+        meet(head, keys + offset, keys + step_.block_tokens * row + offset, at, count);
+      }
+      at = next;
+    }
+    each_row([&](Running& row, const T*, T* out, float*, float* acc, int64_t) {
+      const float factor = 1.0f / row.total;
+      for (int64_t at = 0; at < step_.head_dim; at += LANES)
+        store_upto(out + at, load(acc + at) * factor, step_.head_dim - at);
+    });
+  }
+
+ private:
+  const Step<T>& step_;
+  const Task& task_;
+  int64_t dim_, per_head_, start_, place_;
+
+  template <typename F>
+  void each_row(F f) {
+    int64_t index = 0;
+    for (int64_t head = task_.head; head < task_.last_head; ++head)
+      for (int64_t number = 0; number < task_.num_rows; ++number)
+        for (int64_t g = 0; g < step_.group(); ++g, ++index) {
+          const int64_t at = ((start_ + number) * step_.num_heads + head * step_.group() + g) * step_.head_dim;
+          f(scratch.rows[index], step_.query + at, step_.out + at, &scratch.query[index * dim_],
+            &scratch.acc[index * dim_], number);
+        }
+  }
+
+  void prefetch_head(const T* keys, int64_t count) const {
+    const int64_t row = step_.kv_heads * step_.head_dim;
+    for (int64_t token = 0; token < count; ++token, keys += row) {
+      prefetch(keys, step_.head_dim * sizeof(T));
+      prefetch(keys + step_.block_tokens * row, step_.head_dim * sizeof(T));
+    }
+  }
+
+  // The rows of a kv head meet `count` keys and values, those from position `first` on.
+  void meet(int64_t head, const T* keys, const T* values, int64_t first, int64_t count) {
+    const int64_t base = (head - task_.head) * per_head_;
+    if (per_head_ < 4) {
+      const T* query = step_.query + (start_ * step_.num_heads + head * step_.group()) * step_.head_dim;
+      for (int64_t row = 0; row < per_head_; ++row) {
+        const int64_t at = row / step_.group() * step_.num_heads + row % step_.group();
+        if (scratch.rows[base + row].position >= first)
+          weigh(base + row, score_in_place(query + at * step_.head_dim, keys, count), values, stride(), first, count);
+      }
+      return;
+    }
+    gather(keys, values, count);
+    for (int64_t row = base; row < base + per_head_; ++row)
+      if (scratch.rows[row].position >= first)
+        weigh(row, score_gathered(&scratch.query[row * dim_]), scratch.values.data(), dim_, first, count);
+  }
+
+  int64_t stride() const { return step_.kv_heads * step_.head_dim; }
+
+  // Lane i is the product with key i.
+  Vec score_in_place(const T* query, const T* keys, int64_t count) const {
+    if (step_.head_dim == 2 * Wide<T>::count) return score_vectors<2>(query, keys, count);
+    if (step_.head_dim == 4 * Wide<T>::count) return score_vectors<4>(query, keys, count);
+    Vec parts[LANES] = {};
+    for (int64_t token = 0; token < count; ++token, keys += stride())
+      for (int64_t at = 0; at < step_.head_dim; at += Wide<T>::count) {
+        const int64_t left = step_.head_dim - at;
+        parts[token] = Wide<T>::add(parts[token], Wide<T>::read(keys + at, left), Wide<T>::read(query + at, left));
+      }
+    return sums(parts);
+  }
+
+  template <int N>
+  Vec score_vectors(const T* query, const T* keys, int64_t count) const {
+    constexpr int width = Wide<T>::count;
+    Wide<T> own[N];
+    for (int i = 0; i < N; ++i) own[i] = Wide<T>::read(query + i * width, width);
+    Vec parts[LANES] = {};
+    for (int64_t token = 0; token < count; ++token, keys += stride())
+      for (int i = 0; i < N; ++i) parts[token] = Wide<T>::add(parts[token], Wide<T>::read(keys + i * width, width), own[i]);
+    return sums(parts);
+  }
+
+  // Keys to [head_dim, LANES], values to [LANES, dim], in fp32.
+  void gather(const T* keys, const T* values, int64_t count) {
+    for (int64_t token = 0; token < count; ++token, keys += stride(), values += stride())
+      for (int64_t at = 0; at < step_.head_dim; at += LANES) {
+        const int64_t left = step_.head_dim - at;
+        store(&scratch.values[token * dim_ + at], load_upto(values + at, left));
+        const Vec key = load_upto(keys + at, left);
+        for (int64_t lane = 0; lane < std::min<int64_t>(LANES, left); ++lane)
+          scratch.keys[(at + lane) * LANES + token] = key[lane];
+      }
+  }
+
+  Vec score_gathered(const float* query) const {
+    Vec parts[4] = {};
+    int64_t at = 0;
+    for (; at + 4 <= step_.head_dim; at += 4)
+      for (int i = 0; i < 4; ++i) parts[i] += query[at + i] * load(&scratch.keys[(at + i) * LANES]);
+    for (; at < step_.head_dim; ++at) parts[0] += query[at] * load(&scratch.keys[at * LANES]);
+    return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+  }
+
+  // Softmax as it goes: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
+  template <typename V>
+  void weigh(int64_t index, Vec scores, const V* values, int64_t stride, int64_t first, int64_t count) {
+    Running& row = scratch.rows[index];
+    const IntVec positions = lane_numbers() + static_cast<int32_t>(first);
+    const auto position = static_cast<int32_t>(row.position);
+    IntVec hidden = (positions > position) | (lane_numbers() >= static_cast<int32_t>(count));
+    if (step_.window) hidden |= positions <= position - static_cast<int32_t>(step_.window);
+    scores = hidden ? fill(NOWHERE) : scores * (1.0f / std::sqrt(static_cast<float>(step_.head_dim)));
+    const float found = largest(scores);
+    // A number that is not one is passed on by the weights.
+    if (found == NOWHERE && !any_nan(scores)) return;
+    const float top = std::max(row.top, found);
+    const Vec shares = hidden ? Vec{} : lorasrv::exp(scores - top);
+    const float kept = row.top == top ? 1.0f : lorasrv::exp(fill(row.top - top))[0];
+    row.total = row.total * kept + sum(shares);
+    float weights[LANES];
+    store(weights, shares);
+    row.top = top;
+    float* acc = &scratch.acc[index * dim_];
+    const int64_t seen = std::min<int64_t>(count, row.position - first + 1);
+    const int64_t unseen = step_.window ? std::max<int64_t>(0, row.position - step_.window + 1 - first) : 0;
+    for (int64_t at = 0; at < step_.head_dim; at += 4 * LANES)
+      add_values(acc + at, kept, weights, values + at, stride, unseen, seen, step_.head_dim - at);
+  }
+
+  template <typename V>
+  static void add_values(float* acc, float kept, const float* weights, const V* values, int64_t stride, int64_t unseen,
+                         int64_t seen, int64_t left) {
+    if (left >= 4 * LANES) {
+      Vec own[4];
+      for (int i = 0; i < 4; ++i) own[i] = load(acc + i * LANES) * kept;
+      for (int64_t token = unseen; token < seen; ++token)
+        for (int i = 0; i < 4; ++i) own[i] += weights[token] * load(values + token * stride + i * LANES);
+      for (int i = 0; i < 4; ++i) store(acc + i * LANES, own[i]);
+      return;
+    }
+    for (int64_t at = 0; at < left; at += LANES) {
+      Vec own = load(acc + at) * kept;
+      for (int64_t token = unseen; token < seen; ++token)
+        own += weights[token] * load_upto(values + token * stride + at, left - at);
+      store(acc + at, own);
+    }
+  }
+
+  static bool any_nan(Vec v) {
+    for (int lane = 0; lane < LANES; ++lane)
+      if (v[lane] != v[lane]) return true;
+    return false;
+  }
+};
+
+thread_local std::vector<Task> tasks;
+
+// Prompts by kv head and few rows; a decode row with all heads, whose keys lie side by side, as far as threads allow.
+template <typename T>
+void list_tasks(const Step<T>& step, int64_t num_threads) {
+  tasks.clear();
+  const int64_t shares = std::min(step.kv_heads, up(4 * num_threads, std::max<int64_t>(1, step.num_sequences)));
+  for (int64_t sequence = 0; sequence < step.num_sequences; ++sequence) {
+    const int64_t rows = step.query_starts[sequence + 1] - step.query_starts[sequence];
+    const int64_t heads = rows == 1 ? up(step.kv_heads, shares) : 1;
+    for (int64_t head = 0; head < step.kv_heads; head += heads)
+      for (int64_t first = 0; first < rows; first += QUERY_ROWS)
+        tasks.push_back({sequence, first, std::min(QUERY_ROWS, rows - first), head,
+                         std::min(head + heads, step.kv_heads)});
+  }
+}
+
+}  // namespace
+
+extern "C" int omp_get_max_threads();
+
+LORASRV_EXPORT void lorasrv_paged_attention(int is_bf16, const void* query, int64_t num_heads, int64_t kv_heads,
+                                            int64_t head_dim, const void* keys, int64_t page_stride,
+                                            int64_t block_tokens, const int32_t* block_tables, int64_t max_blocks,
+                                            const int32_t* query_starts, const int32_t* context_lengths,
+                                            int64_t num_sequences, int64_t window, void* out) {
+  const auto attend = [=](auto type) {
+    using T = decltype(type);
+    const Step<T> step{static_cast<const T*>(query), num_heads, kv_heads, head_dim, static_cast<const T*>(keys),
+                       page_stride, block_tokens, block_tables, max_blocks, query_starts, context_lengths,
+                       num_sequences, window, static_cast<T*>(out)};
+    list_tasks(step, omp_get_max_threads());
+    const std::vector<Task>& list = tasks;
+    const int64_t count = list.size();
+#pragma omp parallel for schedule(dynamic) if (count > 1)
+    for (int64_t i = 0; i < count; ++i) Attention<T>(step, list[i]).run();
+  };
+  is_bf16 ? attend(bf16{}) : attend(float{});
+}

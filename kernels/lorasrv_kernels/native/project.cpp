@@ -1,0 +1,142 @@
+// A linear module: the base model's product with packed bf16 weights, and the adapters' shrink beside it.
+#include "lora.h"
+
+using namespace lorasrv;
+
+namespace {
+
+// A panel is 16 outputs' weights, [in_features / 2, 16, 2]: what one instruction multiplies lies in one vector.
+constexpr int64_t PANEL = 16;
+
+thread_local std::vector<ShrinkItem> items;
+
+#if defined(__AVX512BF16__)
+
+// Far enough ahead for memory, whose next pages the hardware does not fetch by itself.
+constexpr int64_t PREFETCH_BYTES = 4096;
+// What a thread takes at a time: for a few rows little, so that none waits long for another; for many rows what fits
+// into its cache, so that rows are read once for all of it.
+constexpr int64_t FEW_ROWS_PANELS = 2, MANY_ROWS_PANELS = 8;
+constexpr int MOST_ROWS = 16;
+
+// What a caller gives, the same for all tiles.
+struct Product {
+  const bf16* x;  // [num_rows, in_features]
+  int64_t num_rows, in_features;
+  const bf16* weight;  // [num_panels, in_features / 2, PANEL, 2]
+  int64_t num_panels;
+  const bf16* bias;  // [num_panels * PANEL]
+  bf16* out;         // [num_rows, num_panels * PANEL]
+};
+
+template <int R, int C>
+void multiply_tile(const Product& p, int64_t row, int64_t panel) {
+  const int64_t panel_elems = p.in_features * PANEL, pairs = p.in_features / 2;
+  const bf16* weight = p.weight + panel * panel_elems;
+  const auto* x = reinterpret_cast<const int32_t*>(p.x + row * p.in_features);
+  __m512 acc[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) acc[r][c] = _mm512_setzero_ps();
+  for (int64_t pair = 0; pair < pairs; ++pair) {
+    __m512bh columns[C];
+    for (int c = 0; c < C; ++c) {
+      const bf16* from = weight + c * panel_elems + pair * 2 * PANEL;
+      columns[c] = (__m512bh)_mm512_loadu_si512(from);
+      _mm_prefetch(reinterpret_cast<const char*>(from) + PREFETCH_BYTES, _MM_HINT_T0);
+    }
+    for (int r = 0; r < R; ++r) {
+      const auto both = (__m512bh)_mm512_set1_epi32(x[r * pairs + pair]);
+      for (int c = 0; c < C; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], columns[c], both);
+    }
+  }
+  for (int c = 0; c < C; ++c) {
+    const int64_t col = (panel + c) * PANEL;
+    const Vec bias = p.bias ? load(p.bias + col) : Vec{};
+    for (int r = 0; r < R; ++r) store(p.out + (row + r) * p.num_panels * PANEL + col, (Vec)acc[r][c] + bias);
+  }
+}
+
+// Rows [row, row + num_rows) of two panels, or of the last one.
+template <int R>
+void multiply_rows(const Product& p, int64_t row, int64_t num_rows, int64_t panel) {
+  if constexpr (R > 0) {
+    if (num_rows != R) return multiply_rows<R - 1>(p, row, num_rows, panel);
+    if (panel + 1 == p.num_panels) return multiply_tile<R, 1>(p, row, panel);
+    if constexpr (R <= 12) return multiply_tile<R, 2>(p, row, panel);
+    multiply_tile<R, 1>(p, row, panel);
+    multiply_tile<R, 1>(p, row, panel + 1);
+  }
+}
+
+int64_t panels_per_task(const Product& p) { return p.num_rows <= MOST_ROWS ? FEW_ROWS_PANELS : MANY_ROWS_PANELS; }
+
+// All rows of the panels of a task, in blocks as even as can be.
+void multiply_panels(const Product& p, int64_t first_panel) {
+  const int64_t end = std::min(first_panel + panels_per_task(p), p.num_panels);
+  const int64_t num_blocks = p.num_rows <= MOST_ROWS ? 1 : up(p.num_rows, 12);
+  for (int64_t block = 0; block < num_blocks; ++block) {
+    const int64_t row = block * p.num_rows / num_blocks, next = (block + 1) * p.num_rows / num_blocks;
+    for (int64_t panel = first_panel; panel < end; panel += 2) multiply_rows<MOST_ROWS>(p, row, next - row, panel);
+  }
+}
+
+#endif
+
+template <typename T>
+void shrink_all(const Adapters& adapters, const T* x, int64_t in_features) {
+  list_shrinks(adapters, items);
+  const std::vector<ShrinkItem>& list = items;
+  const int64_t count = list.size();
+#pragma omp parallel for schedule(dynamic) if (count > 1)
+  for (int64_t i = 0; i < count; ++i) shrink<T>(adapters, list[i], x, in_features);
+}
+
+}  // namespace
+
+LORASRV_EXPORT int lorasrv_lanes() { return LANES; }
+
+// Whether products with packed weights are here.
+LORASRV_EXPORT int lorasrv_multiplies() {
+#if defined(__AVX512BF16__)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// [out_features, in_features] to panels; out_features is a multiple of 16, in_features of 2.
+LORASRV_EXPORT void lorasrv_pack(const uint32_t* weight, int64_t out_features, int64_t in_features, uint32_t* packed) {
+  const int64_t pairs = in_features / 2;
+#pragma omp parallel for
+  for (int64_t panel = 0; panel < out_features / PANEL; ++panel)
+    for (int64_t pair = 0; pair < pairs; ++pair)
+      for (int64_t col = 0; col < PANEL; ++col)
+        packed[(panel * pairs + pair) * PANEL + col] = weight[(panel * PANEL + col) * pairs + pair];
+}
+
+// out = x @ weight^T + bias; and the adapters' shrink of x, if there are any.
+LORASRV_EXPORT void lorasrv_project(const bf16* x, int64_t num_rows, int64_t in_features, const bf16* weight,
+                                    int64_t out_features, const bf16* bias, bf16* out, const Adapters* adapters) {
+#if defined(__AVX512BF16__)
+  const Product product{x, num_rows, in_features, weight, out_features / PANEL, bias, out};
+  items.clear();
+  if (adapters) list_shrinks(*adapters, items);
+  const std::vector<ShrinkItem>& list = items;
+  const int64_t count = list.size();
+  const int64_t step = panels_per_task(product);
+#pragma omp parallel
+  {
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < count; ++i) shrink<bf16>(*adapters, list[i], x, in_features);
+#pragma omp for schedule(dynamic)
+    for (int64_t panel = 0; panel < product.num_panels; panel += step) multiply_panels(product, panel);
+  }
+#endif
+}
+
+LORASRV_EXPORT void lorasrv_shrink(int is_bf16, const void* x, int64_t in_features, const Adapters* adapters) {
+  if (is_bf16)
+    shrink_all(*adapters, static_cast<const bf16*>(x), in_features);
+  else
+    shrink_all(*adapters, static_cast<const float*>(x), in_features);
+}

@@ -1,0 +1,194 @@
+// Vectors of fp32 as wide as the machine that this is compiled for, and the numbers that are read into them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
+#define LORASRV_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace lorasrv {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+using Vec = float __attribute__((vector_size(LANES * 4)));
+using IntVec = int32_t __attribute__((vector_size(LANES * 4)));
+using WordVec = uint32_t __attribute__((vector_size(LANES * 4)));
+using HalfVec = uint16_t __attribute__((vector_size(LANES * 2)));
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step; }
+
+inline Vec fill(float value) { return Vec{} + value; }
+
+inline IntVec lane_numbers() {
+  IntVec lanes;
+  for (int lane = 0; lane < LANES; ++lane) lanes[lane] = lane;
+  return lanes;
+}
+
+inline Vec load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline Vec load(const bf16* from) {
+  HalfVec half;
+  std::memcpy(&half, from, sizeof half);
+  return reinterpret_cast<Vec>(__builtin_convertvector(half, WordVec) << 16);
+}
+
+inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+// To the nearest, even where two are as near; NaN stays NaN.
+inline HalfVec round_bf16(Vec v) {
+  const WordVec bits = reinterpret_cast<WordVec>(v);
+  const WordVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const WordVec chosen = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded;
+  return __builtin_convertvector(chosen, HalfVec);
+}
+
+inline void store(bf16* to, Vec v) {
+  const HalfVec half = round_bf16(v);
+  std::memcpy(to, &half, sizeof half);
+}
+
+// The first `count` < LANES elements; zeros behind them.
+template <typename T>
+inline Vec load_part(const T* from, int64_t count) {
+  T padded[LANES] = {};
+  std::memcpy(padded, from, count * sizeof(T));
+  return load(padded);
+}
+
+template <typename T>
+inline void store_part(T* to, Vec v, int64_t count) {
+  T padded[LANES];
+  store(padded, v);
+  std::memcpy(to, padded, count * sizeof(T));
+}
+
+template <typename T>
+inline Vec load_upto(const T* from, int64_t count) {
+  return count >= LANES ? load(from) : load_part(from, count);
+}
+
+template <typename T>
+inline void store_upto(T* to, Vec v, int64_t count) {
+  count >= LANES ? store(to, v) : store_part(to, v, count);
+}
+
+// What is left of a value when it has been stored as a T.
+template <typename T>
+inline Vec rounded(Vec v) {
+  if constexpr (std::is_same_v<T, float>) return v;
+  return reinterpret_cast<Vec>(__builtin_convertvector(round_bf16(v), WordVec) << 16);
+}
+
+inline Vec at_least(Vec v, float low) { return v < low ? fill(low) : v; }
+inline Vec at_most(Vec v, float high) { return v > high ? fill(high) : v; }
+
+namespace detail {
+template <int parity>
+inline IntVec alternate() {
+  IntVec lanes;
+  for (int lane = 0; lane < LANES; ++lane) lanes[lane] = 2 * lane + parity;
+  return lanes;
+}
+
+template <int count>
+inline Vec sum_lanes(const Vec* parts) {
+  if constexpr (count == 1) {
+    return parts[0];
+  } else {
+    Vec halves[count / 2];
+    for (int i = 0; i < count / 2; ++i) {
+      const Vec even = __builtin_shuffle(parts[2 * i], parts[2 * i + 1], alternate<0>());
+      const Vec odd = __builtin_shuffle(parts[2 * i], parts[2 * i + 1], alternate<1>());
+      halves[i] = even + odd;
+    }
+    return sum_lanes<count / 2>(halves);
+  }
+}
+}  // namespace detail
+
+// Lane i of the result is the sum of the lanes of parts[i].
+inline Vec sums(const Vec (&parts)[LANES]) { return detail::sum_lanes<LANES>(parts); }
+
+inline float sum(Vec v) {
+  float total = 0;
+  for (int width = LANES / 2; width >= 1; width /= 2) v += __builtin_shuffle(v, (lane_numbers() + width) % LANES);
+  total = v[0];
+  return total;
+}
+
+inline float largest(Vec v) {
+  for (int width = LANES / 2; width >= 1; width /= 2) {
+    const Vec other = __builtin_shuffle(v, (lane_numbers() + width) % LANES);
+    v = other > v ? other : v;
+  }
+  return v[0];
+}
+
+// e^x to 2 ulp; 0 is given for -inf, NaN for NaN.
+inline Vec exp(Vec x) {
+  const Vec kept = at_most(at_least(x, -87.0f), 88.0f);
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec count = (kept * 1.44269504088896341f + shift) - shift;
+  Vec r = kept - count * 0.693359375f;
+  r = r - count * -2.12194440e-4f;
+  Vec p = fill(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const IntVec exponent = (__builtin_convertvector(count, IntVec) + 127) << 23;
+  const Vec value = p * reinterpret_cast<Vec>(exponent);
+  return x < -87.0f ? Vec{} : value;
+}
+
+// acc += a * b, element by element, in as many places as `Wide` holds.
+template <typename T>
+struct Wide {
+  static constexpr int count = LANES;
+  Vec value;
+  static Wide read(const T* from, int64_t left) { return {load_upto(from, left)}; }
+  static Vec add(Vec acc, Wide a, Wide b) { return acc + a.value * b.value; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Wide<bf16> {
+  static constexpr int count = 2 * LANES;
+  __m512bh value;
+  static Wide read(const bf16* from, int64_t left) {
+    if (left >= count) return {(__m512bh)_mm512_loadu_si512(from)};
+    const __mmask32 mask = left <= 0 ? 0 : (__mmask32)((1ull << left) - 1);
+    return {(__m512bh)_mm512_maskz_loadu_epi16(mask, from)};
+  }
+  static Vec add(Vec acc, Wide a, Wide b) { return (Vec)_mm512_dpbf16_ps((__m512)acc, a.value, b.value); }
+};
+#endif
+
+// Stretches of memory that are read soon.
+inline void prefetch(const void* from, int64_t num_bytes) {
+  for (int64_t at = 0; at < num_bytes; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at);
+}
+
+}  // namespace lorasrv
