@@ -22,12 +22,18 @@ def test_a_growth_is_drawn_over_multiples_of_the_target() -> None:
     growth = Growth(name="num_running", target=6, loads=loads)
     times = {
         load: Measured(
-            step_s=[1e-3 * (index + 1)] * 3, decide_apply_s=[], admissions=0, loads=0, evictions=0, preemptions=0
+            step_s=[1e-3 * (index + 1)] * 3,
+            decide_apply_s=[5e-4] * 3,
+            admissions=0,
+            loads=0,
+            evictions=0,
+            preemptions=0,
         )
         for index, load in enumerate(loads)
     }
-    curve = growth.curve(times, 0.99)
-    assert curve.name == "running p99" and curve.points == ((0.5, 1.0), (1.0, 2.0))
+    whole, part = growth.curves(times)
+    assert (whole.name, whole.points) == ("running: all", ((0.5, 1.0), (1.0, 2.0)))
+    assert (part.name, part.points) == ("running: decide, apply", ((0.5, 0.5), (1.0, 0.5)))
 
 
 def test_every_growth_passes_through_the_target() -> None:

@@ -224,12 +224,16 @@ class Growth:
     target: int
     loads: tuple[Load, ...]
 
-    def curve(self, found: Mapping[Load, Measured], share: float) -> Curve:
-        """Milliseconds over the number, 1 being the target's."""
-        sizes = [getattr(load, self.name) / self.target for load in self.loads]
-        values = [1e3 * quantile(found[load].step_s, share) for load in self.loads]
-        name = f"{self.name.removeprefix('num_')} p{100 * share:.0f}"
-        return Curve(name=name, points=tuple(zip(sizes, values, strict=True)))
+    def curves(self, found: Mapping[Load, Measured]) -> tuple[Curve, Curve]:
+        """99th percentiles of all of a step, and of deciding and applying, in milliseconds over the number, 1 being the
+        target's."""
+        name, sizes = self.name.removeprefix("num_"), [getattr(load, self.name) / self.target for load in self.loads]
+        whole = [1e3 * quantile(found[load].step_s, 0.99) for load in self.loads]
+        part = [1e3 * quantile(found[load].decide_apply_s, 0.99) for load in self.loads]
+        return (
+            Curve(name=f"{name}: all", points=tuple(zip(sizes, whole, strict=True))),
+            Curve(name=f"{name}: decide, apply", points=tuple(zip(sizes, part, strict=True))),
+        )
 
 
 GROWTHS = (
@@ -264,8 +268,8 @@ def main() -> None:
             flush=True,
         )
     if arguments.plot is not None:
-        curves = [growth.curve(found, share) for growth in GROWTHS for share in (0.99, 0.5)]
-        title = "A step's own work: 256 running, 2,000 waiting, 1,000 adapters, and one of these grown"
+        curves = [curve for growth in GROWTHS for curve in growth.curves(found)]
+        title = "256 running, 2,000 waiting, 1,000 adapters, and one of these grown: p99 of a step's own work"
         arguments.plot.write_text(chart(title, curves, x="times that number", y="ms") + "\n")
 
 
