@@ -108,7 +108,7 @@ def serve(engine: Assembly, requests: Iterable[EngineRequest], joining: int, sam
         del pending[:joining]
         for delta in engine.core.step():
             assert delta.failure is None, delta.failure
-            tokens[delta.request_id] += delta.token_ids if delta.index == sample else ()
+            tokens[delta.request_id] += delta.token_ids if delta.sample == sample else ()
         engine.core.check()
     return tokens
 
