@@ -13,6 +13,7 @@ from lorasrv_kernels import reference  # isort: skip
 from drawing_cases import Settings, random_logits, random_settings  # isort: skip
 from lorasrv_kernels.sampling import sample  # isort: skip
 
+
 def settings_here(num_rows: int, vocab_size: int, *, cut: bool, min_p: bool, seed: int = 0) -> Settings:
     settings = random_settings(num_rows, vocab_size, cut=cut, min_p=min_p, seed=seed)
     return {name: None if value is None else value.to(DEVICE) for name, value in settings.items()}

@@ -67,7 +67,7 @@ class _Adapters(ctypes.Structure):
 
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "pack": (_Pointer, _Size, _Size, _Pointer),
+    "pack": (_Pointer, _Size, _Size),
     "project": (_Pointer, _Size, _Size, _Pointer, _Size, _Pointer, _Pointer, _Pointer),
     "shrink": (_Flag, _Pointer, _Size, _Pointer),
     "expand": (_Flag, _Pointer, _Pointer, _Size),
@@ -135,14 +135,16 @@ class CpuKernels:
     def pack_linear(
         self,
         weight: Tensor,  # [out_features, in_features]
+        *,
+        keep: bool = False,
     ) -> Tensor:
         """[out_features / 16, in_features / 2, 16, 2] where products are ours, else the weight itself."""
         out_features, in_features = weight.shape
         if not self.multiplies or weight.dtype != torch.bfloat16 or out_features % PANEL or in_features % 2:
             return weight
-        packed = torch.empty(out_features // PANEL, in_features // 2, PANEL, 2, dtype=weight.dtype)
-        self._pack(weight.contiguous().data_ptr(), out_features, in_features, packed.data_ptr())
-        return packed
+        packed = weight.clone() if keep or not weight.is_contiguous() else weight
+        self._pack(packed.data_ptr(), out_features, in_features)
+        return packed.view(out_features // PANEL, in_features // 2, PANEL, 2)
 
     def linear(
         self,
