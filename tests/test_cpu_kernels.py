@@ -143,7 +143,7 @@ def test_nan_in_one_adapter_spoils_its_own_rows_alone(kernels: CpuKernels) -> No
     segments, modules = pool.segments(8, ranges), pool.geometry[4:6]
     x, weight = pool.normal(8, 16), pool.normal(288, 16)
     out, delta = kernels.project(
-        x, kernels.pack_linear(weight), None, pool.storage.bytes, segments, LAYER, tuple(modules)
+        x, kernels.pack_linear(weight, keep=True), None, pool.storage.bytes, segments, LAYER, tuple(modules)
     )
     spoilt = kernels.silu_mul(out, delta).isnan().any(1)
     assert spoilt.tolist() == [False, False, False, True, True, True, False, False]
@@ -155,7 +155,7 @@ def test_nan_in_one_adapter_spoils_its_own_rows_alone(kernels: CpuKernels) -> No
 def test_linear(kernels: CpuKernels, shape: tuple[int, int], num_rows: int, dtype: torch.dtype) -> None:
     in_features, out_features = shape
     weight = torch.randn(out_features, in_features).to(dtype) / in_features**0.5
-    packed = kernels.pack_linear(weight)
+    packed = kernels.pack_linear(weight, keep=True)
     assert (packed.dim() == 4) == (
         kernels.multiplies and dtype == torch.bfloat16 and not out_features % 16 and not in_features % 2
     )
@@ -166,6 +166,15 @@ def test_linear(kernels: CpuKernels, shape: tuple[int, int], num_rows: int, dtyp
         torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2e-5 if dtype == torch.float32 else 1e-3)
 
 
+def test_weights_are_packed_in_place_unless_they_are_kept(kernels: CpuKernels) -> None:
+    weight = torch.randn(32, 6).bfloat16()
+    assert kernels.pack_linear(weight, keep=True).data_ptr() != weight.data_ptr() or not kernels.multiplies
+    x, want = torch.randn(3, 6).bfloat16(), weight.clone()
+    packed = kernels.pack_linear(weight)
+    assert packed.data_ptr() == weight.data_ptr()
+    close(kernels.linear(x, packed, None), reference.linear(x, want, None))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_project_is_the_product_and_the_shrink(kernels: CpuKernels, case: str) -> None:
     pool, adapters = POOLS[torch.bfloat16, (144, 64)]
@@ -174,7 +183,7 @@ def test_project_is_the_product_and_the_shrink(kernels: CpuKernels, case: str) -
     x, weight = pool.normal(num_rows, 16), pool.normal(288, 16)
     arguments = (None, pool.storage.bytes, segments, LAYER, modules)
     want, want_delta = reference.project(x, weight, *arguments)
-    got, delta = kernels.project(x, kernels.pack_linear(weight), *arguments)
+    got, delta = kernels.project(x, kernels.pack_linear(weight, keep=True), *arguments)
     close(got, want)
     assert delta is not None and want_delta is not None
     want_out, out = want.clone(), want.clone()

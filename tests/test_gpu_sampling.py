@@ -10,31 +10,12 @@ from torch import Tensor
 from kernel_device import DEVICE
 
 from lorasrv_kernels import reference  # isort: skip
+from drawing_cases import Settings, random_logits, random_settings  # isort: skip
 from lorasrv_kernels.sampling import sample  # isort: skip
 
-Settings = dict[str, Tensor | None]
 
-
-def random_settings(num_rows: int, vocab_size: int, *, cut: bool, min_p: bool, seed: int = 0) -> Settings:
-    """Every third row is greedy, and of the others every other one is cut."""
-    generator = torch.Generator().manual_seed(seed)
-    number = torch.arange(num_rows)
-    temperature = torch.rand(num_rows, generator=generator) * 2 + 0.1
-    temperature[::3] = 0
-    is_cut = (number % 2 == 1) & (temperature > 0) & cut
-    top_k = torch.randint(1, vocab_size + 1, (num_rows,), generator=generator)
-    top_p = torch.rand(num_rows, generator=generator).clamp(0.05)
-    settings: Settings = {
-        "temperature": temperature,
-        "top_p": torch.where(is_cut, top_p, 1.0),
-        "top_k": torch.where(is_cut & (number % 4 == 1), top_k, vocab_size),
-        "min_p": torch.rand(num_rows, generator=generator) * (number % 2) if min_p else None,
-        "seeds": torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator),
-        "samples": number % 3,
-        "positions": torch.randint(0, 2**32, (num_rows,), generator=generator),
-        "whole": ((temperature > 0) & ~is_cut).nonzero().squeeze(1),
-        "cut": is_cut.nonzero().squeeze(1),
-    }
+def settings_here(num_rows: int, vocab_size: int, *, cut: bool, min_p: bool, seed: int = 0) -> Settings:
+    settings = random_settings(num_rows, vocab_size, cut=cut, min_p=min_p, seed=seed)
     return {name: None if value is None else value.to(DEVICE) for name, value in settings.items()}
 
 
@@ -48,14 +29,10 @@ def assert_same(logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     return tokens, valid
 
 
-def random_logits(num_rows: int, vocab_size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return (torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * 2).to(dtype)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab_size", [1, 5, 1023, 1024, 1025, 3001])
 def test_the_oracles_tokens(vocab_size: int, dtype: torch.dtype) -> None:
-    settings = random_settings(24, vocab_size, cut=True, min_p=True)
+    settings = settings_here(24, vocab_size, cut=True, min_p=True)
     tokens, valid = assert_same(random_logits(24, vocab_size, dtype), settings)
     assert valid.all()
     assert vocab_size < 1000 or len(set(tokens.tolist())) > 12
@@ -64,13 +41,13 @@ def test_the_oracles_tokens(vocab_size: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("min_p", [False, True])
 def test_many_rows_that_keep_all_tokens(min_p: bool) -> None:
     logits = random_logits(1, 1500).repeat(90, 1) / 4
-    tokens, _ = assert_same(logits, random_settings(90, 1500, cut=False, min_p=min_p, seed=3))
+    tokens, _ = assert_same(logits, settings_here(90, 1500, cut=False, min_p=min_p, seed=3))
     assert len(set(tokens.tolist())) > 30
 
 
 def test_of_equal_logits_the_lowest_id_wins_across_blocks() -> None:
     logits = random_logits(6, 5000).clamp(max=1.0)
-    settings = random_settings(6, 5000, cut=False, min_p=False)
+    settings = settings_here(6, 5000, cut=False, min_p=False)
     settings["temperature"] = torch.zeros(6, device=DEVICE)
     tokens, _ = assert_same(logits, settings)
     assert tokens.tolist() == (logits == 1.0).int().argmax(-1).tolist()
@@ -89,7 +66,7 @@ def test_temperatures_and_logits_at_their_ends(temperature: float) -> None:
         [1.0, 1.0, 2.0, 2.0],
     ]
     logits = torch.tensor(rows).repeat(1, 300).repeat(4, 1)
-    settings = random_settings(16, 1200, cut=True, min_p=True)
+    settings = settings_here(16, 1200, cut=True, min_p=True)
     settings["temperature"] = torch.full((16,), temperature, device=DEVICE)
     settings["cut"] = torch.arange(1, 16, 2, device=DEVICE)
     settings["whole"] = torch.arange(0, 16, 2, device=DEVICE)
@@ -104,7 +81,7 @@ def test_rows_that_are_not_finite_are_told_and_leave_the_others_alone(at: int) -
     logits[4, at] = logits[5, at] = logits[6, at] = math.inf
     logits[7] = logits[8] = logits[9] = -math.inf
     logits[9, at] = -5.0
-    settings = random_settings(12, 2001, cut=True, min_p=True)
+    settings = settings_here(12, 2001, cut=True, min_p=True)
     tokens, valid = assert_same(logits, settings)
     assert valid.tolist() == [True] + [False] * 8 + [True] * 3
     assert tokens[9] == at
@@ -112,7 +89,7 @@ def test_rows_that_are_not_finite_are_told_and_leave_the_others_alone(at: int) -
 
 
 def test_a_row_draws_the_same_alone() -> None:
-    logits, settings = random_logits(9, 1100), random_settings(9, 1100, cut=False, min_p=True)
+    logits, settings = random_logits(9, 1100), settings_here(9, 1100, cut=False, min_p=True)
     tokens, _ = assert_same(logits, settings)
     for row in range(9):
         own = {name: None if value is None else value[row : row + 1] for name, value in settings.items()}

@@ -13,6 +13,7 @@ The sources are in `native`. Threads are OpenMP's, and torch's own where both lo
 
 import ctypes
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class _Adapters(ctypes.Structure):
 
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "pack": (_Pointer, _Size, _Size, _Pointer),
+    "pack": (_Pointer, _Size, _Size),
     "project": (_Pointer, _Size, _Size, _Pointer, _Size, _Pointer, _Pointer, _Pointer),
     "shrink": (_Flag, _Pointer, _Size, _Pointer),
     "expand": (_Flag, _Pointer, _Pointer, _Size),
@@ -77,6 +78,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         *(_Flag, _Pointer, _Pointer, *(_Size,) * 4, _Pointer, _Pointer, _Float),
         *(_Pointer, _Pointer, _Pointer, _Size, _Size, _Pointer, _Pointer),
     ),
+    "sample": (_Pointer, _Size, _Size, *(_Pointer,) * 7),
     "paged_attention": (
         *(_Flag, _Pointer, *(_Size,) * 3, _Pointer, _Size, _Size),
         *(_Pointer, _Size, _Pointer, _Pointer, _Size, _Size, _Pointer),
@@ -95,17 +97,24 @@ def load() -> "CpuKernels | str":
         return str(error)
 
 
+@lru_cache
+def _open(library: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(library))
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(loaded, f"lorasrv_{name}")
+        function.argtypes, function.restype = arguments, None
+    return loaded
+
+
 class CpuKernels:
     """Implements `forward.ForwardKernels`. Used by one thread, since it keeps what it told the library last."""
 
     def __init__(self, library: Path) -> None:
         """Raises OSError where the library cannot be loaded."""
         self.name = library.stem
-        loaded = ctypes.CDLL(str(library))
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(loaded, f"lorasrv_{name}")
-            function.argtypes, function.restype = arguments, None
-            setattr(self, f"_{name}", function)
+        loaded = _open(library)
+        for name in _SIGNATURES:
+            setattr(self, f"_{name}", getattr(loaded, f"lorasrv_{name}"))
         self.multiplies = bool(loaded.lorasrv_multiplies())
         self._segments: Segments | None = None
         self._groups: dict[int, tuple[tuple[Module, ...], _Adapters, ctypes.Array[_Module]]] = {}
@@ -119,20 +128,23 @@ class CpuKernels:
     _silu_mul: Callable[..., None]
     _rope_write_kv: Callable[..., None]
     _paged_attention: Callable[..., None]
+    _sample: Callable[..., None]
 
     by_rows = staticmethod(reference.by_rows)
 
     def pack_linear(
         self,
         weight: Tensor,  # [out_features, in_features]
+        *,
+        keep: bool = False,
     ) -> Tensor:
         """[out_features / 16, in_features / 2, 16, 2] where products are ours, else the weight itself."""
         out_features, in_features = weight.shape
         if not self.multiplies or weight.dtype != torch.bfloat16 or out_features % PANEL or in_features % 2:
             return weight
-        packed = torch.empty(out_features // PANEL, in_features // 2, PANEL, 2, dtype=weight.dtype)
-        self._pack(weight.contiguous().data_ptr(), out_features, in_features, packed.data_ptr())
-        return packed
+        packed = weight.clone() if keep or not weight.is_contiguous() else weight
+        self._pack(packed.data_ptr(), out_features, in_features)
+        return packed.view(out_features // PANEL, in_features // 2, PANEL, 2)
 
     def linear(
         self,
@@ -317,6 +329,34 @@ class CpuKernels:
             *(_keys(kv, layer), kv.stride(0), block_tokens, block_tables.data_ptr(), max_blocks),
             *(query_starts.data_ptr(), context_lengths.data_ptr(), num_sequences, window or 0, out.data_ptr()),
         )
+
+    def sample(
+        self,
+        logits: Tensor,  # [num_rows, vocab_size]
+        temperature: Tensor,  # float32 [num_rows], >= 0
+        top_p: Tensor,  # float32 [num_rows]
+        top_k: Tensor,  # int64 [num_rows]
+        min_p: Tensor | None,  # float32 [num_rows]
+        seeds: Tensor,  # int64 [num_rows]
+        samples: Tensor,  # int64 [num_rows]
+        positions: Tensor,  # int64 [num_rows]
+        whole: Tensor,  # int64 [num_whole], not read here
+        cut: Tensor,  # int64 [num_cut]
+    ) -> tuple[Tensor, Tensor]:  # int64 [num_rows], bool [num_rows]
+        """Rows that are cut, are sorted and drawn by torch."""
+        own = logits.float().contiguous()
+        num_rows, vocab_size = own.shape
+        tokens, valid = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows, dtype=torch.bool)
+        self._sample(
+            *(own.data_ptr(), num_rows, vocab_size, temperature.data_ptr()),
+            *(None if min_p is None else min_p.data_ptr(), seeds.data_ptr(), samples.data_ptr(), positions.data_ptr()),
+            *(tokens.data_ptr(), valid.data_ptr()),
+        )
+        if len(cut):
+            some = None if min_p is None else min_p[cut]
+            others = (temperature[cut], top_p[cut], top_k[cut], some, seeds[cut], samples[cut], positions[cut])
+            tokens[cut] = reference.sample(logits[cut], *others, cut[:0], torch.arange(len(cut)))[0]
+        return tokens, valid
 
     def _adapters(self, delta: Delta | None) -> Any:
         """What a call is told of a delta; what does not change within a step is kept."""

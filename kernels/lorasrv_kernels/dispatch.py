@@ -1,6 +1,8 @@
 """Picks what computes: the kernels of a GPU or a CPU, the oracles where there are none, or their fixed forms."""
 
 from collections.abc import Callable
+from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +32,14 @@ def lora_kernels(device: torch.device) -> LoraKernels:
     return _cpu_kernels(device)
 
 
-def _cpu_kernels(device: torch.device) -> ForwardKernels:
+class _Kernels(ForwardKernels, Protocol):
+    """What is there for every CPU."""
+
+    @staticmethod
+    def sample(*arguments: Tensor | None) -> tuple[Tensor, Tensor]: ...
+
+
+def _cpu_kernels(device: torch.device) -> _Kernels:
     found = cpu.load() if device.type == "cpu" else "no CPU"
     return reference if isinstance(found, str) else found
 
@@ -45,10 +54,11 @@ def attention_tiling(
     return tiling(head_dim, group, dtype, capability=10 * major + minor)
 
 
+@lru_cache
 def sampler(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
     """`reference.sample`, or what computes the same on this device."""
     if device.type == "cuda":
         from lorasrv_kernels import sampling
 
         return sampling.sample
-    return reference.sample
+    return _cpu_kernels(device).sample

@@ -72,6 +72,8 @@ def is_available(device: torch.device, dtype: torch.dtype) -> bool:
 
 def pack_linear(
     weight: Tensor,  # [out_features, in_features]
+    *,
+    keep: bool = False,  # as it always is
 ) -> Tensor:
     """On a CPU an opaque tensor in the layout that oneDNN reads fastest for a tile."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, TILE_ROWS) if weight.device.type == "cpu" else weight

@@ -1,4 +1,5 @@
-"""What a forward pass calls, as a type: the modules `reference`, `fixed` and `gpu` are its implementations."""
+"""What a forward pass calls, as a type: the modules `reference`, `fixed` and `gpu` are its implementations, and
+what `cpu` loads."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -26,7 +27,7 @@ class ForwardKernels(LoraKernels, Protocol):
     """Functions of `reference`, under its names and signatures; see there for what they mean."""
 
     @staticmethod
-    def pack_linear(weight: Tensor, /) -> Tensor: ...
+    def pack_linear(weight: Tensor, /, *, keep: bool = False) -> Tensor: ...
     @staticmethod
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None, /) -> Tensor: ...
     @staticmethod

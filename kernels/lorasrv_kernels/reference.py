@@ -135,8 +135,11 @@ def _tiles(
 
 def pack_linear(
     weight: Tensor,  # [out_features, in_features]
+    *,
+    keep: bool = False,
 ) -> Tensor:
-    """What `linear` takes; the weight itself."""
+    """What `linear` takes; here the weight itself. Others may put it into the weight's own memory, unless the weight is
+    to be kept."""
     return weight
 
 

@@ -83,6 +83,19 @@ def devices(torch: Any, driver: Path = Path("/dev/nvidiactl")) -> Iterator[Findi
         yield Finding(subject=f"cuda:{index}", detail=f"{name}, {_size(free)} of {_size(total)} free; bf16 {bf16}")
 
 
+def cpu_kernels() -> Finding:
+    """What computes on the CPU, and why not in native code where it does not."""
+    from lorasrv_kernels import cpu
+
+    kernels = cpu.load()
+    if isinstance(kernels, str):
+        detail = f"torch alone, many times slower; native ones: {kernels}"
+        advice = "with a C++ compiler here: python -m lorasrv_kernels.native"
+        return Finding(subject="cpu kernels", detail=detail, state="note", advice=advice)
+    products = "bf16 products too" if kernels.multiplies else "products by torch"
+    return Finding(subject="cpu kernels", detail=f"native, for {kernels.name}, {products}")
+
+
 def data_dir(folder: Path) -> Iterator[Finding]:
     """Whether a registry can be kept there."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lorasrv.cli.diagnosis import Finding, data_dir, devices, model, port, serving, versions
+from lorasrv.cli.diagnosis import Finding, cpu_kernels, data_dir, devices, model, port, serving, versions
 from lorasrv.cli.output import OK, REFUSED, JsonOption, print_json, reported_errors
 from lorasrv.cli.serve import default_data_dir
 from lorasrv.client.messages import DEFAULT_URL
@@ -45,6 +45,7 @@ def _findings(data_folder: Path, port_number: int, model_folder: Path | None) ->
     yield installed
     if installed.state == "ok":
         yield from devices(import_module("torch"))
+        yield cpu_kernels()
     yield from data_dir(data_folder)
     yield port(port_number)
     if model_folder is not None:

@@ -36,7 +36,8 @@ class ForwardBatch:
 class Decoder:
     """A decoder of any family. Immutable after construction; `modules` says how adapters' matrices are cut.
 
-    `kernels` is the module that computes: `reference`, or `fixed`, under which a row's bits do not depend on its batch.
+    `kernels` is what computes: `reference`, or say `fixed`, under which a row's bits do not depend on its batch. They
+    may pack the weights in place, so that `weights` are this decoder's alone from now on.
     """
 
     def __init__(
@@ -132,10 +133,10 @@ class Decoder:
 
 
 def _packed(weights: ModelWeights, kernels: ForwardKernels) -> ModelWeights:
-    """The weights with every linear one as `kernels.linear` takes it."""
+    """The weights with every linear one as `kernels.linear` takes it, in the same memory where it can be."""
     pack = kernels.pack_linear
     layers = tuple(
         replace(layer, qkv=pack(layer.qkv), o=pack(layer.o), gate_up=pack(layer.gate_up), down=pack(layer.down))
         for layer in weights.layers
     )
-    return replace(weights, layers=layers, lm_head=pack(weights.lm_head))
+    return replace(weights, layers=layers, lm_head=pack(weights.lm_head, keep=weights.lm_head is weights.embed))

@@ -197,7 +197,7 @@ class Attention {
     scores = hidden ? fill(NOWHERE) : scores * (1.0f / std::sqrt(static_cast<float>(step_.head_dim)));
     const float found = largest(scores);
     // A number that is not one is passed on by the weights.
-    if (found == NOWHERE && !any_nan(scores)) return;
+    if (found == NOWHERE && !any(scores != scores)) return;
     const float top = std::max(row.top, found);
     const Vec shares = hidden ? Vec{} : lorasrv::exp(scores - top);
     const float kept = row.top == top ? 1.0f : lorasrv::exp(fill(row.top - top))[0];
@@ -229,12 +229,6 @@ class Attention {
         own += weights[token] * load_upto(values + token * stride + at, left - at);
       store(acc + at, own);
     }
-  }
-
-  static bool any_nan(Vec v) {
-    for (int lane = 0; lane < LANES; ++lane)
-      if (v[lane] != v[lane]) return true;
-    return false;
   }
 };
 

@@ -104,14 +104,21 @@ LORASRV_EXPORT int lorasrv_multiplies() {
 #endif
 }
 
-// [out_features, in_features] to panels; out_features is a multiple of 16, in_features of 2.
-LORASRV_EXPORT void lorasrv_pack(const uint32_t* weight, int64_t out_features, int64_t in_features, uint32_t* packed) {
+// [out_features, in_features] to panels, in place: a panel's weights lie where its rows were. out_features is a multiple
+// of 16, in_features of 2.
+LORASRV_EXPORT void lorasrv_pack(uint32_t* weight, int64_t out_features, int64_t in_features) {
   const int64_t pairs = in_features / 2;
-#pragma omp parallel for
-  for (int64_t panel = 0; panel < out_features / PANEL; ++panel)
-    for (int64_t pair = 0; pair < pairs; ++pair)
-      for (int64_t col = 0; col < PANEL; ++col)
-        packed[(panel * pairs + pair) * PANEL + col] = weight[(panel * PANEL + col) * pairs + pair];
+#pragma omp parallel
+  {
+    std::vector<uint32_t> rows(PANEL * pairs);
+#pragma omp for
+    for (int64_t panel = 0; panel < out_features / PANEL; ++panel) {
+      uint32_t* packed = weight + panel * PANEL * pairs;
+      std::copy_n(packed, rows.size(), rows.data());
+      for (int64_t pair = 0; pair < pairs; ++pair)
+        for (int64_t col = 0; col < PANEL; ++col) packed[pair * PANEL + col] = rows[col * pairs + pair];
+    }
+  }
 }
 
 // out = x @ weight^T + bias; and the adapters' shrink of x, if there are any.

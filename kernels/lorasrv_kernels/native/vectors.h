@@ -130,10 +130,8 @@ inline Vec sum_lanes(const Vec* parts) {
 inline Vec sums(const Vec (&parts)[LANES]) { return detail::sum_lanes<LANES>(parts); }
 
 inline float sum(Vec v) {
-  float total = 0;
   for (int width = LANES / 2; width >= 1; width /= 2) v += __builtin_shuffle(v, (lane_numbers() + width) % LANES);
-  total = v[0];
-  return total;
+  return v[0];
 }
 
 inline float largest(Vec v) {
@@ -142,6 +140,12 @@ inline float largest(Vec v) {
     v = other > v ? other : v;
   }
   return v[0];
+}
+
+inline bool any(IntVec mask) {
+  int32_t found = 0;
+  for (int lane = 0; lane < LANES; ++lane) found |= mask[lane];
+  return found != 0;
 }
 
 // e^x to 2 ulp; 0 is given for -inf, NaN for NaN.
