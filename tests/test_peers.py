@@ -129,7 +129,7 @@ def test_rounds_behind_the_first_count(material: Material) -> None:
     ("arm", "judge", "message"),
     [
         (FakeArm(wrong_at=1), Judge(), "request 1: a token is 5 nats from the likeliest"),
-        (FakeArm(cut=1), Judge(), "have other than 8 tokens"),
+        (FakeArm(cut=1), Judge(), "have other than 2 tokens"),
         (FakeArm(), Judge(blind=True), "passes as well under other weights"),
     ],
 )
@@ -141,6 +141,17 @@ def test_who_is_wrong_has_no_figures(name: str, arm: FakeArm, judge: Judge, mess
     assert message in found.wrong[name][0]
     assert found.median(name, "base") is None and found.ratio(peers.OURS, "base", "other") is None
     assert f"| {name} | NO SCORE" in peers.report(found)
+
+
+class BrokenArm(FakeArm):
+    def answer(self, asks: Sequence[Ask]) -> Answered:
+        raise RuntimeError("3 of 6 requests failed: gone")
+
+
+def test_who_fails_leaves_the_others_their_figures(material: Material) -> None:
+    found = compared(material, Judge(), other=BrokenArm())
+    assert found.wrong == {"other": ["base, round 0: 3 of 6 requests failed: gone"]}
+    assert found.median(peers.OURS, "base") == 24
 
 
 def test_the_best_settings_are_found(models: Models, material: Material, monkeypatch: pytest.MonkeyPatch) -> None:

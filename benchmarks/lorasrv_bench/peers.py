@@ -201,7 +201,7 @@ def _check(
 
 def _searched(setup: Setup, material: Material, models: Models, found: Compared) -> dict[str, Arm]:
     """Each peer with the settings that are its best, for requests of a quarter of the length."""
-    short = replace(setup, output_tokens=max(1, setup.output_tokens // 4))
+    short = _short(setup)
     arms: dict[str, Arm] = {}
     for name, kind in PEERS.items():
         case = MIXED if knows(name, MIXED) else "base"
@@ -213,16 +213,26 @@ def _searched(setup: Setup, material: Material, models: Models, found: Compared)
     return arms
 
 
+def _short(setup: Setup) -> Setup:
+    return replace(setup, output_tokens=max(2, setup.output_tokens // 4))
+
+
 def _round(
     setup: Setup, material: Material, arms: Mapping[str, Arm], referee: Referee, number: int, found: Compared
 ) -> None:
-    """All arms in turn, case by case; the first round warms up. A sample of all answers is scored."""
+    """All arms in turn, case by case; round 0 warms up, with less of it. A sample of all answers is scored."""
+    if not number:
+        setup = replace(_short(setup), requests=min(setup.requests, setup.concurrency))
     for place, case in enumerate(CASES):
         asks = asks_of(setup, material, adapters_of(case, setup.requests), (ROUND, number, place))
         for name, arm in arms.items():
             if name in found.wrong or not knows(name, case):
                 continue
-            answered = arm.answer(asks)
+            try:
+                answered = arm.answer(asks)
+            except RuntimeError as error:
+                found.wrong[name] = [f"{case}, round {number}: {error}"]
+                continue
             wrong = _wrong(asks, answered.tokens, referee, found.worst_gap, name)
             if wrong:
                 found.wrong[name] = [f"{case}, round {number}: {wrong}"]
