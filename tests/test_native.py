@@ -49,6 +49,14 @@ def test_a_library_that_does_not_load_is_none(elsewhere: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(not KINDS, reason="nothing is written for this machine")
+def test_a_library_of_older_sources_is_none(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (elsewhere / "nothing.cpp").touch()
+    assert native.compile_all() == []
+    assert "built from other sources" in str(cpu.load())
+    assert forward_kernels(CPU, deterministic=False) is reference
+
+
+@pytest.mark.skipif(not KINDS, reason="nothing is written for this machine")
 def test_the_fastest_that_is_built_and_runs_is_taken(elsewhere: Path) -> None:
     cpuinfo = elsewhere / "cpuinfo"
     cpuinfo.write_text(f"flags : {EVERYTHING}")

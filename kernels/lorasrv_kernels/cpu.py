@@ -95,6 +95,8 @@ def load() -> "CpuKernels | str":
         return CpuKernels(found)
     except OSError as error:
         return str(error)
+    except AttributeError as error:
+        return f"built from other sources: {error}"
 
 
 @lru_cache
@@ -110,7 +112,7 @@ class CpuKernels:
     """Implements `forward.ForwardKernels`. Used by one thread, since it keeps what it told the library last."""
 
     def __init__(self, library: Path) -> None:
-        """Raises OSError where the library cannot be loaded."""
+        """Raises OSError where the library cannot be loaded, AttributeError where it lacks a function."""
         self.name = library.stem
         loaded = _open(library)
         for name in _SIGNATURES:
