@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lorasrv.errors import AdapterLoadFailed, ConfigurationError
 from lorasrv.memory.layout import ALIGN_BYTES, DIRECTORY_FIELDS, TILE_ROWS, PageLayout
+from lorasrv.memory.pages import Owner, OwnerKind, PagePool
 from lorasrv.memory.storage import PageStorage
 from lorasrv.memory.tensors import PackedModule, module_geometry, pack_adapter
 from lorasrv_kernels.tiles import Matrix
@@ -74,6 +75,40 @@ def test_roundtrip_over_scattered_pages(dtype: torch.dtype) -> None:
     assert int((headers[:, :, 0] > 0).sum()) == len(modules)
     untouched = sorted(set(range(64)) - set(pages))
     assert bool((storage.pages[untouched] == 255).all())
+
+
+def test_after_ten_thousand_loads_and_unloads_a_load_needs_free_pages_and_nothing_else() -> None:
+    """Mixed ranks in a pool that is full most of the time, with KV blocks that come and go between them."""
+    rng = random.Random(3)
+    ranks = (1, 2, 3, 7, 8, 16, 17, 31, 32, 64, 100, 128, 255, 256)
+    packed = [pack_adapter([module(0, 0, rank, rank), module(2, 2, rank, 1)], LAYOUT, SHAPES) for rank in ranks]
+    pool = PagePool(2 * max(adapter.num_pages for adapter in packed))
+    storage = PageStorage(LAYOUT, pool.num_pages, torch.float32, CPU)
+    resident: dict[int, tuple[Owner, list[int]]] = {}
+    num_loads, num_refused, num_scattered = 0, 0, 0
+    for number in range(10_000):
+        adapter = rng.randrange(len(packed))
+        owner = Owner(OwnerKind.ADAPTER if rng.random() < 0.9 else OwnerKind.SEQUENCE, str(number))
+        if adapter in resident:
+            was, pages = resident.pop(adapter)
+            pool.retire(pages, was, last_reader=number)
+        elif packed[adapter].num_pages <= pool.num_free:
+            pages = pool.alloc(packed[adapter].num_pages, owner)
+            storage.write_adapter(packed[adapter], pages, wait_for_steps=False)
+            resident[adapter] = (owner, pages)
+            num_loads += 1
+            num_scattered += sorted(pages) != list(range(min(pages), min(pages) + len(pages)))
+        else:
+            num_refused += 1
+        if number % 100 == 0:
+            pool.check()
+            held = [page for _, pages in resident.values() for page in pages]
+            assert len(held) == len(set(held)) == pool.num_pages - pool.num_free, "a page is lost or has two owners"
+            for adapter, (_, pages) in resident.items():
+                # A directory holds addresses, which differ from place to place.
+                for page, place in list(zip(pages, packed[adapter].places, strict=True))[1:]:
+                    assert storage.pages[page].numpy().tobytes() == packed[adapter].pages[place].tobytes()
+    assert num_loads > 3000 and num_refused > 1000 and num_scattered > 1000
 
 
 def test_kv_is_a_view_of_the_same_bytes() -> None:
