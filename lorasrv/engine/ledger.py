@@ -53,8 +53,8 @@ class Ledger:
         self._residency = Residency(self._order, Likelihood(self._requests))
         self._prefix = PrefixCache(self._order, Likelihood(self._requests))
         self._discarded: set[str] = set()
-        # What the tiers were told last; None where they are to be told again.
-        self._wanted: tuple[str, ...] | None = None
+        # What the tiers were told last. What has failed is not wanted in the next plan, since its requests have ended.
+        self._wanted: tuple[str, ...] = ()
 
     @property
     def num_free(self) -> int:
@@ -116,7 +116,6 @@ class Ledger:
             self._residency.loaded(digest, self._adapter_cost_s(digest))
             self.costs.copies.arrived(digest, self._num_bytes(digest), now)
         for digest in changes.failed:
-            self._wanted = None
             if digest in self.costs.reads:
                 self.costs.reads.given_up(digest, now)
         for digest in changes.read:
@@ -240,7 +239,6 @@ class Ledger:
                     continue  # its pages are being written
                 self._remove_adapter(digest)
             self._tiers.discard(digest)
-            self._wanted = None
             self._discarded.remove(digest)
 
     @property
