@@ -108,7 +108,7 @@ def test_after_ten_thousand_loads_and_unloads_a_load_needs_free_pages_and_nothin
                 # A directory holds addresses, which differ from place to place.
                 for page, place in list(zip(pages, packed[adapter].places, strict=True))[1:]:
                     assert storage.pages[page].numpy().tobytes() == packed[adapter].pages[place].tobytes()
-    assert num_loads > 3000 and num_refused > 1000 and num_scattered > 1000
+    assert num_loads > 3000 and num_refused > 500 and num_scattered > 1000
 
 
 def test_kv_is_a_view_of_the_same_bytes() -> None:
