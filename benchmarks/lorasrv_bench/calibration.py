@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ ITEMSIZE = 4
 # How many tokens' products take as long as reading the weights, to choose from.
 _BALANCES = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
 _UNBOUNDED = 1e18
+_GROUPS = 5
 _BATCHES, _CONTEXTS, _PREFILLS = (1, 4, 16), (32, 192), (16, 64, 128, 256)
 
 
@@ -46,7 +48,7 @@ class Calibration:
 
 
 def calibrate(engine: RealEngine, *, timer: Callable[[], float], repeats: int = 9) -> Calibration:
-    """Measure `engine`, which has no work and at least 32 adapters, in the seconds of `timer`."""
+    """Measure `engine`, which has no work and at least 60 adapters, in the seconds of `timer`."""
     prober = _Prober(engine, timer, repeats)
     read_s, disk_bytes_per_s, copy_bytes_per_s = prober.transfers()
     timed = tuple(prober.steps())
@@ -127,22 +129,25 @@ class _Prober:
         self._numbers = itertools.count()
 
     def transfers(self) -> tuple[float, float, float]:
-        """(seconds to open an adapter, bytes read per second, bytes copied per second), from two sizes of adapters."""
-        sizes: dict[int, int] = {}
-        reads: dict[int, list[float]] = {}
-        copies: dict[int, list[float]] = {}
-        for number, digest in enumerate(self._engine.digests[:32]):
-            rank = self._engine.ranks[number % len(self._engine.ranks)]
-            reads.setdefault(rank, []).append(self._warm(digest, Tier.HOST))
-            copies.setdefault(rank, []).append(self._warm(digest, Tier.DEVICE))
-            sizes[rank] = ITEMSIZE * self._engine.shape.adapter_params(rank)
-        small, large = min(sizes), max(sizes)
-        read_small, read_large = statistics.median(reads[small]), statistics.median(reads[large])
-        copy_small, copy_large = statistics.median(copies[small]), statistics.median(copies[large])
-        step = sizes[large] - sizes[small]
-        bytes_per_s = step / (read_large - read_small) if read_large > read_small else _UNBOUNDED
+        """(seconds to open an adapter, bytes read per second, bytes copied per second), from two sizes of adapters.
+
+        Reads as they are made in service: by all readers at once, beside a sequence that decodes.
+        """
+        engine = self._engine
+        num_readers, num_ranks = engine.config.tiers.num_builders, len(engine.ranks)
+        small, large = (engine.ranks.index(rank) for rank in (min(engine.ranks), max(engine.ranks)))
+        sizes = [ITEMSIZE * engine.shape.adapter_params(engine.ranks[place]) for place in (small, large)]
+        unread = [iter(engine.digests[place::num_ranks]) for place in (small, large)]
+        beside = self._add(32, 3000, 0, 0)
+        reads = [self._read(list(islice(ones, num_readers))) for _ in range(_GROUPS) for ones in unread]
+        engine.core.cancel(beside)
+        copies = [self._copy(next(ones)) for _ in range(_GROUPS) for ones in unread]
+        read_small, read_large = statistics.median(reads[0::2]), statistics.median(reads[1::2])
+        copy_small, copy_large = statistics.median(copies[0::2]), statistics.median(copies[1::2])
+        step = sizes[1] - sizes[0]
+        bytes_per_s = num_readers * step / (read_large - read_small) if read_large > read_small else _UNBOUNDED
         copied_per_s = step / (copy_large - copy_small) if copy_large > copy_small else _UNBOUNDED
-        return max(0.0, read_small - sizes[small] / bytes_per_s), bytes_per_s, copied_per_s
+        return max(0.0, read_small - num_readers * sizes[0] / bytes_per_s), bytes_per_s, copied_per_s
 
     def steps(self) -> Iterator[Timed]:
         for batch in _BATCHES:
@@ -152,6 +157,23 @@ class _Prober:
         for tokens in _PREFILLS:
             for adapters in (0, 1):
                 yield self._prefill(tokens, adapters)
+
+    def _read(self, digests: Sequence[str]) -> float:
+        """Seconds until all of them are in host memory, asked for by a request each."""
+        core = self._engine.core
+        begin = time.perf_counter()
+        asked = {self._ask(digest, 1, 1) for digest in digests}
+        while any(core.tier_of(digest) is Tier.DISK for digest in digests):
+            core.step()
+        seconds = time.perf_counter() - begin
+        while asked:
+            asked -= {delta.request_id for delta in core.step() if delta.finish is not None}
+        return seconds
+
+    def _copy(self, digest: str) -> float:
+        """Seconds from host memory to the device."""
+        self._warm(digest, Tier.HOST)
+        return self._warm(digest, Tier.DEVICE)
 
     def _warm(self, digest: str, tier: Tier) -> float:
         core = self._engine.core
@@ -207,6 +229,9 @@ class _Prober:
         return Timed(work=work, seconds=statistics.median(seconds))
 
     def _add(self, prompt: int, output: int, place: int, adapters: int) -> str:
+        return self._ask(self._engine.digests[place % adapters] if adapters else None, prompt, output)
+
+    def _ask(self, digest: str | None, prompt: int, output: int) -> str:
         engine, number = self._engine, next(self._numbers)
         # All prompts differ from the first token on.
         token_ids = tuple(
@@ -215,7 +240,7 @@ class _Prober:
         request = EngineRequest(
             request_id=f"probe {number}",
             token_ids=token_ids,
-            adapter=AdapterUse(digest=engine.digests[place % adapters]) if adapters else None,
+            adapter=None if digest is None else AdapterUse(digest=digest),
             max_tokens=output,
             seed=0,
             temperature=0.0,
