@@ -11,9 +11,10 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from lorasrv.memory.tensors import PackedModule, module_geometry, pack_adapter
 from lorasrv.model.decoder import Decoder
 from lorasrv.model.families import Architecture, read_architecture
 from lorasrv.model.loader import dummy_weights
-from lorasrv_kernels import fixed, reference
+from lorasrv_kernels.dispatch import forward_kernels
 
 CONFIG = {
     "model_type": "llama",
@@ -86,11 +87,15 @@ CASES = tuple(
 )
 
 
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        return read_architecture(folder)
+
+
 def build(seed: int) -> Rig:
     cpu = torch.device("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
-        architecture = read_architecture(folder)
+    architecture = architecture_of(CONFIG)
     layout = page_layout(architecture, BLOCK_TOKENS, DTYPE.itemsize)
     storage = PageStorage(layout, 320, DTYPE, cpu)
     weights = dummy_weights(architecture, DTYPE, cpu, seed)
@@ -98,13 +103,15 @@ def build(seed: int) -> Rig:
     adapters: list[AdapterInput] = []
     first_page = 0
     for index in range(NUM_ADAPTERS):
-        packed = pack_adapter(_random_modules(architecture, seed + index), layout, architecture.module_shapes())
+        packed = pack_adapter(random_modules(architecture, seed + index), layout, architecture.module_shapes())
         pages = range(first_page, first_page + packed.num_pages)
         directory = storage.write_adapter(packed, pages, wait_for_steps=False).directory
         first_page += packed.num_pages
         adapters.append(AdapterInput(directory=directory, max_rank=RANK, scale=1.0))
-    default, deterministic = (
-        ModelRunner(Decoder(architecture, weights, modules, kernels), storage) for kernels in (reference, fixed)
+    # The default's kernels may pack the weights in place: they come last.
+    deterministic, default = (
+        ModelRunner(Decoder(architecture, weights, modules, forward_kernels(cpu, deterministic=option)), storage)
+        for option in (True, False)
     )
     return Rig(
         default=default,
@@ -115,7 +122,7 @@ def build(seed: int) -> Rig:
     )
 
 
-def _random_modules(architecture: Architecture, seed: int) -> list[PackedModule]:
+def random_modules(architecture: Architecture, seed: int) -> list[PackedModule]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:

@@ -40,7 +40,7 @@ struct Running {
   float top, total;
 };
 
-// A task's rows by kv head, and scratch. Each thread has its own and keeps it.
+// A task's rows by kv head, and own_. Each thread has its own and keeps it.
 struct Scratch {
   std::vector<Running> rows;
   std::vector<float> query, acc, keys, values;
@@ -51,14 +51,15 @@ thread_local Scratch scratch;
 template <typename T>
 class Attention {
  public:
-  Attention(const Step<T>& step, const Task& task) : step_(step), task_(task), dim_(up(step.head_dim, LANES) * LANES) {
+  Attention(const Step<T>& step, const Task& task, Scratch& scratch)
+      : step_(step), task_(task), own_(scratch), dim_(up(step.head_dim, LANES) * LANES) {
     per_head_ = task.num_rows * step.group();
     const int64_t num_heads = task.last_head - task.head;
-    scratch.rows.resize(num_heads * per_head_);
-    scratch.query.assign(num_heads * per_head_ * dim_, 0.0f);
-    scratch.acc.assign(num_heads * per_head_ * dim_, 0.0f);
-    scratch.keys.resize(dim_ * LANES);
-    scratch.values.resize(dim_ * LANES);
+    own_.rows.resize(num_heads * per_head_);
+    own_.query.assign(num_heads * per_head_ * dim_, 0.0f);
+    own_.acc.assign(num_heads * per_head_ * dim_, 0.0f);
+    own_.keys.resize(dim_ * LANES);
+    own_.values.resize(dim_ * LANES);
     start_ = step.query_starts[task.sequence] + task.first;
     const int64_t rows = step.query_starts[task.sequence + 1] - step.query_starts[task.sequence];
     place_ = step.context_lengths[task.sequence] - rows + task.first;
@@ -99,7 +100,10 @@ class Attention {
  private:
   const Step<T>& step_;
   const Task& task_;
+  Scratch& own_;
   int64_t dim_, per_head_, start_, place_;
+  // Whether an instruction multiplies what is stored: then keys are best read where they lie.
+  static constexpr bool MULTIPLIES = Wide<T>::count > LANES;
 
   template <typename F>
   void each_row(F f) {
@@ -108,8 +112,8 @@ class Attention {
       for (int64_t number = 0; number < task_.num_rows; ++number)
         for (int64_t g = 0; g < step_.group(); ++g, ++index) {
           const int64_t at = ((start_ + number) * step_.num_heads + head * step_.group() + g) * step_.head_dim;
-          f(scratch.rows[index], step_.query + at, step_.out + at, &scratch.query[index * dim_],
-            &scratch.acc[index * dim_], number);
+          f(own_.rows[index], step_.query + at, step_.out + at, &own_.query[index * dim_],
+            &own_.acc[index * dim_], number);
         }
   }
 
@@ -124,27 +128,28 @@ class Attention {
   // The rows of a kv head meet `count` keys and values, those from position `first` on.
   void meet(int64_t head, const T* keys, const T* values, int64_t first, int64_t count) {
     const int64_t base = (head - task_.head) * per_head_;
-    if (per_head_ < 4) {
-      const T* query = step_.query + (start_ * step_.num_heads + head * step_.group()) * step_.head_dim;
-      for (int64_t row = 0; row < per_head_; ++row) {
-        const int64_t at = row / step_.group() * step_.num_heads + row % step_.group();
-        if (scratch.rows[base + row].position >= first)
-          weigh(base + row, score_in_place(query + at * step_.head_dim, keys, count), values, stride(), first, count);
+    const bool gathered = per_head_ >= 4;
+    if (gathered) gather(keys, values, count);
+    const T* query = step_.query + (start_ * step_.num_heads + head * step_.group()) * step_.head_dim;
+    for (int64_t number = 0, row = base; number < task_.num_rows; ++number)
+      for (int64_t g = 0; g < step_.group(); ++g, ++row) {
+        if (own_.rows[row].position < first) continue;
+        const T* own = query + (number * step_.num_heads + g) * step_.head_dim;
+        const Vec scores = gathered && !MULTIPLIES ? score_gathered(&own_.query[row * dim_])
+                                                   : score_in_place(own, keys, count);
+        if (gathered)
+          weigh(row, scores, own_.values.data(), dim_, first, count);
+        else
+          weigh(row, scores, values, stride(), first, count);
       }
-      return;
-    }
-    gather(keys, values, count);
-    for (int64_t row = base; row < base + per_head_; ++row)
-      if (scratch.rows[row].position >= first)
-        weigh(row, score_gathered(&scratch.query[row * dim_]), scratch.values.data(), dim_, first, count);
   }
 
   int64_t stride() const { return step_.kv_heads * step_.head_dim; }
 
   // Lane i is the product with key i.
   Vec score_in_place(const T* query, const T* keys, int64_t count) const {
-    if (step_.head_dim == 2 * Wide<T>::count) return score_vectors<2>(query, keys, count);
-    if (step_.head_dim == 4 * Wide<T>::count) return score_vectors<4>(query, keys, count);
+    if (count == LANES && step_.head_dim == 2 * Wide<T>::count) return score_vectors<2>(query, keys);
+    if (count == LANES && step_.head_dim == 4 * Wide<T>::count) return score_vectors<4>(query, keys);
     Vec parts[LANES] = {};
     for (int64_t token = 0; token < count; ++token, keys += stride())
       for (int64_t at = 0; at < step_.head_dim; at += Wide<T>::count) {
@@ -155,25 +160,31 @@ class Attention {
   }
 
   template <int N>
-  Vec score_vectors(const T* query, const T* keys, int64_t count) const {
+  Vec score_vectors(const T* query, const T* keys) const {
     constexpr int width = Wide<T>::count;
+    const int64_t stride = this->stride();
     Wide<T> own[N];
     for (int i = 0; i < N; ++i) own[i] = Wide<T>::read(query + i * width, width);
-    Vec parts[LANES] = {};
-    for (int64_t token = 0; token < count; ++token, keys += stride())
-      for (int i = 0; i < N; ++i) parts[token] = Wide<T>::add(parts[token], Wide<T>::read(keys + i * width, width), own[i]);
+    Vec parts[LANES];
+#pragma GCC unroll 16
+    for (int token = 0; token < LANES; ++token) {
+      parts[token] = Vec{};
+      for (int i = 0; i < N; ++i)
+        parts[token] = Wide<T>::add(parts[token], Wide<T>::read(keys + token * stride + i * width, width), own[i]);
+    }
     return sums(parts);
   }
 
-  // Keys to [head_dim, LANES], values to [LANES, dim], in fp32.
+  // Keys to [head_dim, LANES], where they are read so, and values to [LANES, dim], in fp32.
   void gather(const T* keys, const T* values, int64_t count) {
     for (int64_t token = 0; token < count; ++token, keys += stride(), values += stride())
       for (int64_t at = 0; at < step_.head_dim; at += LANES) {
         const int64_t left = step_.head_dim - at;
-        store(&scratch.values[token * dim_ + at], load_upto(values + at, left));
+        store(&own_.values[token * dim_ + at], load_upto(values + at, left));
+        if constexpr (MULTIPLIES) continue;
         const Vec key = load_upto(keys + at, left);
         for (int64_t lane = 0; lane < std::min<int64_t>(LANES, left); ++lane)
-          scratch.keys[(at + lane) * LANES + token] = key[lane];
+          own_.keys[(at + lane) * LANES + token] = key[lane];
       }
   }
 
@@ -181,15 +192,15 @@ class Attention {
     Vec parts[4] = {};
     int64_t at = 0;
     for (; at + 4 <= step_.head_dim; at += 4)
-      for (int i = 0; i < 4; ++i) parts[i] += query[at + i] * load(&scratch.keys[(at + i) * LANES]);
-    for (; at < step_.head_dim; ++at) parts[0] += query[at] * load(&scratch.keys[at * LANES]);
+      for (int i = 0; i < 4; ++i) parts[i] += query[at + i] * load(&own_.keys[(at + i) * LANES]);
+    for (; at < step_.head_dim; ++at) parts[0] += query[at] * load(&own_.keys[at * LANES]);
     return (parts[0] + parts[1]) + (parts[2] + parts[3]);
   }
 
   // Softmax as it goes: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
   template <typename V>
   void weigh(int64_t index, Vec scores, const V* values, int64_t stride, int64_t first, int64_t count) {
-    Running& row = scratch.rows[index];
+    Running& row = own_.rows[index];
     const IntVec positions = lane_numbers() + static_cast<int32_t>(first);
     const auto position = static_cast<int32_t>(row.position);
     IntVec hidden = (positions > position) | (lane_numbers() >= static_cast<int32_t>(count));
@@ -205,7 +216,7 @@ class Attention {
     float weights[LANES];
     store(weights, shares);
     row.top = top;
-    float* acc = &scratch.acc[index * dim_];
+    float* acc = &own_.acc[index * dim_];
     const int64_t seen = std::min<int64_t>(count, row.position - first + 1);
     const int64_t unseen = step_.window ? std::max<int64_t>(0, row.position - step_.window + 1 - first) : 0;
     for (int64_t at = 0; at < step_.head_dim; at += 4 * LANES)
@@ -267,7 +278,7 @@ LORASRV_EXPORT void lorasrv_paged_attention(int is_bf16, const void* query, int6
     const std::vector<Task>& list = tasks;
     const int64_t count = list.size();
 #pragma omp parallel for schedule(dynamic) if (count > 1)
-    for (int64_t i = 0; i < count; ++i) Attention<T>(step, list[i]).run();
+    for (int64_t i = 0; i < count; ++i) Attention<T>(step, list[i], scratch).run();
   };
   is_bf16 ? attend(bf16{}) : attend(float{});
 }

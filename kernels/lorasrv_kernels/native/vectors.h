@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#if defined(__AVX512BF16__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -32,6 +32,25 @@ struct bf16 {
 
 inline int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step; }
 
+// Compilers take several instructions for what is one.
+inline WordVec widen(HalfVec half) {
+#if defined(__AVX512F__)
+  return (WordVec)_mm512_cvtepu16_epi32((__m256i)half);
+#elif defined(__AVX2__)
+  return (WordVec)_mm256_cvtepu16_epi32((__m128i)half);
+#else
+  return __builtin_convertvector(half, WordVec);
+#endif
+}
+
+inline HalfVec narrow(WordVec words) {
+#if defined(__AVX512F__)
+  return (HalfVec)_mm512_cvtepi32_epi16((__m512i)words);
+#else
+  return __builtin_convertvector(words, HalfVec);
+#endif
+}
+
 inline Vec fill(float value) { return Vec{} + value; }
 
 inline IntVec lane_numbers() {
@@ -49,7 +68,7 @@ inline Vec load(const float* from) {
 inline Vec load(const bf16* from) {
   HalfVec half;
   std::memcpy(&half, from, sizeof half);
-  return reinterpret_cast<Vec>(__builtin_convertvector(half, WordVec) << 16);
+  return reinterpret_cast<Vec>(widen(half) << 16);
 }
 
 inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
@@ -59,7 +78,7 @@ inline HalfVec round_bf16(Vec v) {
   const WordVec bits = reinterpret_cast<WordVec>(v);
   const WordVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const WordVec chosen = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded;
-  return __builtin_convertvector(chosen, HalfVec);
+  return narrow(chosen);
 }
 
 inline void store(bf16* to, Vec v) {
@@ -96,7 +115,7 @@ inline void store_upto(T* to, Vec v, int64_t count) {
 template <typename T>
 inline Vec rounded(Vec v) {
   if constexpr (std::is_same_v<T, float>) return v;
-  return reinterpret_cast<Vec>(__builtin_convertvector(round_bf16(v), WordVec) << 16);
+  return reinterpret_cast<Vec>(widen(round_bf16(v)) << 16);
 }
 
 inline Vec at_least(Vec v, float low) { return v < low ? fill(low) : v; }
