@@ -116,8 +116,8 @@ def test_the_scheduler_s_99th_percentile_counts() -> None:
 
 
 def test_streaming_is_beside_offline() -> None:
-    assert cpu_rows.of_streaming([(96.0, 100.0), (97.0, 100.0)]).met
-    assert not cpu_rows.of_streaming([(90.0, 100.0)]).met
+    assert cpu_rows.of_streaming(256, [(96.0, 100.0), (97.0, 100.0)]).met
+    assert not cpu_rows.of_streaming(256, [(90.0, 100.0)]).met
 
 
 def test_start_up_may_take_five_seconds_and_the_reading() -> None:

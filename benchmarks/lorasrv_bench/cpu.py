@@ -163,7 +163,8 @@ def _decisions(effort: Effort, folder: Path, kept: Path | None) -> list[Row]:
 def _streaming(effort: Effort, folder: Path, kept: Path | None) -> list[Row]:
     repeats = streaming.measure(effort.streaming)
     print(streaming.report(effort.streaming, repeats))
-    return [cpu_rows.of_streaming([(each["grpc"].tokens_per_s, each["loop"].tokens_per_s) for each in repeats])]
+    rates = [(each["grpc"].tokens_per_s, each["loop"].tokens_per_s) for each in repeats]
+    return [cpu_rows.of_streaming(effort.streaming.streams, rates)]
 
 
 def _start(effort: Effort, folder: Path, kept: Path | None) -> list[Row]:

@@ -149,12 +149,12 @@ def of_decisions(load: Load, found: Measured) -> Row:
     )
 
 
-def of_streaming(rates: Sequence[tuple[float, float]]) -> Row:
+def of_streaming(streams: int, rates: Sequence[tuple[float, float]]) -> Row:
     """`rates` are tokens/s through gRPC and offline, by repeat."""
     ratios = [grpc / loop for grpc, loop in rates]
     return Row(
         what="streaming",
-        target="256 streams through gRPC ≥ 0.95 × offline",
+        target=f"{streams} streams through gRPC ≥ 0.95 × offline",
         measured=f"{spread(ratios, '.3f')} ×: {spread([grpc for grpc, _ in rates], '.0f')} tok/s",
         met=statistics.median(ratios) >= 0.95,
         figures={"ratios": ratios},

@@ -1,9 +1,12 @@
 """What a decode step does, counted rather than timed: calls of Python functions, torch operations, bytes copied.
 
+    python -m lorasrv_bench.step_counts
+
 Counts do not depend on the machine's mood, so a test can hold them to budgets. What a layer costs is the difference
 between models of more and fewer layers; what is left is the step's own.
 """
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,3 +174,15 @@ class _Dispatched(TorchDispatchMode):
 def _each(operation: Callable[[float, float], float], a: Counts, b: Counts) -> Counts:
     values = map(operation, astuple(a), astuple(b))
     return Counts(**dict(zip(Counts.__dataclass_fields__, values, strict=True)))
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    print("adapters | part  | " + " | ".join(Counts.__dataclass_fields__))
+    for number, cost in step_costs((0, 1, 4, 16)).items():
+        for part, counts in (("layer", cost.layer), ("rest", cost.rest)):
+            print(f"{number:8d} | {part:5s} | " + " | ".join(f"{figure:g}" for figure in astuple(counts)))
+
+
+if __name__ == "__main__":
+    main()
