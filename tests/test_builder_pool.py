@@ -60,7 +60,8 @@ class FakeBuilder:
         message = self.sent.popleft()
         if isinstance(message, Measure):
             size = sizes[message.digest]
-            self.answers.append(Measured(digest=message.digest, num_pages=size, num_tiles=0, max_rank=1))
+            built = size <= len(message.places)
+            self.answers.append(Measured(digest=message.digest, num_pages=size, num_tiles=0, max_rank=1, built=built))
         else:
             assert len(message.places) == sizes[message.digest]
             self.answers.append(Built(digest=message.digest))
@@ -82,17 +83,19 @@ class Rig:
     num_pages: int
     sizes: dict[str, int]
     num_builders: int = 2
+    num_ahead: int = 0
     now: float = 0.0
     spawned: list[FakeBuilder] = field(default_factory=list[FakeBuilder])
     cannot_spawn: bool = False
 
     def __post_init__(self) -> None:
-        self.arena = HostArena(self.num_pages, PAGE_BYTES)
+        self.arena = HostArena(self.num_pages + self.num_ahead, PAGE_BYTES)
         self.pool = BuilderPool(
             self.arena,
             1,
             self.spawn,
             num_builders=self.num_builders,
+            num_ahead=self.num_ahead,
             read_timeout_s=TIMEOUT_S,
             clock=lambda: self.now,
         )
@@ -136,7 +139,7 @@ class Rig:
     def close(self) -> None:
         self.cache.close()
         self.pool.close()
-        assert self.arena.num_free == self.num_pages
+        assert self.arena.num_free == self.num_pages + self.num_ahead
         assert not self.alive
 
 
@@ -152,6 +155,59 @@ def test_an_image_lies_in_pages_of_its_own(rig: Rig) -> None:
     rig.cache.discard("a")
     rig.poll()
     assert rig.arena.used == set(b.places)
+    rig.close()
+
+
+def test_with_room_to_build_ahead_a_read_is_one_question() -> None:
+    rig = Rig(8, {"a": 3, "b": 2, "c": 5, "d": 4, "e": 4}, num_ahead=4)
+    rig.read("a")
+    rig.cache.request("b")
+    rig.poll()
+    rig.builder_of("b").answer(rig.sizes)
+    rig.poll()
+    b = rig.cache.get("b")
+    assert b is not None and len(b.places) == 2 and len(rig.arena.used) == 5, "what was too much is free again"
+    # Larger than any before: two questions, and no page is kept meanwhile.
+    rig.cache.request("c")
+    rig.poll()
+    rig.builder_of("c").answer(rig.sizes)
+    rig.poll()
+    assert [len(message.places) for message in rig.builder_of("c").sent] == [5]
+    rig.builder_of("c").answer(rig.sizes)
+    rig.poll()
+    assert rig.cache.get("c") and len(rig.arena.used) <= 8
+    # The largest would take more than is left for that.
+    rig.cache.request("d")
+    rig.poll()
+    assert rig.builder_of("d").sent[0].places == ()
+    rig.close()
+
+
+def test_what_is_built_ahead_takes_no_page_that_the_cache_counts_on() -> None:
+    rig = Rig(8, {"a": 4, "b": 4, "c": 4, "d": 4}, num_ahead=4)
+    for digest in "ab":
+        rig.read(digest) if digest == "a" else rig.cache.request(digest)
+    rig.poll()
+    rig.builder_of("b").answer(rig.sizes)
+    rig.poll()
+    for digest in "ab":
+        rig.cache.pin(digest)
+    rig.cache.request("c")
+    rig.poll()
+    rig.builder_of("c").answer(rig.sizes)
+    for _ in range(3):
+        rig.poll()
+    assert rig.cache.state("c") is HostState.READING, "built, but there is no room for it"
+    assert rig.arena.num_free == 0
+    rig.cache.cancel("c")
+    rig.poll()
+    assert rig.cache.state("c") is HostState.ABSENT and rig.arena.num_free == 4
+    rig.cache.request("c")
+    rig.poll()
+    rig.builder_of("c").answer(rig.sizes)
+    rig.cache.unpin("a")
+    rig.poll()
+    assert rig.cache.get("c") and rig.cache.get("a") is None
     rig.close()
 
 
@@ -304,7 +360,8 @@ def test_where_no_process_can_be_started_the_read_fails(rig: Rig) -> None:
 def test_any_order_of_answers_and_deaths_loses_no_page(seed: int) -> None:
     random = Random(seed)
     digests = [f"a{index}" for index in range(12)]
-    rig = Rig(10, {digest: random.randint(1, 10) for digest in digests}, num_builders=random.randint(1, 3))
+    sizes = {digest: random.randint(1, 10) for digest in digests}
+    rig = Rig(10, sizes, num_builders=random.randint(1, 3), num_ahead=random.choice((0, 5, 10, 30)))
     pinned: list[str] = []
     for _ in range(1500):
         match random.choice(

@@ -53,6 +53,7 @@ class Rig:
     root: Path
     dtype: DType = "float32"
     num_pages: int = 64
+    num_ahead: int = 16
     read_timeout_s: float = WAIT_S
     children: list[BuilderChild] = field(default_factory=list[BuilderChild])
 
@@ -63,23 +64,24 @@ class Rig:
         self.blobs = BlobStore(self.root / "blobs")
         layout = page_layout(architecture, BLOCK_TOKENS, ITEMSIZES[self.dtype])
         self.packer = Packer(layout=layout, module_shapes=architecture.module_shapes())
-        self.arena = HostArena(self.num_pages, layout.page_bytes)
+        self.arena = HostArena(self.num_pages + self.num_ahead, layout.page_bytes)
         self.settings = BuilderSettings(
             blob_root=str(self.root / "blobs"),
             model_path=str(base),
             dtype=self.dtype,
             block_tokens=BLOCK_TOKENS,
             max_rank=256,
-            num_pages=self.num_pages,
+            num_pages=self.num_pages + self.num_ahead,
         )
         self.pool = BuilderPool(
             self.arena,
             layout.num_layers * len(self.packer.module_shapes),
             self.spawn,
             num_builders=2,
+            num_ahead=self.num_ahead,
             read_timeout_s=self.read_timeout_s,
         )
-        self.cache: HostCache[PackedAdapter] = HostCache(self.arena.pages.nbytes, self.pool)
+        self.cache: HostCache[PackedAdapter] = HostCache(self.num_pages * layout.page_bytes, self.pool)
 
     def spawn(self) -> BuilderChild:
         self.children.append(BuilderChild(self.settings, self.arena.descriptor))

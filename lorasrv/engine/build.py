@@ -20,6 +20,9 @@ from lorasrv.memory.packing import PackedAdapter
 from lorasrv.memory.storage import PinnedArena, pinned_pages
 from lorasrv.types import EngineInfo
 
+# Reads that are under way take up to this share of the host cache beside it.
+_AHEAD = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assembly:
@@ -55,20 +58,22 @@ def _builders(config: EngineConfig, blob_root: str, packer: Packer, on_gpu: bool
         raise ConfigurationError(
             f"host_cache_bytes {config.tiers.host_cache_bytes} holds no page of {page_bytes} bytes"
         )
-    arena = (PinnedArena if on_gpu else HostArena)(num_pages, page_bytes)
+    num_ahead = num_pages // _AHEAD
+    arena = (PinnedArena if on_gpu else HostArena)(num_pages + num_ahead, page_bytes)
     settings = BuilderSettings(
         blob_root=blob_root,
         model_path=config.model.path,
         dtype=config.model.dtype,
         block_tokens=config.pool.block_tokens,
         max_rank=config.max_rank,
-        num_pages=num_pages,
+        num_pages=num_pages + num_ahead,
     )
     return BuilderPool(
         arena,
         num_headers=packer.layout.num_layers * len(packer.module_shapes),
         spawn=lambda: BuilderChild(settings, arena.descriptor),
         num_builders=config.tiers.num_builders,
+        num_ahead=num_ahead,
         read_timeout_s=config.tiers.read_timeout_s,
     )
 

@@ -63,7 +63,7 @@ class Builder:
         match message:
             case Measure(digest=digest) | Build(digest=digest):
                 try:
-                    return self._measure(digest) if isinstance(message, Measure) else self._build(message)
+                    return self._measure(message) if isinstance(message, Measure) else self._build(message)
                 except CorruptBlob as error:
                     return Failed(digest=digest, corrupt=True, message=str(error))
                 except (AdapterError, AdapterLoadFailed) as error:
@@ -74,15 +74,26 @@ class Builder:
             case _:
                 raise TypeError(f"{type(message).__name__} is no message to a builder")
 
-    def _measure(self, digest: str) -> Measured:
-        """From the header alone, unless that is wrong: then all bytes say whether they are damaged."""
+    def _measure(self, message: Measure) -> Measured:
+        """From the header alone, unless that is wrong or the image may be built: then all bytes say whether they are
+        damaged."""
+        digest, places = message.digest, message.places
         try:
-            files = open_version(self._blobs, digest, self._base, self._max_rank, verify_weights=False)
+            files = open_version(self._blobs, digest, self._base, self._max_rank, verify_weights=bool(places))
         except AdapterError:
+            if places:
+                raise
             files = open_version(self._blobs, digest, self._base, self._max_rank)
         plan = self._packer.plan(files.spec)
+        built = plan.num_pages <= len(places)
+        if built:
+            self._packer.fill(files, plan, self._pages, places[: plan.num_pages])
         return Measured(
-            digest=digest, num_pages=plan.num_pages, num_tiles=len(plan.placed.tiles), max_rank=plan.max_rank
+            digest=digest,
+            num_pages=plan.num_pages,
+            num_tiles=len(plan.placed.tiles),
+            max_rank=plan.max_rank,
+            built=built,
         )
 
     def _build(self, message: Build) -> Built:

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """To a builder: how large is this version's image?"""
+    """To a builder: how large is this version's image? If it fits into these pages, put it there: the first of them
+    hold it then."""
 
     digest: str
+    places: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +34,13 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
+    """`built` where the image is in the pages that were given."""
+
     digest: str
     num_pages: int
     num_tiles: int
     max_rank: int
+    built: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

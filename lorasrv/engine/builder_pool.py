@@ -41,7 +41,7 @@ class Builder(Protocol):
 @dataclass(kw_only=True)
 class _Job:
     """A read. `since_s` is when the builder was given `message`, None while the cache has the next word. A build whose
-    `places` are not free yet has no builder at work."""
+    `places` are not free yet has no builder at work; those of a measurement are what it may build in at once."""
 
     digest: str
     builder: Builder
@@ -66,14 +66,18 @@ class BuilderPool:
         spawn: Callable[[], Builder],
         *,
         num_builders: int,
+        num_ahead: int,
         read_timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`num_headers` are those of every adapter's directory. `spawn` may raise OSError."""
+        """`num_headers` are those of every adapter's directory. `spawn` may raise OSError. So many pages of the arena
+        as `num_ahead` are beyond what the cache holds: images are built there before their size is known."""
         self._arena = arena
         self._num_headers = num_headers
         self._spawn = spawn
         self._num_builders = num_builders
+        self._num_ahead = num_ahead
+        self._largest = 0  # pages of the largest image so far: the next is taken to be no larger
         self._read_timeout_s = read_timeout_s
         self._clock = clock
         self._idle = [spawn() for _ in range(num_builders)]
@@ -89,18 +93,27 @@ class BuilderPool:
     def measure(self, digest: str) -> None:
         builder = self._take_builder(digest)
         if builder is not None:
-            message = Measure(digest=digest)
-            self._jobs[digest] = _Job(digest=digest, builder=builder, message=message, since_s=self._clock())
+            places = self._places_ahead()
+            message = Measure(digest=digest, places=places)
+            self._jobs[digest] = _Job(
+                digest=digest, builder=builder, message=message, since_s=self._clock(), places=places or None
+            )
             builder.send(message)
 
     def build(self, digest: str) -> PackedAdapter | None:
         job = self._jobs[digest]
+        assert job.measured is not None, job
+        if job.measured.built:
+            self._idle.append(self._jobs.pop(digest).builder)
+            return self._image(job)
         job.message, job.since_s = Build(digest=digest, places=()), self._clock()
         self._start_build(job)
         return None
 
     def abandon(self, digest: str) -> None:
-        self._idle.append(self._jobs.pop(digest).builder)
+        job = self._jobs.pop(digest)
+        self._arena.free(job.places or ())
+        self._idle.append(job.builder)
 
     def free(self, image: PackedAdapter) -> None:
         self._held.difference_update(image.places)
@@ -177,6 +190,20 @@ class BuilderPool:
             self._given_up[digest] = error
             return None
 
+    def _places_ahead(self) -> tuple[int, ...]:
+        """Pages to build in before it is known how many are needed; none where that could take them from an image that
+        the cache has made room for."""
+        used = sum(len(job.places or ()) for job in self._jobs.values() if isinstance(job.message, Measure))
+        if not 0 < self._largest <= self._num_ahead - used:
+            return ()
+        return self._arena.alloc(self._largest) or ()
+
+    def _keep_places(self, job: _Job, num_pages: int) -> None:
+        """Of those that a measurement was given."""
+        places = job.places or ()
+        self._arena.free(places[num_pages:])
+        job.places = places[:num_pages] or None
+
     def _start_build(self, job: _Job) -> None:
         """Unless pages that the cache has counted as free still belong to a killed builder."""
         assert job.measured is not None and job.places is None, job
@@ -197,6 +224,8 @@ class BuilderPool:
                     job.since_s = self._clock() if job.since_s is not None else None
                 case Measured():
                     job.measured, job.since_s = message, None
+                    self._largest = max(self._largest, message.num_pages)
+                    self._keep_places(job, message.num_pages if message.built else 0)
                     cache.measured(job.digest, message.num_pages * self._arena.pages.shape[1])
                 case Built():
                     self._idle.append(job.builder)

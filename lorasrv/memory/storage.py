@@ -3,6 +3,7 @@
 Which page belongs to whom is accounted elsewhere; nothing here hands out or takes back a page.
 """
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -87,6 +88,9 @@ class PageStorage:
         page_bytes = self.layout.page_bytes
         end = min(len(copy.pages), copy.num_issued - (-max_bytes // page_bytes))
         slices = range(copy.num_issued, end)
+        if self._copies is None:
+            self._move(copy, slices)
+            return len(slices) * page_bytes
         with torch.cuda.stream(self._copies):
             for local in slices:
                 source = _tensor(copy.adapter.pages[copy.adapter.places[local]])
@@ -97,6 +101,18 @@ class PageStorage:
             if self._copies is not None and copy.issued:
                 copy.event = self._copies.record_event()
         return len(slices) * page_bytes
+
+    def _move(self, copy: AdapterCopy, slices: range) -> None:
+        """Within the host's memory, where a tensor's copy costs more than the bytes of a small page."""
+        page_bytes = self.layout.page_bytes
+        assert copy.adapter.pages.flags.c_contiguous, "an image's pages have gaps"
+        source, target = copy.adapter.pages.ctypes.data, self.bytes.data_ptr()
+        for local in slices:
+            from_byte, to_byte = copy.adapter.places[local] * page_bytes, copy.pages[local] * page_bytes
+            ctypes.memmove(target + to_byte, source + from_byte, page_bytes)
+            if local == 0:
+                self._write_directory(copy)
+        copy.num_issued = slices.stop
 
     def write_adapter(self, adapter: PackedAdapter, pages: Sequence[int], *, wait_for_steps: bool) -> AdapterCopy:
         """The same at once."""

@@ -25,8 +25,7 @@ class SimReads:
     read_bytes: int = 0
     _busy: set[str] = field(default_factory=set[str])
     _disk_free_s: float = 0.0
-    # (when, order, digest, whether it is built by then rather than measured)
-    _events: list[tuple[float, int, str, bool]] = field(default_factory=list[tuple[float, int, str, bool]])
+    _events: list[tuple[float, int, str]] = field(default_factory=list[tuple[float, int, str]])  # (when, order, digest)
     _num_events: int = 0
 
     @property
@@ -34,15 +33,18 @@ class SimReads:
         return len(self._busy) < self.num_readers
 
     def measure(self, digest: str) -> None:
+        """Size and image come together, as from builders that have room to build ahead."""
         self._busy.add(digest)
-        self._add(self.clock.now_s + self.hardware.read_s, digest, built=False)
+        num_bytes = self.find(digest).nbytes
+        begins_s = max(self._disk_free_s, self.clock.now_s + self.hardware.read_s)
+        self._disk_free_s = begins_s + num_bytes / self.hardware.disk_bytes_per_s
+        self.read_bytes += num_bytes
+        self._num_events += 1
+        heappush(self._events, (self._disk_free_s, self._num_events, digest))
 
     def build(self, digest: str) -> SimImage | None:
-        num_bytes = self.find(digest).nbytes
-        self._disk_free_s = max(self._disk_free_s, self.clock.now_s) + num_bytes / self.hardware.disk_bytes_per_s
-        self.read_bytes += num_bytes
-        self._add(self._disk_free_s, digest, built=True)
-        return None
+        self._busy.remove(digest)
+        return self.find(digest)
 
     def abandon(self, digest: str) -> None:
         self._busy.remove(digest)
@@ -52,13 +54,8 @@ class SimReads:
 
     def deliver(self, cache: HostCache[SimImage]) -> None:
         while self._events and self._events[0][0] <= self.clock.now_s:
-            _, _, digest, built = heappop(self._events)
-            image = self.find(digest)
-            if built:
-                self._busy.remove(digest)
-                cache.finished(digest, image)
-            else:
-                cache.measured(digest, image.nbytes)
+            _, _, digest = heappop(self._events)
+            cache.measured(digest, self.find(digest).nbytes)
 
     def wait(self, timeout_s: float) -> None:
         at_s = self.clock.now_s + timeout_s
@@ -67,12 +64,8 @@ class SimReads:
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
         assert len(self._busy) <= self.num_readers, "too many adapters are read at once"
-        assert {digest for _, _, digest, _ in self._events} <= self._busy, "a read has no reader"
+        assert {digest for _, _, digest in self._events} <= self._busy, "a read has no reader"
 
     def close(self) -> None:
         self._events.clear()
         self._busy.clear()
-
-    def _add(self, at_s: float, digest: str, *, built: bool) -> None:
-        self._num_events += 1
-        heappush(self._events, (at_s, self._num_events, digest, built))
