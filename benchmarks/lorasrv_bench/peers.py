@@ -200,8 +200,8 @@ def _check(
 
 
 def _searched(setup: Setup, material: Material, models: Models, found: Compared) -> dict[str, Arm]:
-    """Each peer with the settings that are its best, for requests of a quarter of the length."""
-    short = _short(setup)
+    """Each peer with the settings that are its best, for answers of half the length; shorter ones are mostly prompt."""
+    short = replace(setup, output_tokens=max(2, setup.output_tokens // 2))
     arms: dict[str, Arm] = {}
     for name, kind in PEERS.items():
         case = MIXED if knows(name, MIXED) else "base"
