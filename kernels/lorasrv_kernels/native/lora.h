@@ -100,6 +100,7 @@ inline void dots(const T* tile, int64_t tile_stride, const T* x, int64_t x_strid
     for (int n = 0; n < N; ++n) tokens[n] = Wide<T>::read(x + n * x_stride + col, cols - col);
     for (int r = 0; r < R; ++r) {
       const Wide<T> weights = Wide<T>::read(tile + r * tile_stride + col, cols - col);
+      __builtin_prefetch(tile + (r + R) * tile_stride + col);
       for (int n = 0; n < N; ++n) acc[r][n] = Wide<T>::add(acc[r][n], weights, tokens[n]);
     }
   }
@@ -149,19 +150,30 @@ inline void shrink(const Adapters& adapters, const ShrinkItem& item, const T* x,
 constexpr int64_t EXPAND_TOKENS = 8;
 constexpr int64_t EXPAND_COLS = 256;
 
-// total[n][c] += h[n] . tile[:, c] for N tokens.
-template <typename T, int N>
-inline void expand_tile(const T* tile, int64_t num_rows, int64_t stride, int64_t cols, const float* const* h,
-                        float* total) {
-  for (int64_t col = 0; col < cols; col += LANES) {
-    Vec acc[N];
-    for (int n = 0; n < N; ++n) acc[n] = load(total + n * EXPAND_COLS + col);
-    for (int64_t row = 0; row < num_rows; ++row) {
-      const Vec weights = load_upto(tile + row * stride + col, cols - col);
-      for (int n = 0; n < N; ++n) acc[n] += h[n][row] * weights;
-    }
-    for (int n = 0; n < N; ++n) store(total + n * EXPAND_COLS + col, acc[n]);
+// total[n][c] += h[n] . tile[:, c] for N tokens and C vectors of columns; h is [num_rows, N].
+template <typename T, int N, int C>
+inline void expand_cols(const T* tile, int64_t num_rows, int64_t stride, int64_t left, const float* h, float* total) {
+  Vec acc[N][C];
+  for (int n = 0; n < N; ++n)
+    for (int c = 0; c < C; ++c) acc[n][c] = load(total + n * EXPAND_COLS + c * LANES);
+  for (int64_t row = 0; row < num_rows; ++row, tile += stride) {
+    Vec weights[C];
+    for (int c = 0; c < C; ++c) weights[c] = load_upto(tile + c * LANES, left - c * LANES);
+    __builtin_prefetch(tile + EXPAND_COLS);
+    for (int n = 0; n < N; ++n)
+      for (int c = 0; c < C; ++c) acc[n][c] += h[row * N + n] * weights[c];
   }
+  for (int n = 0; n < N; ++n)
+    for (int c = 0; c < C; ++c) store(total + n * EXPAND_COLS + c * LANES, acc[n][c]);
+}
+
+template <typename T, int N>
+inline void expand_tile(const T* tile, int64_t num_rows, int64_t stride, int64_t cols, const float* h, float* total) {
+  int64_t col = 0;
+  for (; col + 2 * LANES <= cols; col += 2 * LANES)
+    expand_cols<T, N, 2>(tile + col, num_rows, stride, cols - col, h, total + col);
+  for (; col < cols; col += LANES)
+    expand_cols<T, N, 1>(tile + col, num_rows, stride, cols - col, h, total + col);
 }
 
 template <typename T, int N>
@@ -180,8 +192,9 @@ inline void expand_rows(const Adapters& adapters, int64_t segment, int64_t token
           store(total + n * EXPAND_COLS + col, load_upto(target + n * out_stride + col, high - low - col));
       for (int64_t row = 0; row < header.rank; row += TILE_ROWS) {
         const int64_t num_rows = std::min<int64_t>(TILE_ROWS, header.rank - row);
-        const float* h[N];
-        for (int n = 0; n < N; ++n) h[n] = adapters.row(module, token + n) + row;
+        float h[TILE_ROWS * N];
+        for (int n = 0; n < N; ++n)
+          for (int64_t r = 0; r < num_rows; ++r) h[r * N + n] = adapters.row(module, token + n)[row + r];
         each_tile<T>(adapters, segment, header.first_b, matrix, row, num_rows, low, high,
                      [&](const T* tile, int64_t col, int64_t cols) {
                        const int64_t from = std::max(low, col), to = std::min(high, col + cols);

@@ -17,7 +17,8 @@ constexpr int64_t PREFETCH_BYTES = 4096;
 // What a thread takes at a time: for a few rows little, so that none waits long for another; for many rows what fits
 // into its cache, so that rows are read once for all of it.
 constexpr int64_t FEW_ROWS_PANELS = 2, MANY_ROWS_PANELS = 8;
-constexpr int MOST_ROWS = 16;
+constexpr int64_t STRIP_PAIRS = 32;
+constexpr int MOST_ROWS = 24;
 
 // What a caller gives, the same for all tiles.
 struct Product {
@@ -29,31 +30,53 @@ struct Product {
   bf16* out;         // [num_rows, num_panels * PANEL]
 };
 
-template <int R, int C>
-void multiply_tile(const Product& p, int64_t row, int64_t panel) {
+// acc += rows [row, row + R) of C panels, over the pairs [first, last) of input columns.
+template <int R, int C, bool prefetching = true>
+inline void accumulate(const Product& p, int64_t row, int64_t panel, int64_t first, int64_t last, __m512 (&acc)[R][C]) {
   const int64_t panel_elems = p.in_features * PANEL, pairs = p.in_features / 2;
   const bf16* weight = p.weight + panel * panel_elems;
   const auto* x = reinterpret_cast<const int32_t*>(p.x + row * p.in_features);
-  __m512 acc[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) acc[r][c] = _mm512_setzero_ps();
-  for (int64_t pair = 0; pair < pairs; ++pair) {
+  for (int64_t pair = first; pair < last; ++pair) {
     __m512bh columns[C];
     for (int c = 0; c < C; ++c) {
       const bf16* from = weight + c * panel_elems + pair * 2 * PANEL;
       columns[c] = (__m512bh)_mm512_loadu_si512(from);
-      _mm_prefetch(reinterpret_cast<const char*>(from) + PREFETCH_BYTES, _MM_HINT_T0);
+      if (prefetching) _mm_prefetch(reinterpret_cast<const char*>(from) + PREFETCH_BYTES, _MM_HINT_T0);
     }
     for (int r = 0; r < R; ++r) {
       const auto both = (__m512bh)_mm512_set1_epi32(x[r * pairs + pair]);
       for (int c = 0; c < C; ++c) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], columns[c], both);
     }
   }
+}
+
+template <int R, int C>
+inline void finish(const Product& p, int64_t row, int64_t panel, const __m512 (&acc)[R][C]) {
   for (int c = 0; c < C; ++c) {
     const int64_t col = (panel + c) * PANEL;
     const Vec bias = p.bias ? load(p.bias + col) : Vec{};
     for (int r = 0; r < R; ++r) store(p.out + (row + r) * p.num_panels * PANEL + col, (Vec)acc[r][c] + bias);
   }
+}
+
+template <int R, int C>
+void multiply_tile(const Product& p, int64_t row, int64_t panel) {
+  __m512 acc[R][C] = {};
+  accumulate(p, row, panel, 0, p.in_features / 2, acc);
+  finish(p, row, panel, acc);
+}
+
+// More rows than registers hold beside two panels: in halves, strip by strip, while the next strip comes from memory.
+template <int R, int S>
+void multiply_halves(const Product& p, int64_t row, int64_t panel) {
+  __m512 upper[R][2] = {}, lower[S][2] = {};
+  for (int64_t first = 0; first < p.in_features / 2; first += STRIP_PAIRS) {
+    const int64_t last = std::min(first + STRIP_PAIRS, p.in_features / 2);
+    accumulate<R, 2>(p, row, panel, first, last, upper);
+    accumulate<S, 2, false>(p, row + R, panel, first, last, lower);
+  }
+  finish(p, row, panel, upper);
+  finish(p, row + R, panel, lower);
 }
 
 // Rows [row, row + num_rows) of two panels, or of the last one.
@@ -62,9 +85,10 @@ void multiply_rows(const Product& p, int64_t row, int64_t num_rows, int64_t pane
   if constexpr (R > 0) {
     if (num_rows != R) return multiply_rows<R - 1>(p, row, num_rows, panel);
     if (panel + 1 == p.num_panels) return multiply_tile<R, 1>(p, row, panel);
-    if constexpr (R <= 12) return multiply_tile<R, 2>(p, row, panel);
-    multiply_tile<R, 1>(p, row, panel);
-    multiply_tile<R, 1>(p, row, panel + 1);
+    if constexpr (R <= 12)
+      multiply_tile<R, 2>(p, row, panel);
+    else
+      multiply_halves<(R + 1) / 2, R / 2>(p, row, panel);
   }
 }
 
