@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,16 +31,14 @@ def lora_kernels(device: torch.device) -> LoraKernels:
     return _cpu_kernels(device)
 
 
-class _Kernels(ForwardKernels, Protocol):
-    """What is there for every CPU."""
-
-    @staticmethod
-    def sample(*arguments: Tensor | None) -> tuple[Tensor, Tensor]: ...
+def _cpu_kernels(device: torch.device) -> ForwardKernels:
+    found = _native(device)
+    return reference if found is None else found
 
 
-def _cpu_kernels(device: torch.device) -> _Kernels:
-    found = cpu.load() if device.type == "cpu" else "no CPU"
-    return reference if isinstance(found, str) else found
+def _native(device: torch.device) -> cpu.CpuKernels | None:
+    found = cpu.load() if device.type == "cpu" else None
+    return None if isinstance(found, str) else found
 
 
 def attention_tiling(
@@ -61,4 +58,5 @@ def sampler(device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
         from lorasrv_kernels import sampling
 
         return sampling.sample
-    return _cpu_kernels(device).sample
+    found = _native(device)
+    return reference.sample if found is None else found.sample
