@@ -128,7 +128,7 @@ class Rig:
     def close(self) -> None:
         self.cache.close()
         self.pool.close()
-        assert self.arena.num_free == self.num_pages
+        assert self.arena.num_free == self.num_pages + self.num_ahead
         assert all(child.has_ended() for child in self.children)
 
 

@@ -108,7 +108,7 @@ def test_economy(show: str, ratio: float, met: bool) -> None:
 def test_the_scheduler_s_99th_percentile_counts() -> None:
     def row(slow: int) -> Row:
         step_s = [0.0005] * (1000 - slow) + [0.002] * slow
-        found = Measured(step_s=step_s, admissions=1, loads=2, evictions=3, preemptions=4)
+        found = Measured(step_s=[1.0], decide_apply_s=step_s, admissions=1, loads=2, evictions=3, preemptions=4)
         return cpu_rows.of_decisions(Load(), found)
 
     assert row(5).met and not row(20).met

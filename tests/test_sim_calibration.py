@@ -68,7 +68,7 @@ def test_the_comparison_runs_both_sides(
     monkeypatch.setattr(simulated, "NUM_ADAPTERS", 64)
     monkeypatch.setattr(simulated, "_LENGTHS", "in_range=4..40,out_range=2..6")
     # All requests at once: nobody waits for the next one to come.
-    cases = tuple(replace(case, num_adapters=min(32, case.num_adapters), load=1000.0) for case in simulated.CASES)
+    cases = tuple(replace(case, num_adapters=min(32, case.num_adapters), load=100.0) for case in simulated.CASES)
     monkeypatch.setattr(simulated, "CASES", cases)
     for name, values in (("_BATCHES", (1, 4)), ("_CONTEXTS", (8, 16)), ("_PREFILLS", (8, 32))):
         monkeypatch.setattr(calibration, name, values)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lorasrv_bench.step_counts import Counts, StepCost, calls_counted, ops_counted, step_costs
+from lorasrv_kernels import cpu
 
 ROWS = 16
 CONTEXT, LONGER = 32, 64
@@ -28,12 +29,12 @@ class Budget(NamedTuple):
 # operations, bytes copied by them.
 BUDGETS: Mapping[str, tuple[Budget, Budget, Budget, Budget]] = MappingProxyType(
     {
-        "a layer, base": (Budget(176, 180), Budget(503, 520), Budget(541, 550), Budget(210_944, 211_000)),
-        "a layer, 16 adapters": (Budget(1448, 1500), Budget(5951, 6100), Budget(9073, 9100), Budget(296_960, 297_000)),
-        "a layer, an adapter more": (Budget(78, 80), Budget(338, 345), Budget(529, 530), Budget(0, 0)),
-        "a layer, a row's token more": (Budget(0, 0), Budget(0, 0), Budget(0, 0), Budget(256, 256)),
-        "the rest, base": (Budget(626, 650), Budget(721, 750), Budget(64, 66), Budget(5824, 6000)),
-        "the rest, 16 adapters": (Budget(721, 750), Budget(797, 830), Budget(72, 74), Budget(9920, 10_000)),
+        "a layer, base": (Budget(29, 30), Budget(66, 68), Budget(14, 14), Budget(0, 0)),
+        "a layer, 16 adapters": (Budget(41, 43), Budget(126, 130), Budget(18, 18), Budget(0, 0)),
+        "a layer, an adapter more": (Budget(0, 0), Budget(0, 0), Budget(0, 0), Budget(0, 0)),
+        "a layer, a row's token more": (Budget(0, 0), Budget(0, 0), Budget(0, 0), Budget(0, 0)),
+        "the rest, base": (Budget(538, 560), Budget(551, 570), Budget(57, 59), Budget(5824, 6000)),
+        "the rest, 16 adapters": (Budget(673, 700), Budget(675, 700), Budget(65, 67), Budget(9920, 10_000)),
         "the rest, an adapter more": (Budget(2, 3), Budget(1, 2), Budget(0, 0), Budget(0, 0)),
     }
 )
@@ -41,6 +42,8 @@ BUDGETS: Mapping[str, tuple[Budget, Budget, Budget, Budget]] = MappingProxyType(
 
 @pytest.fixture(scope="module")
 def costs() -> Mapping[str, Counts]:
+    if isinstance(why := cpu.load(), str):
+        pytest.skip(f"torch computes here, which takes more calls: {why}")
     near = step_costs((0, 4, 16), rows=ROWS, context=CONTEXT)
     far = step_costs((0,), rows=ROWS, context=LONGER)
     return {

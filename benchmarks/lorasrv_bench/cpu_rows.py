@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from lorasrv_bench.decisions import Load, Measured
+from lorasrv_bench.decisions import Load, Measured, quantile
 from lorasrv_bench.lora_cost import ALLOWED, Cost
 from lorasrv_bench.peers import MIXED, OURS, Compared
 from lorasrv_bench.start_up import Started
@@ -137,15 +137,15 @@ def of_economy(show: str, told: Mapping[str, Any]) -> Row:
 
 
 def of_decisions(load: Load, found: Measured) -> Row:
-    p99_s = found.quantile(0.99)
+    p50_s, p99_s = (quantile(found.decide_apply_s, share) for share in (0.5, 0.99))
     happened = f"{found.admissions} admissions, {found.loads} loads, {found.evictions} evictions, {found.preemptions}"
     return Row(
         what="scheduler + bookkeeping",
         target=f"p99 < {1e3 * STEP_S:g} ms at {load.num_running} running, {load.num_waiting} waiting, "
         f"{load.num_adapters} adapters",
-        measured=f"{1e3 * p99_s:.3f} ms, median {1e3 * found.quantile(0.5):.3f} ms; {happened} preemptions",
+        measured=f"{1e3 * p99_s:.3f} ms, median {1e3 * p50_s:.3f} ms; {happened} preemptions",
         met=p99_s < STEP_S,
-        figures={"p99_s": p99_s, "p50_s": found.quantile(0.5)},
+        figures={"p99_s": p99_s, "p50_s": p50_s},
     )
 
 

@@ -98,7 +98,7 @@ class PageStorage:
                 if local == 0:
                     self._write_directory(copy)
             copy.num_issued = end
-            if self._copies is not None and copy.issued:
+            if copy.issued:
                 copy.event = self._copies.record_event()
         return len(slices) * page_bytes
 
