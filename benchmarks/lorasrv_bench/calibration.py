@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +25,7 @@ ITEMSIZE = 4
 # How many tokens' products take as long as reading the weights, to choose from.
 _BALANCES = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
 _UNBOUNDED = 1e18
-_GROUPS = 5
+_TRIALS = 7
 _BATCHES, _CONTEXTS, _PREFILLS = (1, 4, 16), (32, 192), (16, 64, 128, 256)
 
 
@@ -131,23 +130,22 @@ class _Prober:
     def transfers(self) -> tuple[float, float, float]:
         """(seconds to open an adapter, bytes read per second, bytes copied per second), from two sizes of adapters.
 
-        Reads as they are made in service: by all readers at once, beside a sequence that decodes.
+        Reads as they are made in service: beside a sequence that decodes.
         """
         engine = self._engine
-        num_readers, num_ranks = engine.config.tiers.num_builders, len(engine.ranks)
         small, large = (engine.ranks.index(rank) for rank in (min(engine.ranks), max(engine.ranks)))
         sizes = [ITEMSIZE * engine.shape.adapter_params(engine.ranks[place]) for place in (small, large)]
-        unread = [iter(engine.digests[place::num_ranks]) for place in (small, large)]
+        unread = [iter(engine.digests[place :: len(engine.ranks)]) for place in (small, large)]
         beside = self._add(32, 3000, 0, 0)
-        reads = [self._read(list(islice(ones, num_readers))) for _ in range(_GROUPS) for ones in unread]
+        reads = [self._read(next(ones)) for _ in range(_TRIALS) for ones in unread]
         engine.core.cancel(beside)
-        copies = [self._copy(next(ones)) for _ in range(_GROUPS) for ones in unread]
+        copies = [self._copy(next(ones)) for _ in range(_TRIALS) for ones in unread]
         read_small, read_large = statistics.median(reads[0::2]), statistics.median(reads[1::2])
         copy_small, copy_large = statistics.median(copies[0::2]), statistics.median(copies[1::2])
         step = sizes[1] - sizes[0]
-        bytes_per_s = num_readers * step / (read_large - read_small) if read_large > read_small else _UNBOUNDED
+        bytes_per_s = step / (read_large - read_small) if read_large > read_small else _UNBOUNDED
         copied_per_s = step / (copy_large - copy_small) if copy_large > copy_small else _UNBOUNDED
-        return max(0.0, read_small - num_readers * sizes[0] / bytes_per_s), bytes_per_s, copied_per_s
+        return max(0.0, read_small - sizes[0] / bytes_per_s), bytes_per_s, copied_per_s
 
     def steps(self) -> Iterator[Timed]:
         for batch in _BATCHES:
@@ -158,15 +156,14 @@ class _Prober:
             for adapters in (0, 1):
                 yield self._prefill(tokens, adapters)
 
-    def _read(self, digests: Sequence[str]) -> float:
-        """Seconds until all of them are in host memory, asked for by a request each."""
+    def _read(self, digest: str) -> float:
+        """Seconds from disk to host memory, asked for by a request."""
         core = self._engine.core
         begin = time.perf_counter()
-        open_requests = {self._ask(digest, 1, 1) for digest in digests}
-        seconds: float | None = None
-        while open_requests:
-            open_requests -= {delta.request_id for delta in core.step() if delta.finish is not None}
-            if seconds is None and all(core.tier_of(digest) is not Tier.DISK for digest in digests):
+        request_id, seconds, is_open = self._ask(digest, 1, 1), None, True
+        while is_open:
+            is_open = not any(delta.request_id == request_id and delta.finish for delta in core.step())
+            if seconds is None and core.tier_of(digest) is not Tier.DISK:
                 seconds = time.perf_counter() - begin
         assert seconds is not None, "an adapter was served from disk"
         return seconds
