@@ -74,9 +74,10 @@ class SchedulerConfig:
 class TierConfig:
     """How adapters come from disk to host memory and on to the device.
 
-    `host_cache_bytes` of host memory hold adapters ready to be copied. `num_builders` processes read them, some more
-    while reads are slow; a read that takes longer than `read_timeout_s` fails. `copy_bytes_per_step` bounds what one
-    step copies to the device, by a page at most more; None is what hides behind a step of the device.
+    `host_cache_bytes` of host memory hold adapters ready to be copied; those being read take up to an eighth more.
+    `num_builders` processes read them, some more while reads are slow; a read that takes longer than `read_timeout_s`
+    fails. `copy_bytes_per_step` bounds what one step copies to the device, by a page at most more; None is what hides
+    behind a step of the device.
     """
 
     host_cache_bytes: int = 1 << 30

@@ -22,7 +22,8 @@ class HostState(StrEnum):
 
 
 class ImageReader(Protocol[Image]):
-    """What makes images, in two phases: an image takes memory only once the cache has room for it.
+    """What makes images, in two phases: an image takes the cache's memory only once there is room for it. A reader that
+    builds what it measures at once has memory of its own for that.
 
     The cache's owner calls these, through the cache; they return at once and do not call the cache. What they come to
     is told to the cache later, by the owner: `HostCache.measured`, `HostCache.finished`.
@@ -98,7 +99,7 @@ class HostCache(Generic[Image]):
     for its requests to see, until `forget_failure`; the next `request` then reads again. Images go in `poll` alone:
     what was ready before another call is ready after it. Ready images that are not pinned go, least recently got first,
     when a new one needs room, and discarded ones in any case. While pins leave no room, measured images wait (still
-    READING) and no further read begins: nothing is ever held beyond the budget.
+    READING) and no further read begins: the cache never holds more than its budget.
     """
 
     def __init__(self, budget_bytes: int, reader: ImageReader[Image]) -> None:

@@ -40,7 +40,7 @@ struct Running {
   float top, total;
 };
 
-// A task's rows by kv head, and own_. Each thread has its own and keeps it.
+// A task's rows by kv head, and the block that they meet, widened. Each thread has its own and keeps it.
 struct Scratch {
   std::vector<Running> rows;
   std::vector<float> query, acc, keys, values;
