@@ -1,4 +1,8 @@
 // A linear module: the base model's product with packed bf16 weights, and the adapters' shrink beside it.
+#include <omp.h>
+
+#include <atomic>
+
 #include "lora.h"
 
 using namespace lorasrv;
@@ -12,12 +16,11 @@ thread_local std::vector<ShrinkItem> items;
 
 #if defined(__AVX512BF16__)
 
-// Far enough ahead for memory, whose next pages the hardware does not fetch by itself.
-constexpr int64_t PREFETCH_BYTES = 4096;
+// Far enough ahead for memory, whose next pages the hardware does not fetch by itself. Weights are read strip by strip.
+constexpr int64_t STRIP_PAIRS = 8, PREFETCH_STRIPS = 8;
 // What a thread takes at a time: for a few rows little, so that none waits long for another; for many rows what fits
 // into its cache, so that rows are read once for all of it.
 constexpr int64_t FEW_ROWS_PANELS = 2, MANY_ROWS_PANELS = 8;
-constexpr int64_t STRIP_PAIRS = 32;
 constexpr int MOST_ROWS = 24;
 
 // What a caller gives, the same for all tiles.
@@ -28,20 +31,29 @@ struct Product {
   int64_t num_panels;
   const bf16* bias;  // [num_panels * PANEL]
   bf16* out;         // [num_rows, num_panels * PANEL]
+
+  int64_t pairs() const { return in_features / 2; }
+  const bf16* strip(int64_t panel, int64_t pair) const { return weight + (panel * pairs() + pair) * 2 * PANEL; }
 };
 
-// acc += rows [row, row + R) of C panels, over the pairs [first, last) of input columns.
-template <int R, int C, bool prefetching = true>
-inline void accumulate(const Product& p, int64_t row, int64_t panel, int64_t first, int64_t last, __m512 (&acc)[R][C]) {
-  const int64_t panel_elems = p.in_features * PANEL, pairs = p.in_features / 2;
-  const bf16* weight = p.weight + panel * panel_elems;
-  const auto* x = reinterpret_cast<const int32_t*>(p.x + row * p.in_features);
-  for (int64_t pair = first; pair < last; ++pair) {
+// acc += rows [row, row + R) of C panels, over a strip of the pairs of input columns. The panels [A, B) of those are
+// read ahead.
+template <int R, int C, int A = 0, int B = C>
+inline void accumulate(const Product& p, int64_t row, int64_t panel, int64_t first, __m512 (&acc)[R][C]) {
+  const int64_t pairs = p.pairs(), count = std::min(STRIP_PAIRS, pairs - first);
+  const auto* x = reinterpret_cast<const int32_t*>(p.x + row * p.in_features) + first;
+  const bf16 *from[C], *ahead[C];
+  for (int c = 0; c < C; ++c) {
+    from[c] = p.strip(panel + c, first);
+    // Behind a panel comes the one that this thread takes next.
+    const int64_t pair = first + PREFETCH_STRIPS * STRIP_PAIRS;
+    ahead[c] = pair < pairs ? p.strip(panel + c, pair) : p.strip(panel + C + c, pair - pairs);
+  }
+  for (int64_t pair = 0; pair < count; ++pair) {
     __m512bh columns[C];
     for (int c = 0; c < C; ++c) {
-      const bf16* from = weight + c * panel_elems + pair * 2 * PANEL;
-      columns[c] = (__m512bh)_mm512_loadu_si512(from);
-      if (prefetching) _mm_prefetch(reinterpret_cast<const char*>(from) + PREFETCH_BYTES, _MM_HINT_T0);
+      columns[c] = (__m512bh)_mm512_loadu_si512(from[c] + pair * 2 * PANEL);
+      if (A <= c && c < B) _mm_prefetch(reinterpret_cast<const char*>(ahead[c] + pair * 2 * PANEL), _MM_HINT_T0);
     }
     for (int r = 0; r < R; ++r) {
       const auto both = (__m512bh)_mm512_set1_epi32(x[r * pairs + pair]);
@@ -62,18 +74,18 @@ inline void finish(const Product& p, int64_t row, int64_t panel, const __m512 (&
 template <int R, int C>
 void multiply_tile(const Product& p, int64_t row, int64_t panel) {
   __m512 acc[R][C] = {};
-  accumulate(p, row, panel, 0, p.in_features / 2, acc);
+  for (int64_t first = 0; first < p.pairs(); first += STRIP_PAIRS) accumulate(p, row, panel, first, acc);
   finish(p, row, panel, acc);
 }
 
-// More rows than registers hold beside two panels: in halves, strip by strip, while the next strip comes from memory.
+// More rows than registers hold beside two panels: in halves, each of which reads one panel ahead, so that memory is
+// asked evenly.
 template <int R, int S>
 void multiply_halves(const Product& p, int64_t row, int64_t panel) {
   __m512 upper[R][2] = {}, lower[S][2] = {};
-  for (int64_t first = 0; first < p.in_features / 2; first += STRIP_PAIRS) {
-    const int64_t last = std::min(first + STRIP_PAIRS, p.in_features / 2);
-    accumulate<R, 2>(p, row, panel, first, last, upper);
-    accumulate<S, 2, false>(p, row + R, panel, first, last, lower);
+  for (int64_t first = 0; first < p.pairs(); first += STRIP_PAIRS) {
+    accumulate<R, 2, 0, 1>(p, row, panel, first, upper);
+    accumulate<S, 2, 1, 2>(p, row + R, panel, first, lower);
   }
   finish(p, row, panel, upper);
   finish(p, row + R, panel, lower);
@@ -103,6 +115,31 @@ void multiply_panels(const Product& p, int64_t first_panel) {
     for (int64_t panel = first_panel; panel < end; panel += 2) multiply_rows<MOST_ROWS>(p, row, next - row, panel);
   }
 }
+
+// Each thread goes through a stretch of tasks of its own, so that what it reads ahead is what it takes next; who is
+// through helps others from where they are.
+class Stretches {
+ public:
+  Stretches(int64_t num_tasks, int64_t num_threads) : num_tasks_(num_tasks), num_threads_(num_threads) {
+    for (int64_t thread = 0; thread < num_threads; ++thread) next_[thread] = start(thread);
+  }
+
+  template <typename F>
+  void run(int64_t thread, F f) {
+    for (int64_t i = 0; i < num_threads_; ++i) {
+      const int64_t owner = (thread + i) % num_threads_, end = start(owner + 1);
+      for (int64_t task; (task = next_[owner].fetch_add(1, std::memory_order_relaxed)) < end;) f(task);
+    }
+  }
+
+  static constexpr int64_t MOST_THREADS = 256;
+
+ private:
+  int64_t start(int64_t thread) const { return thread * num_tasks_ / num_threads_; }
+
+  int64_t num_tasks_, num_threads_;
+  std::atomic<int64_t> next_[MOST_THREADS];
+};
 
 #endif
 
@@ -155,12 +192,13 @@ LORASRV_EXPORT void lorasrv_project(const bf16* x, int64_t num_rows, int64_t in_
   const std::vector<ShrinkItem>& list = items;
   const int64_t count = list.size();
   const int64_t step = panels_per_task(product);
-#pragma omp parallel
+  const int num_threads = std::min<int64_t>(omp_get_max_threads(), Stretches::MOST_THREADS);
+  Stretches stretches(up(product.num_panels, step), num_threads);
+#pragma omp parallel num_threads(num_threads)
   {
 #pragma omp for schedule(dynamic) nowait
     for (int64_t i = 0; i < count; ++i) shrink<bf16>(*adapters, list[i], x, in_features);
-#pragma omp for schedule(dynamic)
-    for (int64_t panel = 0; panel < product.num_panels; panel += step) multiply_panels(product, panel);
+    stretches.run(omp_get_thread_num(), [&](int64_t task) { multiply_panels(product, task * step); });
   }
 #endif
 }
