@@ -102,23 +102,29 @@ def step_arrays(plan: StepPlan, room: Room, block_tokens: int, scratch_page: int
     Those of segments are left out where there is room for none.
     """
     chunks = plan.chunks
-    ends = list(accumulate(chunk.num_tokens for chunk in chunks))
+    lengths, starts = [chunk.num_tokens for chunk in chunks], [chunk.start for chunk in chunks]
+    firsts = [0, *accumulate(lengths)]
+    num_tokens = firsts[-1]
+    tables = np.zeros((room.num_sequences, room.max_blocks), dtype=np.int32)
+    for row, chunk in enumerate(chunks):
+        tables[row, : len(chunk.block_table)] = chunk.block_table
     positions = np.zeros(room.num_tokens, dtype=np.int64)
     slots = np.full(room.num_tokens, scratch_page * block_tokens, dtype=np.int64)
-    tables = np.zeros((room.num_sequences, room.max_blocks), dtype=np.int32)
-    for row, (chunk, end) in enumerate(zip(chunks, ends, strict=True)):
-        rows, places = slice(end - chunk.num_tokens, end), np.arange(chunk.start, chunk.start + chunk.num_tokens)
-        tables[row, : len(chunk.block_table)] = chunk.block_table
-        positions[rows] = places
-        slots[rows] = tables[row, places // block_tokens].astype(np.int64) * block_tokens + places % block_tokens
+    if chunks:
+        # By token: its chunk, and its place in the sequence.
+        numbers = np.repeat(np.arange(len(chunks)), lengths)
+        places = np.arange(num_tokens) + np.repeat(np.subtract(starts, firsts[:-1]), lengths)
+        positions[:num_tokens] = places
+        blocks, places = np.divmod(places, block_tokens)
+        slots[:num_tokens] = tables[numbers, blocks].astype(np.int64) * block_tokens + places
     token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids or (0,)]
     arrays: dict[str, Array] = {
         "token_ids": _padded(token_ids, room.num_tokens, np.int64),
         "positions": positions,
         "slots": slots,
         "block_tables": tables,
-        "query_starts": _padded([0, *ends], room.num_sequences + 1, np.int32, behind=ends[-1] if ends else 0),
-        "context_lengths": _padded([c.start + c.num_tokens for c in chunks], room.num_sequences, np.int32),
+        "query_starts": _padded(firsts, room.num_sequences + 1, np.int32, behind=num_tokens),
+        "context_lengths": _padded(np.add(starts, lengths), room.num_sequences, np.int32),
     }
     if room.num_segments:
         arrays |= _lora_arrays(plan, room)

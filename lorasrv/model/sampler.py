@@ -130,7 +130,7 @@ def draw(
     # One call for each number asked for, so that which of equal ones it tells does not depend on the batch.
     asked = sorted({row.logprobs for row in rows if row.logprobs is not None})
     groups = [[index for index, row in enumerate(rows) if row.logprobs == num_top] for num_top in asked]
-    places, _ = _tensors(groups, (), logits.device)
+    places = _tensors(groups, (), logits.device)[0] if groups else ()
     own = [logits[group] for group in places]  # copies, from before the edits
     tokens, valid = _sample(logits, rows)
     scores = [
