@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -122,11 +123,36 @@ inline Vec at_least(Vec v, float low) { return v < low ? fill(low) : v; }
 inline Vec at_most(Vec v, float high) { return v > high ? fill(high) : v; }
 
 namespace detail {
-template <int parity>
-inline IntVec alternate() {
-  IntVec lanes;
-  for (int lane = 0; lane < LANES; ++lane) lanes[lane] = 2 * lane + parity;
-  return lanes;
+template <int... lanes>
+using Lanes = std::integer_sequence<int, lanes...>;
+using EachLane = std::make_integer_sequence<int, LANES>;
+
+// Lane i of the result is lane lanes[i] of both vectors side by side.
+template <int... lanes>
+inline Vec pick(Vec a, Vec b, Lanes<lanes...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, lanes...);
+#else
+  return __builtin_shuffle(a, b, IntVec{lanes...});
+#endif
+}
+
+template <int parity, int... lanes>
+inline Vec every_other(Vec a, Vec b, Lanes<lanes...>) {
+  return pick(a, b, Lanes<(2 * lanes + parity)...>{});
+}
+
+template <int width, int... lanes>
+inline Vec rotate(Vec v, Lanes<lanes...>) {
+  return pick(v, v, Lanes<((lanes + width) % LANES)...>{});
+}
+
+// All lanes of the result are f over all lanes.
+template <int width = LANES / 2, typename F>
+inline Vec fold(Vec v, F f) {
+  v = f(v, rotate<width>(v, EachLane{}));
+  if constexpr (width > 1) v = fold<width / 2>(v, f);
+  return v;
 }
 
 template <int count>
@@ -135,11 +161,9 @@ inline Vec sum_lanes(const Vec* parts) {
     return parts[0];
   } else {
     Vec halves[count / 2];
-    for (int i = 0; i < count / 2; ++i) {
-      const Vec even = __builtin_shuffle(parts[2 * i], parts[2 * i + 1], alternate<0>());
-      const Vec odd = __builtin_shuffle(parts[2 * i], parts[2 * i + 1], alternate<1>());
-      halves[i] = even + odd;
-    }
+    for (int i = 0; i < count / 2; ++i)
+      halves[i] = every_other<0>(parts[2 * i], parts[2 * i + 1], EachLane{}) +
+                  every_other<1>(parts[2 * i], parts[2 * i + 1], EachLane{});
     return sum_lanes<count / 2>(halves);
   }
 }
@@ -149,16 +173,11 @@ inline Vec sum_lanes(const Vec* parts) {
 inline Vec sums(const Vec (&parts)[LANES]) { return detail::sum_lanes<LANES>(parts); }
 
 inline float sum(Vec v) {
-  for (int width = LANES / 2; width >= 1; width /= 2) v += __builtin_shuffle(v, (lane_numbers() + width) % LANES);
-  return v[0];
+  return detail::fold(v, [](Vec a, Vec b) { return a + b; })[0];
 }
 
 inline float largest(Vec v) {
-  for (int width = LANES / 2; width >= 1; width /= 2) {
-    const Vec other = __builtin_shuffle(v, (lane_numbers() + width) % LANES);
-    v = other > v ? other : v;
-  }
-  return v[0];
+  return detail::fold(v, [](Vec a, Vec b) { return b > a ? b : a; })[0];
 }
 
 inline bool any(IntVec mask) {
