@@ -1,4 +1,5 @@
 // Attention that reads pages in place: prompts, chunks and decode rows of a step in one call.
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -11,6 +12,18 @@ namespace {
 
 constexpr int64_t QUERY_ROWS = 16;
 constexpr float NOWHERE = -std::numeric_limits<float>::infinity();
+
+// Rows [first, first + num_rows) of a sequence, with the kv heads [head, last_head).
+struct Task {
+  int64_t sequence, first, num_rows, head, last_head;
+};
+
+// Keys from position `first` on that lie side by side, for the kv heads of a task; the values lie behind them.
+template <typename T>
+struct Rows {
+  const T* keys = nullptr;
+  int64_t first = 0, count = 0, elems = 0;
+};
 
 template <typename T>
 struct Step {
@@ -27,11 +40,24 @@ struct Step {
   T* out;          // [num_tokens, num_heads, head_dim]
 
   int64_t group() const { return num_heads / kv_heads; }
-};
+  int64_t stride() const { return kv_heads * head_dim; }
 
-// Rows [first, first + num_rows) of a sequence, with the kv heads [head, last_head).
-struct Task {
-  int64_t sequence, first, num_rows, head, last_head;
+  // The position of a task's first row, and the first that it meets.
+  int64_t place_of(const Task& task) const {
+    const int64_t num_rows = query_starts[task.sequence + 1] - query_starts[task.sequence];
+    return context_lengths[task.sequence] - num_rows + task.first;
+  }
+  int64_t seen_by(const Task& task) const {
+    return window ? std::max<int64_t>(0, place_of(task) - window + 1) : 0;
+  }
+
+  // As far as they are in one block, and lanes hold them.
+  Rows<T> rows_at(const Task& task, int64_t at) const {
+    const int64_t block = block_tables[task.sequence * max_blocks + at / block_tokens], place = at % block_tokens;
+    const int64_t left = place_of(task) + task.num_rows - at;
+    return {keys + block * page_stride + place * stride() + task.head * head_dim, at,
+            std::min({int64_t{LANES}, block_tokens - place, left}), (task.last_head - task.head) * head_dim};
+  }
 };
 
 // What a query row with its head has met so far. Vectors are padded to whole lanes.
@@ -51,8 +77,8 @@ thread_local Scratch scratch;
 template <typename T>
 class Attention {
  public:
-  Attention(const Step<T>& step, const Task& task, Scratch& scratch)
-      : step_(step), task_(task), own_(scratch), dim_(up(step.head_dim, LANES) * LANES) {
+  Attention(const Step<T>& step, const Task& task, const Task* following, Scratch& scratch)
+      : step_(step), task_(task), following_(following), own_(scratch), dim_(up(step.head_dim, LANES) * LANES) {
     per_head_ = task.num_rows * step.group();
     const int64_t num_heads = task.last_head - task.head;
     own_.rows.resize(num_heads * per_head_);
@@ -61,8 +87,7 @@ class Attention {
     own_.keys.resize(dim_ * LANES);
     own_.values.resize(dim_ * LANES);
     start_ = step.query_starts[task.sequence] + task.first;
-    const int64_t rows = step.query_starts[task.sequence + 1] - step.query_starts[task.sequence];
-    place_ = step.context_lengths[task.sequence] - rows + task.first;
+    place_ = step.place_of(task);
   }
 
   void run() {
@@ -72,23 +97,16 @@ class Attention {
         store(own + at, load_upto(query + at, step_.head_dim - at));
     });
     const int64_t end = place_ + task_.num_rows;
-    const int64_t seen = step_.window ? std::max<int64_t>(0, place_ - step_.window + 1) : 0;
-    const int32_t* table = step_.block_tables + task_.sequence * step_.max_blocks;
-    for (int64_t at = seen; at < end;) {
-      const int64_t block = at / step_.block_tokens, place = at % step_.block_tokens;
-      const int64_t count = std::min({int64_t{LANES}, step_.block_tokens - place, end - at});
-      const int64_t row = step_.kv_heads * step_.head_dim;
-      const T* keys = step_.keys + table[block] * step_.page_stride + place * row;
-      const int64_t next = at + count;
-      const T* ahead = keys;
-      if (next < end)
-        ahead = step_.keys + table[next / step_.block_tokens] * step_.page_stride + next % step_.block_tokens * row;
+    for (int64_t at = step_.seen_by(task_); at < end;) {
+      const Rows<T> rows = step_.rows_at(task_, at);
+      at += rows.count;
+      const Rows<T> ahead = at < end ? step_.rows_at(task_, at) : first_of_following();
       for (int64_t head = task_.head; head < task_.last_head; ++head) {
-        const int64_t offset = head * step_.head_dim;
-        if (ahead != keys) prefetch_head(ahead + offset, std::min<int64_t>(count, end - next));
-        meet(head, keys + offset, keys + step_.block_tokens * row + offset, at, count);
+        const int64_t number = head - task_.head;
+        const T* keys = rows.keys + number * step_.head_dim;
+        fetch(ahead, number);
+        meet(head, keys, keys + step_.block_tokens * step_.stride(), rows.first, rows.count);
       }
-      at = next;
     }
     each_row([&](Running& row, const T*, T* out, float*, float* acc, int64_t) {
       const float factor = 1.0f / row.total;
@@ -100,6 +118,7 @@ class Attention {
  private:
   const Step<T>& step_;
   const Task& task_;
+  const Task* following_;
   Scratch& own_;
   int64_t dim_, per_head_, start_, place_;
   // Whether an instruction multiplies what is stored: then keys are best read where they lie.
@@ -117,11 +136,17 @@ class Attention {
         }
   }
 
-  void prefetch_head(const T* keys, int64_t count) const {
-    const int64_t row = step_.kv_heads * step_.head_dim;
-    for (int64_t token = 0; token < count; ++token, keys += row) {
-      prefetch(keys, step_.head_dim * sizeof(T));
-      prefetch(keys + step_.block_tokens * row, step_.head_dim * sizeof(T));
+  Rows<T> first_of_following() const {
+    return following_ ? step_.rows_at(*following_, step_.seen_by(*following_)) : Rows<T>{};
+  }
+
+  // A head's share of what is met next, so that memory is busy while heads are computed.
+  void fetch(const Rows<T>& ahead, int64_t number) const {
+    const int64_t num_shares = task_.last_head - task_.head, num_bytes = ahead.elems * sizeof(T);
+    const int64_t first = number * ahead.count / num_shares, last = (number + 1) * ahead.count / num_shares;
+    for (int64_t token = first; token < last; ++token) {
+      prefetch(ahead.keys + token * step_.stride(), num_bytes);
+      prefetch(ahead.keys + (step_.block_tokens + token) * step_.stride(), num_bytes);
     }
   }
 
@@ -140,18 +165,16 @@ class Attention {
         if (gathered)
           weigh(row, scores, own_.values.data(), dim_, first, count);
         else
-          weigh(row, scores, values, stride(), first, count);
+          weigh(row, scores, values, step_.stride(), first, count);
       }
   }
-
-  int64_t stride() const { return step_.kv_heads * step_.head_dim; }
 
   // Lane i is the product with key i.
   Vec score_in_place(const T* query, const T* keys, int64_t count) const {
     if (count == LANES && step_.head_dim == 2 * Wide<T>::count) return score_vectors<2>(query, keys);
     if (count == LANES && step_.head_dim == 4 * Wide<T>::count) return score_vectors<4>(query, keys);
     Vec parts[LANES] = {};
-    for (int64_t token = 0; token < count; ++token, keys += stride())
+    for (int64_t token = 0; token < count; ++token, keys += step_.stride())
       for (int64_t at = 0; at < step_.head_dim; at += Wide<T>::count) {
         const int64_t left = step_.head_dim - at;
         parts[token] = Wide<T>::add(parts[token], Wide<T>::read(keys + at, left), Wide<T>::read(query + at, left));
@@ -162,7 +185,7 @@ class Attention {
   template <int N>
   Vec score_vectors(const T* query, const T* keys) const {
     constexpr int width = Wide<T>::count;
-    const int64_t stride = this->stride();
+    const int64_t stride = step_.stride();
     Wide<T> own[N];
     for (int i = 0; i < N; ++i) own[i] = Wide<T>::read(query + i * width, width);
     Vec parts[LANES];
@@ -177,7 +200,7 @@ class Attention {
 
   // Keys to [head_dim, LANES], where they are read so, and values to [LANES, dim], in fp32.
   void gather(const T* keys, const T* values, int64_t count) {
-    for (int64_t token = 0; token < count; ++token, keys += stride(), values += stride())
+    for (int64_t token = 0; token < count; ++token, keys += step_.stride(), values += step_.stride())
       for (int64_t at = 0; at < step_.head_dim; at += LANES) {
         const int64_t left = step_.head_dim - at;
         store(&own_.values[token * dim_ + at], load_upto(values + at, left));
@@ -277,8 +300,14 @@ LORASRV_EXPORT void lorasrv_paged_attention(int is_bf16, const void* query, int6
     list_tasks(step, omp_get_max_threads());
     const std::vector<Task>& list = tasks;
     const int64_t count = list.size();
-#pragma omp parallel for schedule(dynamic) if (count > 1)
-    for (int64_t i = 0; i < count; ++i) Attention<T>(step, list[i], scratch).run();
+    // A thread takes a task before it begins the one that it has: while it ends this one it fetches for that.
+    std::atomic<int64_t> taken{0};
+#pragma omp parallel if (count > 1)
+    for (int64_t i = taken++; i < count;) {
+      const int64_t next = taken++;
+      Attention<T>(step, list[i], next < count ? &list[next] : nullptr, scratch).run();
+      i = next;
+    }
   };
   is_bf16 ? attend(bf16{}) : attend(float{});
 }
