@@ -29,12 +29,12 @@ class Budget(NamedTuple):
 # operations, bytes copied by them.
 BUDGETS: Mapping[str, tuple[Budget, Budget, Budget, Budget]] = MappingProxyType(
     {
-        "a layer, base": (Budget(29, 30), Budget(66, 68), Budget(14, 14), Budget(0, 0)),
-        "a layer, 16 adapters": (Budget(41, 43), Budget(126, 130), Budget(18, 18), Budget(0, 0)),
+        "a layer, base": (Budget(27, 28), Budget(50, 52), Budget(12, 12), Budget(0, 0)),
+        "a layer, 16 adapters": (Budget(39, 41), Budget(110, 114), Budget(16, 16), Budget(0, 0)),
         "a layer, an adapter more": (Budget(0, 0), Budget(0, 0), Budget(0, 0), Budget(0, 0)),
         "a layer, a row's token more": (Budget(0, 0), Budget(0, 0), Budget(0, 0), Budget(0, 0)),
-        "the rest, base": (Budget(538, 560), Budget(551, 570), Budget(57, 59), Budget(5824, 6000)),
-        "the rest, 16 adapters": (Budget(673, 700), Budget(675, 700), Budget(65, 67), Budget(9920, 10_000)),
+        "the rest, base": (Budget(471, 490), Budget(462, 480), Budget(45, 47), Budget(5824, 6000)),
+        "the rest, 16 adapters": (Budget(606, 630), Budget(586, 610), Budget(53, 55), Budget(9920, 10_000)),
         "the rest, an adapter more": (Budget(2, 3), Budget(1, 2), Budget(0, 0), Budget(0, 0)),
     }
 )

@@ -13,6 +13,7 @@ The sources are in `native`. Threads are OpenMP's, and torch's own where both lo
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ class CpuKernels:
         for name in _SIGNATURES:
             setattr(self, f"_{name}", getattr(loaded, f"lorasrv_{name}"))
         self.multiplies = bool(loaded.lorasrv_multiplies())
+        self._keys: _Keys | None = None
         self._segments: Segments | None = None
         self._groups: dict[int, tuple[tuple[Module, ...], _Adapters, ctypes.Array[_Module]]] = {}
 
@@ -161,7 +163,8 @@ class CpuKernels:
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Any) -> Tensor:
         num_rows, out_features = x.shape[0], weight.shape[0] * PANEL
         out = torch.empty(num_rows, out_features, dtype=x.dtype)
-        x = x.contiguous()
+        if not x.is_contiguous():
+            x = x.contiguous()
         self._project(
             *(x.data_ptr(), num_rows, x.shape[1], weight.data_ptr(), out_features),
             *(None if bias is None else bias.data_ptr(), out.data_ptr(), adapters),
@@ -201,7 +204,8 @@ class CpuKernels:
             return
         assert out.is_contiguous(), "h has gaps"
         delta = Delta(h=out, pool=pool, segments=segments, layer=layer, modules=modules)
-        x = x.contiguous()
+        if not x.is_contiguous():
+            x = x.contiguous()
         self._shrink(_BY_TYPE[x.dtype], x.data_ptr(), x.shape[1], self._adapters(delta))
 
     def sgmv_expand(
@@ -226,7 +230,8 @@ class CpuKernels:
         weight: Tensor,  # [hidden]
         eps: float,
     ) -> Tensor:  # [..., hidden]
-        x = x.contiguous()
+        if not x.is_contiguous():
+            x = x.contiguous()
         out = torch.empty_like(x)
         width = x.shape[-1]
         self._rms_norm(
@@ -297,16 +302,24 @@ class CpuKernels:
         layer: int,
         slots: Tensor,  # int64 [num_tokens]
     ) -> Tensor:  # [num_tokens, num_heads, head_dim]
-        num_tokens, (block_tokens, kv_heads, head_dim) = qkv.shape[0], kv.shape[3:]
+        num_tokens, keys = qkv.shape[0], self._keys_of(kv)
+        block_tokens, kv_heads, head_dim = keys.block
         num_heads = qkv.shape[1] // head_dim - 2 * kv_heads
-        cos, sin = cos.contiguous(), sin.contiguous()
+        if not (cos.is_contiguous() and sin.is_contiguous()):
+            cos, sin = cos.contiguous(), sin.contiguous()
         assert qkv.is_contiguous(), "rows have gaps"
         query = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype)
         query_norm, key_norm = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
         self._rope_write_kv(
             *(_BY_TYPE[qkv.dtype], qkv.data_ptr(), self._adapters(delta), num_tokens, num_heads, kv_heads, head_dim),
             *(query_norm, key_norm, eps, cos.data_ptr(), sin.data_ptr()),
-            *(_keys(kv, layer), kv.stride(0), block_tokens, slots.data_ptr(), query.data_ptr()),
+            *(
+                keys.first + layer * keys.layer_bytes,
+                keys.page_stride,
+                block_tokens,
+                slots.data_ptr(),
+                query.data_ptr(),
+            ),
         )
         return query
 
@@ -323,12 +336,19 @@ class CpuKernels:
         *,
         work: AttentionWork | None = None,  # not read here
     ) -> None:
-        block_tokens, kv_heads, head_dim = kv.shape[3:]
+        keys = self._keys_of(kv)
+        block_tokens, kv_heads, head_dim = keys.block
         num_sequences, max_blocks = block_tables.shape
         assert query.is_contiguous() and out.is_contiguous() and block_tables.is_contiguous(), "rows have gaps"
         self._paged_attention(
             *(_BY_TYPE[query.dtype], query.data_ptr(), query.shape[1], kv_heads, head_dim),
-            *(_keys(kv, layer), kv.stride(0), block_tokens, block_tables.data_ptr(), max_blocks),
+            *(
+                keys.first + layer * keys.layer_bytes,
+                keys.page_stride,
+                block_tokens,
+                block_tables.data_ptr(),
+                max_blocks,
+            ),
             *(query_starts.data_ptr(), context_lengths.data_ptr(), num_sequences, window or 0, out.data_ptr()),
         )
 
@@ -359,6 +379,11 @@ class CpuKernels:
             others = (temperature[cut], top_p[cut], top_k[cut], some, seeds[cut], samples[cut], positions[cut])
             tokens[cut] = reference.sample(logits[cut], *others, cut[:0], torch.arange(len(cut)))[0]
         return tokens, valid
+
+    def _keys_of(self, kv: Tensor) -> "_Keys":
+        if self._keys is None or self._keys.kv is not kv:
+            self._keys = _Keys.of(kv)
+        return self._keys
 
     def _adapters(self, delta: Delta | None) -> Any:
         """What a call is told of a delta; what does not change within a step is kept."""
@@ -393,14 +418,25 @@ def _describe(
     return modules, told, geometry
 
 
-def _keys(kv: Tensor, layer: int) -> int:
-    """Where a layer's keys of the first page are."""
-    assert kv.stride()[2:] == _dense(kv.shape[2:]), "a layer's keys and values have gaps"
-    return kv.data_ptr() + layer * kv.stride(1) * kv.element_size()
+@dataclass(frozen=True, kw_only=True)
+class _Keys:
+    """Where a pool's keys are: what the kernels are told of `kv`."""
 
+    kv: Tensor  # [num_pages, layers, 2, block_tokens, kv_heads, head_dim]
+    first: int  # address of the first layer's
+    layer_bytes: int
+    page_stride: int  # elements
+    block: tuple[int, int, int]  # block_tokens, kv_heads, head_dim
 
-def _dense(shape: torch.Size) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return tuple(strides)
+    @staticmethod
+    def of(kv: Tensor) -> "_Keys":
+        block_tokens, kv_heads, head_dim = kv.shape[3:]
+        dense = (block_tokens * kv_heads * head_dim, kv_heads * head_dim, head_dim, 1)
+        assert kv.stride()[2:] == dense, "a layer's keys and values have gaps"
+        return _Keys(
+            kv=kv,
+            first=kv.data_ptr(),
+            layer_bytes=kv.stride(1) * kv.element_size(),
+            page_stride=kv.stride(0),
+            block=(block_tokens, kv_heads, head_dim),
+        )

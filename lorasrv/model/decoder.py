@@ -67,6 +67,7 @@ class Decoder:
         cos, sin = self._kernels.by_rows(
             lambda positions: torch.stack(self._rotation.at(positions, x.dtype), dim=1), batch.positions
         ).unbind(1)
+        cos, sin = cos.contiguous(), sin.contiguous()  # once, not by every layer's kernel
         following = [layer.input_norm for layer in self._weights.layers[1:]]
         normed = self._kernels.rms_norm(x, self._weights.layers[0].input_norm, eps)
         for index, layer in enumerate(self._weights.layers):
