@@ -36,7 +36,7 @@ NUM_SEQUENCES = 16
 NUM_ADAPTERS = (0, 1, 4, 16)
 PARTS = {
     "project": "products",
-    "linear": "products",
+    "logits": "products",
     "paged_attention": "attention",
     "rope_write_kv": "rows",
     "add_rms_norm": "rows",

@@ -69,7 +69,7 @@ class _Adapters(ctypes.Structure):
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "pack": (_Pointer, _Size, _Size),
-    "project": (_Pointer, _Size, _Size, _Pointer, _Size, _Pointer, _Pointer, _Pointer),
+    "project": (_Pointer, _Size, _Size, _Pointer, _Size, _Pointer, _Flag, _Pointer, _Pointer),
     "shrink": (_Flag, _Pointer, _Size, _Pointer),
     "expand": (_Flag, _Pointer, _Pointer, _Size),
     "rms_norm": (_Flag, _Pointer, _Pointer, _Float, _Size, _Size, _Pointer),
@@ -158,16 +158,25 @@ class CpuKernels:
     ) -> Tensor:  # [num_rows, out_features]
         if weight.dim() == 2:
             return reference.linear(x, weight, bias)
-        return self._multiply(x, weight, bias, None)
+        return self._multiply(x, weight, bias, None, x.dtype)
 
-    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Any) -> Tensor:
+    def logits(
+        self,
+        x: Tensor,  # [num_rows, in_features]
+        weight: Tensor,  # [vocab_size, in_features] as `pack_linear` gave it
+    ) -> Tensor:  # float32 [num_rows, vocab_size]
+        if weight.dim() == 2:
+            return reference.logits(x, weight)
+        return self._multiply(x, weight, None, None, torch.float32)
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None, adapters: Any, out_type: torch.dtype) -> Tensor:
         num_rows, out_features = x.shape[0], weight.shape[0] * PANEL
-        out = torch.empty(num_rows, out_features, dtype=x.dtype)
+        out = torch.empty(num_rows, out_features, dtype=out_type)
         if not x.is_contiguous():
             x = x.contiguous()
         self._project(
             *(x.data_ptr(), num_rows, x.shape[1], weight.data_ptr(), out_features),
-            *(None if bias is None else bias.data_ptr(), out.data_ptr(), adapters),
+            *(None if bias is None else bias.data_ptr(), _BY_TYPE[out_type], out.data_ptr(), adapters),
         )
         return out
 
@@ -188,7 +197,7 @@ class CpuKernels:
         if weight.dim() == 2:
             self.sgmv_shrink(x, pool, segments, layer, modules, h)
             return reference.linear(x, weight, bias), delta
-        return self._multiply(x, weight, bias, self._adapters(delta)), delta
+        return self._multiply(x, weight, bias, self._adapters(delta), x.dtype), delta
 
     def sgmv_shrink(
         self,

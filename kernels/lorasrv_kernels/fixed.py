@@ -192,6 +192,7 @@ def _matmul(
 sgmv_shrink = partial(reference.sgmv_shrink, matmul=_matmul)
 sgmv_expand = partial(reference.sgmv_expand, matmul=_matmul)
 expand = partial(reference.expand, sgmv=sgmv_expand)
+logits = partial(reference.logits, linear=linear)
 project = partial(reference.project, linear=linear, shrink=sgmv_shrink)
 add = partial(reference.add, expand=expand)
 add_rms_norm = partial(reference.add_rms_norm, expand=expand, norm=rms_norm)

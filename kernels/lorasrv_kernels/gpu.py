@@ -20,6 +20,7 @@ from lorasrv_kernels.work import num_splits
 
 pack_linear = reference.pack_linear
 linear = reference.linear
+logits = reference.logits
 by_rows = reference.by_rows
 
 

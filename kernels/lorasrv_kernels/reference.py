@@ -152,6 +152,16 @@ def linear(
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def logits(
+    x: Tensor,  # [num_rows, in_features]
+    weight: Tensor,  # [vocab_size, in_features] as `pack_linear` gave it
+    *,
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = linear,
+) -> Tensor:  # float32 [num_rows, vocab_size]
+    """x @ weight^T, to be read in fp32."""
+    return linear(x, weight, None).float()
+
+
 def project(
     x: Tensor,  # [num_tokens, in_features]
     weight: Tensor,  # [sum of out_features, in_features] as `pack_linear` gave it, the modules' weights stacked

@@ -86,7 +86,7 @@ class Decoder:
         x: Tensor,  # [num_rows, hidden], rows of a forward's output
     ) -> Tensor:  # float32 [num_rows, vocab_size]
         x = self._kernels.rms_norm(x, self._weights.norm, self.architecture.rms_norm_eps)
-        return self._kernels.linear(x, self._weights.lm_head, None).float()
+        return self._kernels.logits(x, self._weights.lm_head)
 
     def _attention(
         self,

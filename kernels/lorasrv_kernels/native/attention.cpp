@@ -4,6 +4,7 @@
 #include <limits>
 #include <vector>
 
+#include "team.h"
 #include "vectors.h"
 
 using namespace lorasrv;
@@ -285,8 +286,6 @@ void list_tasks(const Step<T>& step, int64_t num_threads) {
 
 }  // namespace
 
-extern "C" int omp_get_max_threads();
-
 LORASRV_EXPORT void lorasrv_paged_attention(int is_bf16, const void* query, int64_t num_heads, int64_t kv_heads,
                                             int64_t head_dim, const void* keys, int64_t page_stride,
                                             int64_t block_tokens, const int32_t* block_tables, int64_t max_blocks,
@@ -302,12 +301,13 @@ LORASRV_EXPORT void lorasrv_paged_attention(int is_bf16, const void* query, int6
     const int64_t count = list.size();
     // A thread takes a task before it begins the one that it has: while it ends this one it fetches for that.
     std::atomic<int64_t> taken{0};
-#pragma omp parallel if (count > 1)
-    for (int64_t i = taken++; i < count;) {
-      const int64_t next = taken++;
-      Attention<T>(step, list[i], next < count ? &list[next] : nullptr, scratch).run();
-      i = next;
-    }
+    Team::shared().run(std::min<int64_t>(omp_get_max_threads(), count), [&](int) {
+      for (int64_t i = taken++; i < count;) {
+        const int64_t next = taken++;
+        Attention<T>(step, list[i], next < count ? &list[next] : nullptr, scratch).run();
+        i = next;
+      }
+    });
   };
   is_bf16 ? attend(bf16{}) : attend(float{});
 }

@@ -1,9 +1,6 @@
 // A linear module: the base model's product with packed bf16 weights, and the adapters' shrink beside it.
-#include <omp.h>
-
-#include <atomic>
-
 #include "lora.h"
+#include "team.h"
 
 using namespace lorasrv;
 
@@ -30,7 +27,8 @@ struct Product {
   const bf16* weight;  // [num_panels, in_features / 2, PANEL, 2]
   int64_t num_panels;
   const bf16* bias;  // [num_panels * PANEL]
-  bf16* out;         // [num_rows, num_panels * PANEL]
+  void* out;         // [num_rows, num_panels * PANEL]
+  bool is_bf16;      // what `out` is of, else of float
 
   int64_t pairs() const { return in_features / 2; }
   const bf16* strip(int64_t panel, int64_t pair) const { return weight + (panel * pairs() + pair) * 2 * PANEL; }
@@ -67,7 +65,11 @@ inline void finish(const Product& p, int64_t row, int64_t panel, const __m512 (&
   for (int c = 0; c < C; ++c) {
     const int64_t col = (panel + c) * PANEL;
     const Vec bias = p.bias ? load(p.bias + col) : Vec{};
-    for (int r = 0; r < R; ++r) store(p.out + (row + r) * p.num_panels * PANEL + col, (Vec)acc[r][c] + bias);
+    for (int r = 0; r < R; ++r) {
+      const int64_t at = (row + r) * p.num_panels * PANEL + col;
+      const Vec total = (Vec)acc[r][c] + bias;
+      p.is_bf16 ? store(static_cast<bf16*>(p.out) + at, total) : store(static_cast<float*>(p.out) + at, total);
+    }
   }
 }
 
@@ -132,13 +134,11 @@ class Stretches {
     }
   }
 
-  static constexpr int64_t MOST_THREADS = 256;
-
  private:
   int64_t start(int64_t thread) const { return thread * num_tasks_ / num_threads_; }
 
   int64_t num_tasks_, num_threads_;
-  std::atomic<int64_t> next_[MOST_THREADS];
+  std::atomic<int64_t> next_[Team::MOST_THREADS];
 };
 
 #endif
@@ -148,8 +148,7 @@ void shrink_all(const Adapters& adapters, const T* x, int64_t in_features) {
   list_shrinks(adapters, items);
   const std::vector<ShrinkItem>& list = items;
   const int64_t count = list.size();
-#pragma omp parallel for schedule(dynamic) if (count > 1)
-  for (int64_t i = 0; i < count; ++i) shrink<T>(adapters, list[i], x, in_features);
+  each_task(count, [&](int64_t i) { shrink<T>(adapters, list[i], x, in_features); });
 }
 
 }  // namespace
@@ -169,37 +168,33 @@ LORASRV_EXPORT int lorasrv_multiplies() {
 // of 16, in_features of 2.
 LORASRV_EXPORT void lorasrv_pack(uint32_t* weight, int64_t out_features, int64_t in_features) {
   const int64_t pairs = in_features / 2;
-#pragma omp parallel
-  {
-    std::vector<uint32_t> rows(PANEL * pairs);
-#pragma omp for
-    for (int64_t panel = 0; panel < out_features / PANEL; ++panel) {
-      uint32_t* packed = weight + panel * PANEL * pairs;
-      std::copy_n(packed, rows.size(), rows.data());
-      for (int64_t pair = 0; pair < pairs; ++pair)
-        for (int64_t col = 0; col < PANEL; ++col) packed[pair * PANEL + col] = rows[col * pairs + pair];
-    }
-  }
+  each_task(out_features / PANEL, [=](int64_t panel) {
+    uint32_t* packed = weight + panel * PANEL * pairs;
+    const std::vector<uint32_t> rows(packed, packed + PANEL * pairs);
+    for (int64_t pair = 0; pair < pairs; ++pair)
+      for (int64_t col = 0; col < PANEL; ++col) packed[pair * PANEL + col] = rows[col * pairs + pair];
+  });
 }
 
 // out = x @ weight^T + bias; and the adapters' shrink of x, if there are any.
 LORASRV_EXPORT void lorasrv_project(const bf16* x, int64_t num_rows, int64_t in_features, const bf16* weight,
-                                    int64_t out_features, const bf16* bias, bf16* out, const Adapters* adapters) {
+                                    int64_t out_features, const bf16* bias, int out_is_bf16, void* out,
+                                    const Adapters* adapters) {
 #if defined(__AVX512BF16__)
-  const Product product{x, num_rows, in_features, weight, out_features / PANEL, bias, out};
+  const Product product{x, num_rows, in_features, weight, out_features / PANEL, bias, out, out_is_bf16 != 0};
   items.clear();
   if (adapters) list_shrinks(*adapters, items);
   const std::vector<ShrinkItem>& list = items;
   const int64_t count = list.size();
   const int64_t step = panels_per_task(product);
-  const int num_threads = std::min<int64_t>(omp_get_max_threads(), Stretches::MOST_THREADS);
+  const int num_threads = std::min(omp_get_max_threads(), Team::MOST_THREADS);
   Stretches stretches(up(product.num_panels, step), num_threads);
-#pragma omp parallel num_threads(num_threads)
-  {
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t i = 0; i < count; ++i) shrink<bf16>(*adapters, list[i], x, in_features);
-    stretches.run(omp_get_thread_num(), [&](int64_t task) { multiply_panels(product, task * step); });
-  }
+  std::atomic<int64_t> next{0};
+  Team::shared().run(num_threads, [&](int thread) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+      shrink<bf16>(*adapters, list[i], x, in_features);
+    stretches.run(thread, [&](int64_t task) { multiply_panels(product, task * step); });
+  });
 #endif
 }
 

@@ -1,5 +1,6 @@
 // What each token's row goes through on its own, behind what adapters add to it.
 #include "lora.h"
+#include "team.h"
 
 using namespace lorasrv;
 
@@ -11,8 +12,7 @@ int64_t rows_per_task(int64_t num_tokens) { return num_tokens >= 2 * EXPAND_TOKE
 template <typename F>
 void by_tokens(int64_t num_tokens, F f) {
   const int64_t step = std::max<int64_t>(1, rows_per_task(num_tokens));
-#pragma omp parallel for schedule(dynamic) if (num_tokens > 1)
-  for (int64_t start = 0; start < num_tokens; start += step) f(start, std::min(start + step, num_tokens));
+  each_task(up(num_tokens, step), [&](int64_t task) { f(task * step, std::min((task + 1) * step, num_tokens)); });
 }
 
 // out = weight * (x / sqrt(mean(x^2) + eps)), both factors rounded.

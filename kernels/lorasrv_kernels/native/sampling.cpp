@@ -2,6 +2,7 @@
 #include <cmath>
 #include <limits>
 
+#include "team.h"
 #include "vectors.h"
 
 using namespace lorasrv;
@@ -127,16 +128,15 @@ int64_t draw(const Row& row, Top top) {
 LORASRV_EXPORT void lorasrv_sample(const float* logits, int64_t num_rows, int64_t vocab_size, const float* temperature,
                                    const float* min_p, const int64_t* seeds, const int64_t* samples,
                                    const int64_t* positions, int64_t* tokens, uint8_t* valid) {
-#pragma omp parallel for schedule(dynamic) if (num_rows > 1)
-  for (int64_t number = 0; number < num_rows; ++number) {
+  each_task(num_rows, [=](int64_t number) {
     const float* own = logits + number * vocab_size;
     const Top top = top_of(own, vocab_size);
     valid[number] = !top.any_nan && std::isfinite(top.value);
     tokens[number] = top.token;
-    if (!valid[number] || temperature[number] == 0) continue;
+    if (!valid[number] || temperature[number] == 0) return;
     const double floor = min_p ? std::log(double{min_p[number]}) : -std::numeric_limits<double>::infinity();
     tokens[number] = draw({own, vocab_size, temperature[number], floor, static_cast<uint64_t>(seeds[number]),
                            static_cast<uint32_t>(samples[number]), static_cast<uint32_t>(positions[number])},
                           top);
-  }
+  });
 }
