@@ -1,4 +1,6 @@
-// A linear module: the base model's product with packed bf16 weights, and the adapters' shrink beside it.
+// A linear module: the base model's product with packed bf16 weights and all that adapters add to it.
+#include <omp.h>
+
 #include "lora.h"
 
 using namespace lorasrv;
@@ -26,8 +28,9 @@ struct Product {
   int64_t num_rows, in_features;
   const bf16* weight;  // [num_panels, in_features / 2, PANEL, 2]
   int64_t num_panels;
-  const bf16* bias;  // [num_panels * PANEL]
-  bf16* out;         // [num_rows, num_panels * PANEL]
+  const bf16* bias;          // [num_panels * PANEL]
+  bf16* out;                 // [num_rows, num_panels * PANEL]
+  const Adapters* adapters;  // shrunk
 };
 
 // acc += rows [row, row + R) of C panels, over the pairs [first, last) of input columns.
@@ -51,12 +54,22 @@ inline void accumulate(const Product& p, int64_t row, int64_t panel, int64_t fir
 }
 
 template <int R, int C>
-inline void finish(const Product& p, int64_t row, int64_t panel, const __m512 (&acc)[R][C]) {
-  for (int c = 0; c < C; ++c) {
-    const int64_t col = (panel + c) * PANEL;
-    const Vec bias = p.bias ? load(p.bias + col) : Vec{};
-    for (int r = 0; r < R; ++r) store(p.out + (row + r) * p.num_panels * PANEL + col, (Vec)acc[r][c] + bias);
+inline void finish(const Product& p, int64_t row, int64_t panel, __m512 (&acc)[R][C]) {
+  const int64_t col = panel * PANEL, width = p.num_panels * PANEL;
+  if (p.bias)
+    for (int c = 0; c < C; ++c)
+      for (int r = 0; r < R; ++r) acc[r][c] += (__m512)load(p.bias + col + c * PANEL);
+  if (p.adapters) {
+    constexpr int64_t stride = C * PANEL + LANES;
+    float total[R * stride];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) store(total + r * stride + c * PANEL, (Vec)acc[r][c]);
+    expand<bf16>(*p.adapters, row, row + R, col, col + C * PANEL, total, stride);
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) acc[r][c] = (__m512)load(total + r * stride + c * PANEL);
   }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) store(p.out + (row + r) * width + col + c * PANEL, (Vec)acc[r][c]);
 }
 
 template <int R, int C>
@@ -97,6 +110,11 @@ int64_t panels_per_task(const Product& p) { return p.num_rows <= MOST_ROWS ? FEW
 // All rows of the panels of a task, in blocks as even as can be.
 void multiply_panels(const Product& p, int64_t first_panel) {
   const int64_t end = std::min(first_panel + panels_per_task(p), p.num_panels);
+  if (p.adapters)
+    each_share<bf16>(*p.adapters, 0, p.num_rows, first_panel * PANEL, end * PANEL, [](const Share<bf16>& share) {
+      for (int64_t r = 0; r < share.num_rows; ++r)
+        prefetch(share.weights + r * share.stride, share.num_cols * sizeof(bf16));
+    });
   const int64_t num_blocks = p.num_rows <= MOST_ROWS ? 1 : up(p.num_rows, 12);
   for (int64_t block = 0; block < num_blocks; ++block) {
     const int64_t row = block * p.num_rows / num_blocks, next = (block + 1) * p.num_rows / num_blocks;
@@ -106,13 +124,46 @@ void multiply_panels(const Product& p, int64_t first_panel) {
 
 #endif
 
+// By all threads of a team, each every num_threads-th item, so that it knows what it reads next.
+template <typename T>
+void shrink_listed(const Adapters& adapters, const std::vector<ShrinkItem>& list, const T* x, int64_t in_features) {
+  const int64_t count = list.size(), step = omp_get_num_threads();
+  int64_t i = omp_get_thread_num();
+  if (i < count) fetch<T>(adapters, list[i], in_features);
+  for (; i < count; i += step) {
+    if (i + step < count) fetch<T>(adapters, list[i + step], in_features);
+    shrink<T>(adapters, list[i], x, in_features);
+  }
+}
+
 template <typename T>
 void shrink_all(const Adapters& adapters, const T* x, int64_t in_features) {
   list_shrinks(adapters, items);
   const std::vector<ShrinkItem>& list = items;
-  const int64_t count = list.size();
-#pragma omp parallel for schedule(dynamic) if (count > 1)
-  for (int64_t i = 0; i < count; ++i) shrink<T>(adapters, list[i], x, in_features);
+#pragma omp parallel if (list.size() > 1)
+  shrink_listed(adapters, list, x, in_features);
+}
+
+constexpr int64_t EXPAND_TOKENS = 8, EXPAND_COLS = 256;
+
+template <typename T>
+void expand_all(const Adapters& adapters, T* out, int64_t out_features) {
+#pragma omp parallel for collapse(2) schedule(dynamic)
+  for (int64_t start = 0; start < adapters.num_tokens; start += EXPAND_TOKENS)
+    for (int64_t low = 0; low < out_features; low += EXPAND_COLS) {
+      constexpr int64_t stride = EXPAND_COLS + LANES;
+      float total[EXPAND_TOKENS * stride];
+      const int64_t end = std::min(start + EXPAND_TOKENS, adapters.num_tokens);
+      const int64_t width = std::min(EXPAND_COLS, out_features - low);
+      const auto each_vector = [&](auto f) {
+        for (int64_t token = start; token < end; ++token)
+          for (int64_t at = 0; at < width; at += LANES)
+            f(total + (token - start) * stride + at, out + token * out_features + low + at, width - at);
+      };
+      each_vector([](float* wide, T* stored, int64_t left) { store(wide, load_upto(stored, left)); });
+      expand<T>(adapters, start, end, low, low + width, total, stride);
+      each_vector([](float* wide, T* stored, int64_t left) { store_upto(stored, load(wide), left); });
+    }
 }
 
 }  // namespace
@@ -145,20 +196,21 @@ LORASRV_EXPORT void lorasrv_pack(uint32_t* weight, int64_t out_features, int64_t
   }
 }
 
-// out = x @ weight^T + bias; and the adapters' shrink of x, if there are any.
+// out = x @ weight^T + bias + what the adapters add, if there are any, whose `h` is written on the way.
 LORASRV_EXPORT void lorasrv_project(const bf16* x, int64_t num_rows, int64_t in_features, const bf16* weight,
                                     int64_t out_features, const bf16* bias, bf16* out, const Adapters* adapters) {
 #if defined(__AVX512BF16__)
-  const Product product{x, num_rows, in_features, weight, out_features / PANEL, bias, out};
+  const Product product{x, num_rows, in_features, weight, out_features / PANEL, bias, out, adapters};
   items.clear();
   if (adapters) list_shrinks(*adapters, items);
   const std::vector<ShrinkItem>& list = items;
-  const int64_t count = list.size();
   const int64_t step = panels_per_task(product);
 #pragma omp parallel
   {
-#pragma omp for schedule(dynamic) nowait
-    for (int64_t i = 0; i < count; ++i) shrink<bf16>(*adapters, list[i], x, in_features);
+    if (!list.empty()) {
+      shrink_listed(*adapters, list, x, in_features);
+#pragma omp barrier
+    }
 #pragma omp for schedule(dynamic)
     for (int64_t panel = 0; panel < product.num_panels; panel += step) multiply_panels(product, panel);
   }
@@ -170,4 +222,11 @@ LORASRV_EXPORT void lorasrv_shrink(int is_bf16, const void* x, int64_t in_featur
     shrink_all(*adapters, static_cast<const bf16*>(x), in_features);
   else
     shrink_all(*adapters, static_cast<const float*>(x), in_features);
+}
+
+LORASRV_EXPORT void lorasrv_expand(int is_bf16, const Adapters* adapters, void* out, int64_t out_features) {
+  if (is_bf16)
+    expand_all(*adapters, static_cast<bf16*>(out), out_features);
+  else
+    expand_all(*adapters, static_cast<float*>(out), out_features);
 }
