@@ -2,8 +2,8 @@
 
 Semantics: those of `reference`. Sums are in fp32 and rounded where a result is stored; what lies between two stored
 results of `reference` may be rounded once less. All adapters of a step are met in the calls that the base model makes
-anyway, so the number of calls does not depend on them: `project` shrinks first, then adds what adapters expand to while
-it has the product at hand, and leaves no `Delta` to anybody.
+anyway, so the number of calls does not depend on them: the shrink beside a product, the expand in whatever reads that
+product next.
 
 In bf16, where the CPU multiplies it, weights are packed to panels that a product reads from start to end, and threads
 take panels as they get through them: one that the system holds up holds up nobody. Elsewhere products are torch's.
@@ -72,10 +72,10 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "shrink": (_Flag, _Pointer, _Size, _Pointer),
     "expand": (_Flag, _Pointer, _Pointer, _Size),
     "rms_norm": (_Flag, _Pointer, _Pointer, _Float, _Size, _Size, _Pointer),
-    "add_rms_norm": (_Flag, *(_Pointer,) * 3, _Float, _Size, _Size, _Pointer, _Pointer),
-    "silu_mul": (_Flag, _Pointer, _Size, _Size, _Pointer),
+    "add_rms_norm": (_Flag, *(_Pointer,) * 4, _Float, _Size, _Size, _Pointer, _Pointer),
+    "silu_mul": (_Flag, _Pointer, _Pointer, _Size, _Size, _Pointer),
     "rope_write_kv": (
-        *(_Flag, _Pointer, *(_Size,) * 4, _Pointer, _Pointer, _Float),
+        *(_Flag, _Pointer, _Pointer, *(_Size,) * 4, _Pointer, _Pointer, _Float),
         *(_Pointer, _Pointer, _Pointer, _Size, _Size, _Pointer, _Pointer),
     ),
     "sample": (_Pointer, _Size, _Size, *(_Pointer,) * 7),
@@ -177,17 +177,15 @@ class CpuKernels:
         segments: Segments | None,
         layer: int,
         modules: tuple[Module, ...],
-    ) -> tuple[Tensor, None]:  # [num_tokens, sum of out_features], with all that adapters add
+    ) -> tuple[Tensor, Delta | None]:  # [num_tokens, sum of out_features]
         if segments is None:
             return self.linear(x, weight, bias), None
         h = torch.empty(1, len(modules), x.shape[0], segments.max_rank)
-        if weight.dim() == 2:
-            out = reference.linear(x, weight, bias)
-            self.sgmv_shrink(x, pool, segments, layer, modules, h)
-            self.sgmv_expand(h, pool, segments, layer, modules, out)
-            return out, None
         delta = Delta(h=h, pool=pool, segments=segments, layer=layer, modules=modules)
-        return self._multiply(x, weight, bias, self._adapters(delta)), None
+        if weight.dim() == 2:
+            self.sgmv_shrink(x, pool, segments, layer, modules, h)
+            return reference.linear(x, weight, bias), delta
+        return self._multiply(x, weight, bias, self._adapters(delta)), delta
 
     def sgmv_shrink(
         self,
@@ -268,11 +266,10 @@ class CpuKernels:
         total: Tensor,
         normed: int | None,
     ) -> None:
-        self._expand_delta(delta, out)
         num_tokens, hidden = residual.shape
         assert residual.is_contiguous() and out.is_contiguous(), "rows have gaps"
         self._add_rms_norm(
-            *(_BY_TYPE[out.dtype], residual.data_ptr(), out.data_ptr(), weight, eps),
+            *(_BY_TYPE[out.dtype], residual.data_ptr(), out.data_ptr(), self._adapters(delta), weight, eps),
             *(num_tokens, hidden, total.data_ptr(), normed),
         )
 
@@ -281,11 +278,11 @@ class CpuKernels:
         gate_up: Tensor,  # [num_tokens, 2 * intermediate], of a linear module; may be written
         delta: Delta | None = None,
     ) -> Tensor:  # [num_tokens, intermediate]
-        self._expand_delta(delta, gate_up)
         num_tokens, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
         assert gate_up.is_contiguous(), "rows have gaps"
         out = torch.empty(num_tokens, intermediate, dtype=gate_up.dtype)
-        self._silu_mul(_BY_TYPE[out.dtype], gate_up.data_ptr(), num_tokens, intermediate, out.data_ptr())
+        adapters = self._adapters(delta)
+        self._silu_mul(_BY_TYPE[out.dtype], gate_up.data_ptr(), adapters, num_tokens, intermediate, out.data_ptr())
         return out
 
     def rope_write_kv(
@@ -300,7 +297,6 @@ class CpuKernels:
         layer: int,
         slots: Tensor,  # int64 [num_tokens]
     ) -> Tensor:  # [num_tokens, num_heads, head_dim]
-        self._expand_delta(delta, qkv)
         num_tokens, (block_tokens, kv_heads, head_dim) = qkv.shape[0], kv.shape[3:]
         num_heads = qkv.shape[1] // head_dim - 2 * kv_heads
         cos, sin = cos.contiguous(), sin.contiguous()
@@ -308,7 +304,7 @@ class CpuKernels:
         query = torch.empty(num_tokens, num_heads, head_dim, dtype=qkv.dtype)
         query_norm, key_norm = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
         self._rope_write_kv(
-            *(_BY_TYPE[qkv.dtype], qkv.data_ptr(), num_tokens, num_heads, kv_heads, head_dim),
+            *(_BY_TYPE[qkv.dtype], qkv.data_ptr(), self._adapters(delta), num_tokens, num_heads, kv_heads, head_dim),
             *(query_norm, key_norm, eps, cos.data_ptr(), sin.data_ptr()),
             *(_keys(kv, layer), kv.stride(0), block_tokens, slots.data_ptr(), query.data_ptr()),
         )
@@ -364,12 +360,10 @@ class CpuKernels:
             tokens[cut] = reference.sample(logits[cut], *others, cut[:0], torch.arange(len(cut)))[0]
         return tokens, valid
 
-    def _expand_delta(self, delta: Delta | None, out: Tensor) -> None:
-        if delta is not None:
-            self.sgmv_expand(delta.h, delta.pool, delta.segments, delta.layer, delta.modules, out)
-
-    def _adapters(self, delta: Delta) -> Any:
+    def _adapters(self, delta: Delta | None) -> Any:
         """What a call is told of a delta; what does not change within a step is kept."""
+        if delta is None:
+            return None
         if delta.segments is not self._segments:
             self._segments, self._groups = delta.segments, {}
         known = self._groups.get(id(delta.modules))

@@ -72,45 +72,24 @@ inline void each_tile(const Adapters& adapters, int64_t segment, int32_t first, 
   }
 }
 
-// Rows [row, row + num_rows) of one module's A, within a row block of `block_rows`, met by a segment's tokens
-// [start, end).
+// Rows [row, row + num_rows) of one module's A, met by a segment's tokens [start, end).
 struct ShrinkItem {
-  int64_t segment, module, row, num_rows, block_rows, start, end;
+  int64_t segment, module, row, num_rows, start, end;
   Header header;
 };
 
-// Little, so that threads share one adapter's.
-constexpr int64_t SHRINK_TOKENS = 32, SHRINK_ROWS = 8;
+constexpr int64_t SHRINK_TOKENS = 32;
 
 inline void list_shrinks(const Adapters& adapters, std::vector<ShrinkItem>& items) {
   items.clear();
   for (int64_t segment = 0; segment < adapters.num_segments; ++segment)
     for (int64_t module = 0; module < adapters.group; ++module) {
       const Header header = header_of(adapters, segment, module);
-      for (int64_t row = 0; row < header.rank; row += SHRINK_ROWS) {
-        const int64_t block = row / TILE_ROWS * TILE_ROWS;
+      for (int64_t row = 0; row < header.rank; row += TILE_ROWS)
         for (int64_t start = adapters.starts[segment]; start < adapters.ends[segment]; start += SHRINK_TOKENS)
-          items.push_back({segment, module, row, std::min<int64_t>(SHRINK_ROWS, header.rank - row),
-                           std::min<int64_t>(TILE_ROWS, header.rank - block), start,
+          items.push_back({segment, module, row, std::min<int64_t>(TILE_ROWS, header.rank - row), start,
                            std::min<int64_t>(start + SHRINK_TOKENS, adapters.ends[segment]), header});
-      }
     }
-}
-
-// Calls f(the item's first row of a tile, first column, number of columns) for the tiles that the item meets.
-template <typename T, typename F>
-inline void each_shrunk(const Adapters& adapters, const ShrinkItem& item, int64_t in_features, F f) {
-  each_tile<T>(adapters, item.segment, item.header.first_a, adapters.modules[item.module].a, item.row, item.block_rows,
-               0, in_features, [&](const T* tile, int64_t col, int64_t cols) {
-                 f(tile + item.row % TILE_ROWS * cols, col, cols);
-               });
-}
-
-template <typename T>
-inline void fetch(const Adapters& adapters, const ShrinkItem& item, int64_t in_features) {
-  each_shrunk<T>(adapters, item, in_features, [&](const T* rows, int64_t, int64_t cols) {
-    prefetch(rows, item.num_rows * cols * sizeof(T));
-  });
 }
 
 // sums[r][t] += tile[r] . x[t] for R rows of a tile and N tokens.
@@ -121,6 +100,7 @@ inline void dots(const T* tile, int64_t tile_stride, const T* x, int64_t x_strid
     for (int n = 0; n < N; ++n) tokens[n] = Wide<T>::read(x + n * x_stride + col, cols - col);
     for (int r = 0; r < R; ++r) {
       const Wide<T> weights = Wide<T>::read(tile + r * tile_stride + col, cols - col);
+      __builtin_prefetch(tile + (r + R) * tile_stride + col);
       for (int n = 0; n < N; ++n) acc[r][n] = Wide<T>::add(acc[r][n], weights, tokens[n]);
     }
   }
@@ -130,9 +110,12 @@ template <typename T, int R, int N>
 inline void shrink_block(const Adapters& adapters, const ShrinkItem& item, int64_t row, int64_t token, const T* x,
                          int64_t in_features) {
   Vec acc[R][N] = {};
-  each_shrunk<T>(adapters, item, in_features, [&](const T* rows, int64_t col, int64_t cols) {
-    dots<T, R, N>(rows + (row - item.row) * cols, cols, x + token * in_features + col, in_features, cols, acc);
-  });
+  const Matrix& matrix = adapters.modules[item.module].a;
+  each_tile<T>(adapters, item.segment, item.header.first_a, matrix, item.row, item.num_rows, 0, in_features,
+               [&](const T* tile, int64_t col, int64_t cols) {
+                 dots<T, R, N>(tile + (row - item.row) * cols, cols, x + token * in_features + col, in_features, cols,
+                               acc);
+               });
   const float scale = adapters.scales[item.segment] * item.header.scale;
   if constexpr (R * N == LANES) {
     Vec flat[LANES];
@@ -164,89 +147,82 @@ inline void shrink(const Adapters& adapters, const ShrinkItem& item, const T* x,
   while (token < item.end) rows(std::integral_constant<int, 1>{});
 }
 
-// What `num_rows` rank rows of an adapter's B add to the columns [col, col + num_cols) of the tokens [start, end).
-template <typename T>
-struct Share {
-  int64_t start, end, col, num_cols;
-  const T* weights;  // [num_rows, stride]
-  int64_t num_rows, stride;
-  const float* h;  // of the first token
-};
+constexpr int64_t EXPAND_TOKENS = 8;
+constexpr int64_t EXPAND_COLS = 256;
 
-// Calls f(share) for all that is added to the columns [low, high) of the tokens [start, end) of a step; columns are
-// those of the modules side by side.
-template <typename T, typename F>
-inline void each_share(const Adapters& adapters, int64_t start, int64_t end, int64_t low, int64_t high, F f) {
-  const int32_t* ends = adapters.ends;
-  for (int64_t segment = std::upper_bound(ends, ends + adapters.num_segments, start) - ends;
-       segment < adapters.num_segments && adapters.starts[segment] < end; ++segment) {
-    const int64_t from = std::max<int64_t>(start, adapters.starts[segment]), to = std::min<int64_t>(end, ends[segment]);
-    int64_t first_col = 0;
-    for (int64_t module = 0; module < adapters.group && first_col < high; ++module) {
-      const Matrix& matrix = adapters.modules[module].b;
-      const int64_t own_low = std::max<int64_t>(low - first_col, 0), own_high = std::min(high - first_col, matrix.cols);
-      const Header header = own_low < own_high && from < to ? header_of(adapters, segment, module) : Header{};
-      for (int64_t row = 0; row < header.rank; row += TILE_ROWS) {
-        const int64_t num_rows = std::min<int64_t>(TILE_ROWS, header.rank - row);
-        each_tile<T>(adapters, segment, header.first_b, matrix, row, num_rows, own_low, own_high,
-                     [&](const T* tile, int64_t col, int64_t cols) {
-                       const int64_t left = std::max(own_low, col), right = std::min(own_high, col + cols);
-                       f(Share<T>{from, to, first_col + left, right - left, tile + left - col, num_rows, cols,
-                                  adapters.row(module, from) + row});
-                     });
-      }
-      first_col += matrix.cols;
-    }
-  }
-}
-
-// total[n][c] += h[n] . weights[:, c] for N tokens and C vectors of columns, of which `left` are there.
+// total[n][c] += h[n] . tile[:, c] for N tokens and C vectors of columns; h is [num_rows, N].
 template <typename T, int N, int C>
-inline void expand_cols(const Share<T>& share, const float* h, int64_t h_stride, int64_t col, float* total,
-                        int64_t stride) {
-  const T* weights = share.weights + col;
-  const int64_t left = share.num_cols - col;
+inline void expand_cols(const T* tile, int64_t num_rows, int64_t stride, int64_t left, const float* h, float* total) {
   Vec acc[N][C];
   for (int n = 0; n < N; ++n)
-    for (int c = 0; c < C; ++c) acc[n][c] = load(total + n * stride + c * LANES);
-  for (int64_t row = 0; row < share.num_rows; ++row, weights += share.stride) {
-    Vec own[C];
-    for (int c = 0; c < C; ++c) own[c] = load_upto(weights + c * LANES, left - c * LANES);
+    for (int c = 0; c < C; ++c) acc[n][c] = load(total + n * EXPAND_COLS + c * LANES);
+  for (int64_t row = 0; row < num_rows; ++row, tile += stride) {
+    Vec weights[C];
+    for (int c = 0; c < C; ++c) weights[c] = load_upto(tile + c * LANES, left - c * LANES);
+    __builtin_prefetch(tile + EXPAND_COLS);
     for (int n = 0; n < N; ++n)
-      for (int c = 0; c < C; ++c) acc[n][c] += h[n * h_stride + row] * own[c];
+      for (int c = 0; c < C; ++c) acc[n][c] += h[row * N + n] * weights[c];
   }
   for (int n = 0; n < N; ++n)
-    for (int c = 0; c < C; ++c) store(total + n * stride + c * LANES, acc[n][c]);
+    for (int c = 0; c < C; ++c) store(total + n * EXPAND_COLS + c * LANES, acc[n][c]);
 }
 
 template <typename T, int N>
-inline void expand_rows(const Share<T>& share, const float* h, int64_t h_stride, float* total, int64_t stride) {
+inline void expand_tile(const T* tile, int64_t num_rows, int64_t stride, int64_t cols, const float* h, float* total) {
   int64_t col = 0;
-  for (; col + 2 * LANES <= share.num_cols; col += 2 * LANES)
-    expand_cols<T, N, 2>(share, h, h_stride, col, total + col, stride);
-  for (; col < share.num_cols; col += LANES) expand_cols<T, N, 1>(share, h, h_stride, col, total + col, stride);
+  for (; col + 2 * LANES <= cols; col += 2 * LANES)
+    expand_cols<T, N, 2>(tile + col, num_rows, stride, cols - col, h, total + col);
+  for (; col < cols; col += LANES)
+    expand_cols<T, N, 1>(tile + col, num_rows, stride, cols - col, h, total + col);
 }
 
-// As `reference.sgmv_expand`, for the tokens [start, end) and the columns [low, high) of a step: added to `total`, whose
-// rows are `stride` apart and end with room for a vector, since a column's neighbours are read and written with it.
+template <typename T, int N>
+inline void expand_rows(const Adapters& adapters, int64_t segment, int64_t token, T* out, int64_t out_stride) {
+  int64_t first_col = 0;
+  for (int64_t module = 0; module < adapters.group; ++module) {
+    const Header header = header_of(adapters, segment, module);
+    const Matrix& matrix = adapters.modules[module].b;
+    for (int64_t low = 0; header.rank && low < matrix.cols; low += EXPAND_COLS) {
+      // A row's tail is read and written as a whole vector.
+      float total[N * EXPAND_COLS + LANES];
+      const int64_t high = std::min(low + EXPAND_COLS, matrix.cols);
+      T* target = out + first_col + low;
+      for (int n = 0; n < N; ++n)
+        for (int64_t col = 0; col < high - low; col += LANES)
+          store(total + n * EXPAND_COLS + col, load_upto(target + n * out_stride + col, high - low - col));
+      for (int64_t row = 0; row < header.rank; row += TILE_ROWS) {
+        const int64_t num_rows = std::min<int64_t>(TILE_ROWS, header.rank - row);
+        float h[TILE_ROWS * N];
+        for (int n = 0; n < N; ++n)
+          for (int64_t r = 0; r < num_rows; ++r) h[r * N + n] = adapters.row(module, token + n)[row + r];
+        each_tile<T>(adapters, segment, header.first_b, matrix, row, num_rows, low, high,
+                     [&](const T* tile, int64_t col, int64_t cols) {
+                       const int64_t from = std::max(low, col), to = std::min(high, col + cols);
+                       expand_tile<T, N>(tile + from - col, num_rows, cols, to - from, h, total + from - low);
+                     });
+      }
+      for (int n = 0; n < N; ++n)
+        for (int64_t col = 0; col < high - low; col += LANES)
+          store_upto(target + n * out_stride + col, load(total + n * EXPAND_COLS + col), high - low - col);
+    }
+    first_col += matrix.cols;
+  }
+}
+
+// As `reference.sgmv_expand`, for the tokens [start, end) of a step; `out` is of the step's first token.
 template <typename T>
-inline void expand(const Adapters& adapters, int64_t start, int64_t end, int64_t low, int64_t high, float* total,
-                   int64_t stride) {
-  each_share<T>(adapters, start, end, low, high, [&](const Share<T>& share) {
-    const float* h = share.h;
-    float* target = total + (share.start - start) * stride + share.col - low;
-    int64_t left = share.end - share.start;
+inline void expand(const Adapters& adapters, int64_t start, int64_t end, T* out, int64_t out_stride) {
+  for (int64_t segment = 0; segment < adapters.num_segments; ++segment) {
+    int64_t token = std::max<int64_t>(start, adapters.starts[segment]);
+    const int64_t last = std::min<int64_t>(end, adapters.ends[segment]);
     const auto rows = [&](auto num_tokens) {
-      constexpr int N = decltype(num_tokens)::value;
-      expand_rows<T, N>(share, h, adapters.stride, target, stride);
-      h += N * adapters.stride;
-      target += N * stride;
-      left -= N;
+      expand_rows<T, decltype(num_tokens)::value>(adapters, segment, token, out + token * out_stride, out_stride);
+      token += decltype(num_tokens)::value;
     };
-    while (left >= 8) rows(std::integral_constant<int, 8>{});
-    while (left >= 4) rows(std::integral_constant<int, 4>{});
-    while (left > 0) rows(std::integral_constant<int, 1>{});
-  });
+    while (token + 8 <= last) rows(std::integral_constant<int, 8>{});
+    while (token + 4 <= last) rows(std::integral_constant<int, 4>{});
+    while (token < last) rows(std::integral_constant<int, 1>{});
+  }
 }
 
 }  // namespace lorasrv

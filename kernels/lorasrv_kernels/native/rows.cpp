@@ -1,16 +1,16 @@
-// What each token's row goes through on its own.
-#include "vectors.h"
+// What each token's row goes through on its own, behind what adapters add to it.
+#include "lora.h"
 
 using namespace lorasrv;
 
 namespace {
 
-// Rows of a task: few, so that threads share a decode step's.
-constexpr int64_t MOST_ROWS = 8;
+// Rows of a task: few, so that threads share a decode step's, but as many as an expand reads weights for.
+int64_t rows_per_task(int64_t num_tokens) { return num_tokens >= 2 * EXPAND_TOKENS ? EXPAND_TOKENS : up(num_tokens, 2); }
 
 template <typename F>
 void by_tokens(int64_t num_tokens, F f) {
-  const int64_t step = std::clamp<int64_t>(up(num_tokens, 2), 1, MOST_ROWS);
+  const int64_t step = std::max<int64_t>(1, rows_per_task(num_tokens));
 #pragma omp parallel for schedule(dynamic) if (num_tokens > 1)
   for (int64_t start = 0; start < num_tokens; start += step) f(start, std::min(start + step, num_tokens));
 }
@@ -31,9 +31,10 @@ void norm_row(const T* x, const T* weight, int64_t width, float eps, T* out) {
 }
 
 template <typename T>
-void add_norm(const T* residual, const T* out, const T* weight, float eps, int64_t num_tokens, int64_t hidden,
-              T* total, T* normed) {
+void add_norm(const T* residual, T* out, const Adapters* adapters, const T* weight, float eps, int64_t num_tokens,
+              int64_t hidden, T* total, T* normed) {
   by_tokens(num_tokens, [=](int64_t start, int64_t end) {
+    if (adapters) expand<T>(*adapters, start, end, out, hidden);
     for (int64_t token = start; token < end; ++token) {
       const int64_t row = token * hidden;
       for (int64_t at = 0; at < hidden; at += LANES) {
@@ -46,8 +47,9 @@ void add_norm(const T* residual, const T* out, const T* weight, float eps, int64
 }
 
 template <typename T>
-void silu_mul(const T* gate_up, int64_t num_tokens, int64_t intermediate, T* out) {
+void silu_mul(T* gate_up, const Adapters* adapters, int64_t num_tokens, int64_t intermediate, T* out) {
   by_tokens(num_tokens, [=](int64_t start, int64_t end) {
+    if (adapters) expand<T>(*adapters, start, end, gate_up, 2 * intermediate);
     for (int64_t token = start; token < end; ++token) {
       const T* gate = gate_up + 2 * token * intermediate;
       for (int64_t at = 0; at < intermediate; at += LANES) {
@@ -74,7 +76,7 @@ void rope_head(const T* x, const T* cos, const T* sin, int64_t half, T* out) {
 template <typename T>
 struct Heads {
   T* qkv;  // [num_tokens, num_heads + 2 * kv_heads, head_dim]
-  int64_t num_heads, kv_heads, head_dim;
+  int64_t num_tokens, num_heads, kv_heads, head_dim;
   const T* query_norm;  // [head_dim]
   const T* key_norm;
   float eps;
@@ -103,12 +105,30 @@ void place_heads(const Heads<T>& heads, int64_t token) {
   std::memcpy(key + heads.block_tokens * row, x, row * sizeof(T));
 }
 
+template <typename T>
+void place_all(const Heads<T>& heads, const Adapters* adapters) {
+  by_tokens(heads.num_tokens, [&](int64_t start, int64_t end) {
+    if (adapters)
+      expand<T>(*adapters, start, end, heads.qkv, (heads.num_heads + 2 * heads.kv_heads) * heads.head_dim);
+    for (int64_t token = start; token < end; ++token) place_heads(heads, token);
+  });
+}
+
 template <typename F>
 void by_type(int is_bf16, F f) {
   is_bf16 ? f(bf16{}) : f(float{});
 }
 
 }  // namespace
+
+LORASRV_EXPORT void lorasrv_expand(int is_bf16, const Adapters* adapters, void* out, int64_t out_features) {
+  by_type(is_bf16, [=](auto type) {
+    using T = decltype(type);
+    by_tokens(adapters->num_tokens, [=](int64_t start, int64_t end) {
+      expand<T>(*adapters, start, end, static_cast<T*>(out), out_features);
+    });
+  });
+}
 
 LORASRV_EXPORT void lorasrv_rms_norm(int is_bf16, const void* x, const void* weight, float eps, int64_t num_rows,
                                      int64_t width, void* out) {
@@ -122,37 +142,36 @@ LORASRV_EXPORT void lorasrv_rms_norm(int is_bf16, const void* x, const void* wei
   });
 }
 
-// total = residual + out; normed, its norm, may be none.
-LORASRV_EXPORT void lorasrv_add_rms_norm(int is_bf16, const void* residual, const void* out, const void* weight,
-                                         float eps, int64_t num_tokens, int64_t hidden, void* total, void* normed) {
+// total = residual + out with what adapters add; normed, its norm, may be none.
+LORASRV_EXPORT void lorasrv_add_rms_norm(int is_bf16, const void* residual, void* out, const Adapters* adapters,
+                                         const void* weight, float eps, int64_t num_tokens, int64_t hidden,
+                                         void* total, void* normed) {
   by_type(is_bf16, [=](auto type) {
     using T = decltype(type);
-    add_norm(static_cast<const T*>(residual), static_cast<const T*>(out), static_cast<const T*>(weight), eps,
+    add_norm(static_cast<const T*>(residual), static_cast<T*>(out), adapters, static_cast<const T*>(weight), eps,
              num_tokens, hidden, static_cast<T*>(total), static_cast<T*>(normed));
   });
 }
 
-LORASRV_EXPORT void lorasrv_silu_mul(int is_bf16, const void* gate_up, int64_t num_tokens, int64_t intermediate,
-                                     void* out) {
+LORASRV_EXPORT void lorasrv_silu_mul(int is_bf16, void* gate_up, const Adapters* adapters, int64_t num_tokens,
+                                     int64_t intermediate, void* out) {
   by_type(is_bf16, [=](auto type) {
     using T = decltype(type);
-    silu_mul(static_cast<const T*>(gate_up), num_tokens, intermediate, static_cast<T*>(out));
+    silu_mul(static_cast<T*>(gate_up), adapters, num_tokens, intermediate, static_cast<T*>(out));
   });
 }
 
-LORASRV_EXPORT void lorasrv_rope_write_kv(int is_bf16, void* qkv, int64_t num_tokens, int64_t num_heads,
-                                          int64_t kv_heads, int64_t head_dim, const void* query_norm,
-                                          const void* key_norm, float eps, const void* cos, const void* sin,
-                                          void* keys, int64_t page_stride, int64_t block_tokens, const int64_t* slots,
-                                          void* query) {
+LORASRV_EXPORT void lorasrv_rope_write_kv(int is_bf16, void* qkv, const Adapters* adapters, int64_t num_tokens,
+                                          int64_t num_heads, int64_t kv_heads, int64_t head_dim,
+                                          const void* query_norm, const void* key_norm, float eps, const void* cos,
+                                          const void* sin, void* keys, int64_t page_stride, int64_t block_tokens,
+                                          const int64_t* slots, void* query) {
   by_type(is_bf16, [=](auto type) {
     using T = decltype(type);
-    const Heads<T> heads{static_cast<T*>(qkv), num_heads, kv_heads, head_dim,
+    const Heads<T> heads{static_cast<T*>(qkv), num_tokens, num_heads, kv_heads, head_dim,
                          static_cast<const T*>(query_norm), static_cast<const T*>(key_norm), eps,
                          static_cast<const T*>(cos), static_cast<const T*>(sin), static_cast<T*>(keys), page_stride,
                          block_tokens, slots, static_cast<T*>(query)};
-    by_tokens(num_tokens, [&](int64_t start, int64_t end) {
-      for (int64_t token = start; token < end; ++token) place_heads(heads, token);
-    });
+    place_all(heads, adapters);
   });
 }
