@@ -175,21 +175,24 @@ def test_weights_are_packed_in_place_unless_they_are_kept(kernels: CpuKernels) -
     close(kernels.linear(x, packed, None), reference.linear(x, want, None))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_project_is_the_product_and_the_shrink(kernels: CpuKernels, case: str) -> None:
-    pool, adapters = POOLS[torch.bfloat16, (144, 64)]
+@EVERY
+@pytest.mark.parametrize("group", [slice(0, 3), slice(3, 4), slice(4, 6)], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_project_is_the_product_and_all_that_adapters_add(
+    kernels: CpuKernels, case: str, kind: Kind, group: slice, biased: bool
+) -> None:
+    pool, adapters = POOLS[kind]
     num_rows, ranges = ranges_of(case, adapters)
-    segments, modules = pool.segments(num_rows, ranges), tuple(pool.geometry[4:6])
-    x, weight = pool.normal(num_rows, 16), pool.normal(288, 16)
-    arguments = (None, pool.storage.bytes, segments, LAYER, modules)
+    segments, modules = pool.segments(num_rows, ranges), tuple(pool.geometry[group])
+    out_features = sum(module.b.cols for module in modules)
+    x, weight = pool.normal(num_rows, 16), pool.normal(out_features, 16)
+    bias = pool.normal(out_features) if biased else None
+    arguments = (bias, pool.storage.bytes, segments, LAYER, modules)
     want, want_delta = reference.project(x, weight, *arguments)
     got, delta = kernels.project(x, kernels.pack_linear(weight, keep=True), *arguments)
+    reference.expand(want_delta, want)
+    reference.expand(delta, got)
     close(got, want)
-    assert delta is not None and want_delta is not None
-    want_out, out = want.clone(), want.clone()
-    reference.expand(want_delta, want_out)
-    kernels.sgmv_expand(delta.h, pool.storage.bytes, segments, LAYER, modules, out)
-    close(out, want_out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -76,6 +76,9 @@ inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
 
 // To the nearest, even where two are as near; NaN stays NaN.
 inline HalfVec round_bf16(Vec v) {
+#if defined(__AVX512BF16__)
+  return (HalfVec)_mm512_cvtneps_pbh((__m512)v);
+#endif
   const WordVec bits = reinterpret_cast<WordVec>(v);
   const WordVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const WordVec chosen = (bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded;
@@ -87,11 +90,28 @@ inline void store(bf16* to, Vec v) {
   std::memcpy(to, &half, sizeof half);
 }
 
-// The first `count` < LANES elements; zeros behind them.
+// The first `count` < LANES elements; zeros behind them. Nothing is called: a loop around would keep its vectors in memory.
+#if defined(__AVX512F__)
+inline __mmask16 first_lanes(int64_t count) { return (__mmask16)((1u << count) - 1); }
+
+inline Vec load_part(const float* from, int64_t count) {
+  return (Vec)_mm512_maskz_loadu_ps(first_lanes(count), from);
+}
+
+inline Vec load_part(const bf16* from, int64_t count) {
+  return reinterpret_cast<Vec>(widen((HalfVec)_mm256_maskz_loadu_epi16(first_lanes(count), from)) << 16);
+}
+
+inline void store_part(float* to, Vec v, int64_t count) { _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)v); }
+
+inline void store_part(bf16* to, Vec v, int64_t count) {
+  _mm256_mask_storeu_epi16(to, first_lanes(count), (__m256i)round_bf16(v));
+}
+#else
 template <typename T>
 inline Vec load_part(const T* from, int64_t count) {
   T padded[LANES] = {};
-  std::memcpy(padded, from, count * sizeof(T));
+  for (int64_t i = 0; i < count; ++i) padded[i] = from[i];
   return load(padded);
 }
 
@@ -99,8 +119,9 @@ template <typename T>
 inline void store_part(T* to, Vec v, int64_t count) {
   T padded[LANES];
   store(padded, v);
-  std::memcpy(to, padded, count * sizeof(T));
+  for (int64_t i = 0; i < count; ++i) to[i] = padded[i];
 }
+#endif
 
 template <typename T>
 inline Vec load_upto(const T* from, int64_t count) {
