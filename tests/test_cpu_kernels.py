@@ -178,7 +178,7 @@ def test_weights_are_packed_in_place_unless_they_are_kept(kernels: CpuKernels) -
 @EVERY
 @pytest.mark.parametrize("group", [slice(0, 3), slice(3, 4), slice(4, 6)], ids=str)
 @pytest.mark.parametrize("biased", [False, True])
-def test_project_is_the_product_and_all_that_adapters_add(
+def test_project_and_expand_are_the_product_and_all_that_adapters_add(
     kernels: CpuKernels, case: str, kind: Kind, group: slice, biased: bool
 ) -> None:
     pool, adapters = POOLS[kind]
@@ -190,8 +190,9 @@ def test_project_is_the_product_and_all_that_adapters_add(
     arguments = (bias, pool.storage.bytes, segments, LAYER, modules)
     want, want_delta = reference.project(x, weight, *arguments)
     got, delta = kernels.project(x, kernels.pack_linear(weight, keep=True), *arguments)
+    assert delta is not None
     reference.expand(want_delta, want)
-    reference.expand(delta, got)
+    reference.expand(delta, got, sgmv=kernels.sgmv_expand)
     close(got, want)
 
 

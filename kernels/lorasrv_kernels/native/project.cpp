@@ -34,11 +34,13 @@ struct Product {
   const bf16* strip(int64_t panel, int64_t pair) const { return weight + (panel * pairs() + pair) * 2 * PANEL; }
 };
 
-// acc += rows [row, row + R) of C panels, over a strip of the pairs of input columns. The panels [A, B) of those are
-// read ahead.
-template <int R, int C, int A = 0, int B = C>
-inline void accumulate(const Product& p, int64_t row, int64_t panel, int64_t first, __m512 (&acc)[R][C]) {
-  const int64_t pairs = p.pairs(), count = std::min(STRIP_PAIRS, pairs - first);
+// acc += rows [row, row + R) of C panels, over `count` pairs of input columns, or as many as there are. The panels [A, B)
+// of those are read ahead.
+template <int R, int C, int A, int B>
+inline void accumulate(const Product& p, int64_t row, int64_t panel, int64_t first, int64_t count,
+                       __m512 (&acc)[R][C]) {
+  const int64_t pairs = p.pairs();
+  count = std::min(count, pairs - first);
   const auto* x = reinterpret_cast<const int32_t*>(p.x + row * p.in_features) + first;
   const bf16 *from[C], *ahead[C];
   for (int c = 0; c < C; ++c) {
@@ -76,7 +78,11 @@ inline void finish(const Product& p, int64_t row, int64_t panel, const __m512 (&
 template <int R, int C>
 void multiply_tile(const Product& p, int64_t row, int64_t panel) {
   __m512 acc[R][C] = {};
-  for (int64_t first = 0; first < p.pairs(); first += STRIP_PAIRS) accumulate(p, row, panel, first, acc);
+  if (row == 0)
+    for (int64_t first = 0; first < p.pairs(); first += STRIP_PAIRS)
+      accumulate<R, C, 0, C>(p, row, panel, first, STRIP_PAIRS, acc);
+  else  // the weights come from a cache by now
+    accumulate<R, C, 0, 0>(p, row, panel, 0, p.pairs(), acc);
   finish(p, row, panel, acc);
 }
 
@@ -86,8 +92,8 @@ template <int R, int S>
 void multiply_halves(const Product& p, int64_t row, int64_t panel) {
   __m512 upper[R][2] = {}, lower[S][2] = {};
   for (int64_t first = 0; first < p.pairs(); first += STRIP_PAIRS) {
-    accumulate<R, 2, 0, 1>(p, row, panel, first, upper);
-    accumulate<S, 2, 1, 2>(p, row + R, panel, first, lower);
+    accumulate<R, 2, 0, 1>(p, row, panel, first, STRIP_PAIRS, upper);
+    accumulate<S, 2, 1, 2>(p, row + R, panel, first, STRIP_PAIRS, lower);
   }
   finish(p, row, panel, upper);
   finish(p, row + R, panel, lower);
