@@ -48,6 +48,10 @@ class SimStorage:
     def __init__(self, device: SimDevice) -> None:
         self._device = device
 
+    @property
+    def beside_steps(self) -> bool:
+        return self._device.costs.hardware.runs_ahead
+
     def begin_adapter(self, adapter: SimImage, pages: Sequence[int], *, wait_for_steps: bool) -> SimCopy:
         device = self._device
         device.params[pages[0]] = adapter.params
