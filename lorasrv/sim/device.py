@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, StepOutput
 from lorasrv.sim.clock import VirtualClock
-from lorasrv.sim.cost import CostModel, step_work
+from lorasrv.sim.cost import CostModel
 from lorasrv.sim.images import SimImage
+from lorasrv.sim.work import step_work
 
 
 @dataclass(kw_only=True)
