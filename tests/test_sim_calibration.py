@@ -151,6 +151,7 @@ def test_the_comparison_runs_both_sides(
     monkeypatch.setattr(real_engine, "SMALL_CONFIG", {**tiny, "vocab_size": 64})
     monkeypatch.setattr(simulated, "SCHEDULER", SchedulerConfig(max_running=4, max_step_tokens=64))
     monkeypatch.setattr(simulated, "NUM_ADAPTERS", 64)
+    monkeypatch.setattr(simulated, "PARTS", 2)
     monkeypatch.setattr(simulated, "_LENGTHS", "in_range=4..40,out_range=2..6")
     # All requests at once: nobody waits for the next one to come.
     cases = tuple(replace(case, num_adapters=min(32, case.num_adapters), load=100.0) for case in simulated.CASES)

@@ -2,15 +2,16 @@
 
 Steps are those of workloads at several loads, without adapters and with few and many of them. The table's terms are
 fitted to the medians of their kinds, each kind's error counting by its share. The table is good for the model that it
-was measured on.
+was measured on, and for the time: a virtual machine's speed changes by tens of percent within seconds, so who compares
+measures again and again meanwhile.
 """
 
 import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,16 +26,16 @@ from lorasrv.sim.workload import Arrival
 from lorasrv.types import AdapterUse, EngineRequest, Tier, Warm
 from lorasrv_bench.real_engine import RealEngine
 from lorasrv_bench.step_records import StepRecorder, Timed, kinds
-from lorasrv_bench.workloads import Workload, parse_workload
+from lorasrv_bench.workloads import parse_workload
 
 ITEMSIZE = 4
 _UNBOUNDED = 1e18
-_TRIALS = 12
+_TRIALS = 4
 # A kind of step of which there are more counts as one with so many.
 _MANY = 30
 _SECTIONS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)
 # Of the workloads: adapters, requests of each, lengths, and loads, as shares of what the engine takes at once.
-_ADAPTERS, _REQUESTS, _LENGTHS, _LOADS = (0, 8, 48), 40, "in_range=8..160,out_range=8..96", (0.2, 0.4, 0.6)
+_ADAPTERS, _REQUESTS, _LENGTHS, _LOADS = (0, 8, 48), 16, "in_range=8..160,out_range=8..96", (0.25, 0.5, 0.75)
 _SEED = 1 << 20
 
 
@@ -47,27 +48,96 @@ class Calibration:
     errors: tuple[float, ...]
 
 
-def calibrate(engine: RealEngine, clock: Callable[[], Clock], timer: Callable[[], float]) -> Calibration:
-    """Measure `engine`, which has 48 adapters or more, none in memory, and no work, in the seconds of `timer`."""
-    prober = _Prober(engine)
-    read_s, disk_bytes_per_s, copy_bytes_per_s = prober.transfers()
-    timed = tuple(kinds(_served_steps(engine, prober, clock, timer)))
-    steps = fit(engine.shape.linear_params, timed)
-    hardware = Hardware(
-        name="calibrated",
-        memory_bytes=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
-        read_bytes_per_s=_UNBOUNDED,
-        adapter_bytes_per_s=_UNBOUNDED,
-        kv_bytes_per_s=_UNBOUNDED,
-        flops_per_s=_UNBOUNDED,
-        copy_bytes_per_s=copy_bytes_per_s,
-        disk_bytes_per_s=disk_bytes_per_s,
-        read_s=read_s,
-        runs_ahead=False,
-        steps=steps,
-    )
-    errors = tuple(steps.step_s(each.work) / each.seconds - 1 for each in timed)
-    return Calibration(hardware=hardware, timed=timed, errors=errors)
+@dataclass(frozen=True, kw_only=True)
+class Transfers:
+    """Seconds of a small adapter and of a large one, from disk to host memory and from there to the device."""
+
+    reads: tuple[float, float]
+    copies: tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    transfers: Transfers
+    steps: list[tuple[StepWork, float]] = field(default_factory=list[tuple[StepWork, float]])
+
+
+class Calibrator:
+    """Measures `engine`, which has 48 adapters or more, none in memory, and no work, in the seconds of `timer`."""
+
+    def __init__(self, engine: RealEngine, clock: Callable[[], Clock], timer: Callable[[], float]) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._timer = timer
+        self._prober = _Prober(engine)
+        self._num_workloads = 0
+        self._capacities: dict[int, float] = {}
+        self._measured: list[_Measured] = []
+        # What is done once is none of a read's time: a builder's start, memory that is used for the first time.
+        self._prober.transfers()
+
+    def measure(self) -> None:
+        """Some seconds of all kinds of work."""
+        self._measured.append(_Measured(transfers=self._prober.transfers()))
+        for num_adapters in _ADAPTERS:
+            for digest in self._engine.digests[:num_adapters]:
+                self._prober.warm(digest, Tier.DEVICE)
+            if num_adapters not in self._capacities:
+                self._capacities[num_adapters] = _REQUESTS / self._serve(num_adapters, 1e5)
+            for load in _LOADS:
+                self._serve(num_adapters, load * self._capacities[num_adapters])
+
+    def found(self, last: int) -> Calibration:
+        """By so many of the last measurements."""
+        measured = self._measured[-last:]
+        timed = tuple(kinds([step for each in measured for step in each.steps]))
+        steps = fit(self._engine.shape.linear_params, timed)
+        hardware = Hardware(
+            name="calibrated",
+            memory_bytes=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+            read_bytes_per_s=_UNBOUNDED,
+            adapter_bytes_per_s=_UNBOUNDED,
+            kv_bytes_per_s=_UNBOUNDED,
+            flops_per_s=_UNBOUNDED,
+            runs_ahead=False,
+            steps=steps,
+            **self._rates([each.transfers for each in measured]),
+        )
+        errors = tuple(steps.step_s(each.work) / each.seconds - 1 for each in timed)
+        return Calibration(hardware=hardware, timed=timed, errors=errors)
+
+    def _serve(self, num_adapters: int, rate: float) -> float:
+        """A workload that no other is like; what it took."""
+        engine, number = self._engine, self._num_workloads
+        self._num_workloads += 1
+        text = f"slora:n={num_adapters},rate={rate:.4g},requests={_REQUESTS},{_LENGTHS}"
+        workload = parse_workload(text, _SEED + number)
+
+        def make(index: int, arrival: Arrival) -> EngineRequest:
+            return replace(engine.make_request(index, arrival), tenant=f"workload {number} {arrival.tenant}")
+
+        runner = engine.core._runner
+        recorder = StepRecorder(runner, self._clock(), self._timer, engine.shape)
+        engine.core._runner = recorder
+        begin_s = recorder()
+        replay(workload.arrivals, [Replica(core=engine.core, clock=recorder)], Balanced(), make)
+        engine.core._runner = runner
+        self._measured[-1].steps.extend(recorder.steps)
+        return recorder() - begin_s
+
+    def _rates(self, transfers: Sequence[Transfers]) -> dict[str, float]:
+        """Of reads and copies, from two sizes of adapters."""
+        ranks = (min(self._engine.ranks), max(self._engine.ranks))
+        small, large = (ITEMSIZE * self._engine.shape.adapter_params(rank) for rank in ranks)
+        reads = [statistics.median(each.reads[size] for each in transfers) for size in (0, 1)]
+        copies = [statistics.median(each.copies[size] for each in transfers) for size in (0, 1)]
+        read = (large - small) / (reads[1] - reads[0]) if reads[1] > reads[0] else _UNBOUNDED
+        copied = (large - small) / (copies[1] - copies[0]) if copies[1] > copies[0] else _UNBOUNDED
+        return {
+            "read_s": max(0.0, reads[0] - small / read),
+            "disk_bytes_per_s": read,
+            "copy_bytes_per_s": copied,
+        }
 
 
 def fit(linear_params: int, timed: Sequence[Timed]) -> MeasuredSteps:
@@ -101,36 +171,6 @@ def _not_negative(
     return coefficients
 
 
-def _served_steps(
-    engine: RealEngine, prober: "_Prober", clock: Callable[[], Clock], timer: Callable[[], float]
-) -> Iterator[tuple[StepWork, float]]:
-    """Of all workloads, and of one more of each, whose requests come at once: what it takes tells the load."""
-    runner = engine.core._runner
-    for num_adapters in _ADAPTERS:
-        for digest in engine.digests[:num_adapters]:
-            prober.warm(digest, Tier.DEVICE)
-        capacity = 0.0
-        for number, load in enumerate((None, *_LOADS)):
-            rate = 1e5 if load is None else load * capacity
-            workload = parse_workload(
-                f"slora:n={num_adapters},rate={rate:.4g},requests={_REQUESTS},{_LENGTHS}", _SEED + number
-            )
-            recorder = StepRecorder(runner, clock(), timer, engine.shape)
-            engine.core._runner = recorder
-            _serve(engine, workload, recorder, f"{num_adapters} {number}")
-            engine.core._runner = runner
-            if load is None:
-                capacity = _REQUESTS / recorder()
-            yield from recorder.steps
-
-
-def _serve(engine: RealEngine, workload: Workload, clock: Clock, tenant: str) -> None:
-    def make(index: int, arrival: Arrival) -> EngineRequest:
-        return replace(engine.make_request(index, arrival), tenant=f"{tenant} {arrival.tenant}")
-
-    replay(workload.arrivals, [Replica(core=engine.core, clock=clock)], Balanced(), make)
-
-
 class _Prober:
     """Asks a real engine for adapters, one after the other."""
 
@@ -138,28 +178,20 @@ class _Prober:
         self._engine = engine
         self._numbers = itertools.count()
 
-    def transfers(self) -> tuple[float, float, float]:
-        """(seconds to open an adapter, bytes read per second, bytes copied per second), from two sizes of adapters.
-
-        Reads as they are made in service: beside a sequence that decodes.
-        """
+    def transfers(self) -> "Transfers":
+        """Reads as they are made in service: beside a sequence that decodes."""
         engine = self._engine
         small, large = (engine.ranks.index(rank) for rank in (min(engine.ranks), max(engine.ranks)))
-        sizes = [ITEMSIZE * engine.shape.adapter_params(engine.ranks[place]) for place in (small, large)]
         places = [place + len(engine.ranks) * trial for trial in range(_TRIALS) for place in (small, large)]
         digests = [engine.digests[place] for place in places]
-        beside = self._ask(None, 32, 3000)
-        # What is done once is none of a read's time: a builder's start, memory that is used for the first time.
-        self._again(digests, self._read)
+        beside = self._ask(None, 32, 1000)
         reads = self._again(digests, self._read)
         engine.core.cancel(beside)
         copies = self._again(digests, self._copy)
-        read_small, read_large = statistics.median(reads[0::2]), statistics.median(reads[1::2])
-        copy_small, copy_large = statistics.median(copies[0::2]), statistics.median(copies[1::2])
-        step = sizes[1] - sizes[0]
-        bytes_per_s = step / (read_large - read_small) if read_large > read_small else _UNBOUNDED
-        copied_per_s = step / (copy_large - copy_small) if copy_large > copy_small else _UNBOUNDED
-        return max(0.0, read_small - sizes[0] / bytes_per_s), bytes_per_s, copied_per_s
+        return Transfers(
+            reads=(statistics.median(reads[0::2]), statistics.median(reads[1::2])),
+            copies=(statistics.median(copies[0::2]), statistics.median(copies[1::2])),
+        )
 
     def warm(self, digest: str, tier: Tier) -> float:
         """Seconds until an adapter is there."""
@@ -174,11 +206,10 @@ class _Prober:
         return seconds
 
     def _again(self, digests: Sequence[str], ask: Callable[[str], float]) -> list[float]:
-        """What `ask` says of each, which is gone from memory behind that."""
-        found = [ask(digest) for digest in digests]
+        """What `ask` says of each; none is in memory before."""
         for digest in digests:
             self._engine.core.discard(digest)
-        return found
+        return [ask(digest) for digest in digests]
 
     def _read(self, digest: str) -> float:
         """Seconds from disk to host memory, asked for by a request. A step looks for it when it begins: it came half a
