@@ -30,7 +30,7 @@ from lorasrv_bench.workloads import parse_workload
 
 ITEMSIZE = 4
 _UNBOUNDED = 1e18
-_TRIALS = 4
+_TRIALS, _STEPS_BETWEEN = 4, 30
 # A kind of step of which there are more counts as one with so many.
 _MANY = 30
 _SECTIONS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)
@@ -177,13 +177,16 @@ class _Prober:
     def __init__(self, engine: RealEngine) -> None:
         self._engine = engine
         self._numbers = itertools.count()
+        self._trials = itertools.count()
 
     def transfers(self) -> "Transfers":
-        """Reads as they are made in service: beside a sequence that decodes."""
+        """Reads as they are made in service: beside a sequence that decodes, each of another adapter, some time behind
+        the one before: builders have been idle."""
         engine = self._engine
         small, large = (engine.ranks.index(rank) for rank in (min(engine.ranks), max(engine.ranks)))
-        places = [place + len(engine.ranks) * trial for trial in range(_TRIALS) for place in (small, large)]
-        digests = [engine.digests[place] for place in places]
+        trials = [next(self._trials) for _ in range(_TRIALS)]
+        places = [place + len(engine.ranks) * trial for trial in trials for place in (small, large)]
+        digests = [engine.digests[place % len(engine.digests)] for place in places]
         beside = self._ask(None, 32, 1000)
         reads = self._again(digests, self._read)
         engine.core.cancel(beside)
@@ -206,15 +209,20 @@ class _Prober:
         return seconds
 
     def _again(self, digests: Sequence[str], ask: Callable[[str], float]) -> list[float]:
-        """What `ask` says of each; none is in memory before."""
+        """What `ask` says of each; none is in memory before, nor behind."""
         for digest in digests:
             self._engine.core.discard(digest)
-        return [ask(digest) for digest in digests]
+        found = [ask(digest) for digest in digests]
+        for digest in digests:
+            self._engine.core.discard(digest)
+        return found
 
     def _read(self, digest: str) -> float:
         """Seconds from disk to host memory, asked for by a request. A step looks for it when it begins: it came half a
         step before that, on the mean."""
         core = self._engine.core
+        for _ in range(_STEPS_BETWEEN):
+            core.step()
         begin = before = time.perf_counter()
         request_id, seconds, is_open = self._ask(digest, 1, 1), None, True
         while is_open:
