@@ -4,14 +4,13 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from fakes import EOS, VOCAB, FakeDevice, FakeRunner, FakeTiers, Timeline
+from fakes import EOS, PAGE_BYTES, VOCAB, FakeDevice, FakeRunner, FakeTiers, Timeline
 from lorasrv.config import SchedulerConfig
 from lorasrv.engine.core import EngineCore, Limits
 from lorasrv.types import AdapterUse, EngineRequest, TokenDelta
 
 BLOCK_TOKENS = 4
 NUM_PAGES = 40
-PAGE_BYTES = 1 << 20
 
 
 def make_core(
@@ -21,12 +20,13 @@ def make_core(
     seed: int = 0,
     failing: float = 0.0,
     delays: Random | None = None,
+    pages_at_once: int = 0,
     clock: Callable[[], float] = lambda: 0.0,
     **config: Any,
 ) -> tuple[EngineCore, FakeRunner]:
-    """With `delays`, the device's work takes its time."""
+    """With `delays`, the device's work takes its time, without them copies of `pages_at_once` a step take none."""
     device = FakeDevice(block_tokens=BLOCK_TOKENS, timeline=Timeline(delays))
-    tiers = FakeTiers(device, sizes, Random(seed), failing)
+    tiers = FakeTiers(device, sizes, Random(seed), failing, pages_at_once)
     runner = FakeRunner(device, tiers)
     limits = Limits(
         num_pages=num_pages,

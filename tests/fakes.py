@@ -15,6 +15,7 @@ from lorasrv.types import PositionLogprobs, Tier
 
 VOCAB = 50
 EOS = 0
+PAGE_BYTES = 1 << 20
 
 
 def next_token(state: int, masked: Collection[int] = (), sample: int = 0) -> int:
@@ -131,13 +132,23 @@ class FakeDevice:
 
 
 class FakeTiers:
-    """Host tier whose reads end after a random number of polls; some fail. Copies run beside the device's steps."""
+    """Host tier whose reads end after a random number of polls; some fail. Copies run beside the device's steps, but
+    for the first `pages_at_once` of those that begin between two polls."""
 
-    def __init__(self, device: FakeDevice, sizes: Mapping[str, int], random: Random, failing: float = 0.0) -> None:
+    def __init__(
+        self,
+        device: FakeDevice,
+        sizes: Mapping[str, int],
+        random: Random,
+        failing: float = 0.0,
+        pages_at_once: int = 0,
+    ) -> None:
         self.device = device
         self.sizes = sizes
         self.random = random
         self.failing = failing
+        self.pages_at_once = pages_at_once
+        self._pages_left = pages_at_once
         self.waits_for_steps = True
         self.loaded: dict[int, ResidentAdapter] = {}
         self.discarded: list[str] = []
@@ -174,6 +185,7 @@ class FakeTiers:
             if digest in self._discarded or self.random.random() < 0.02:
                 self._host.remove(digest)
         self._discarded &= self._host | self._reading.keys()
+        self._pages_left = self.pages_at_once
         loaded = tuple(digest for digest, end in self._copying.items() if end <= self.device.timeline.now)
         for digest in loaded:
             del self._copying[digest]
@@ -181,16 +193,23 @@ class FakeTiers:
 
     def load(self, digest: str, pages: list[int], *, wait_for_steps: bool) -> ResidentAdapter:
         assert digest in self._host and len(pages) == self.sizes[digest]
-        timeline = self.device.timeline
+        timeline, at_once = self.device.timeline, len(pages) <= self._pages_left
+        self._pages_left = self._pages_left - len(pages) if at_once else 0
         writes = [
             lambda local=local, page=page: self.device.write_adapter_page(digest, local, page)
             for local, page in enumerate(pages)
         ]
         after = timeline.end("steps") if wait_for_steps and self.waits_for_steps else 0.0
-        self._copying[digest] = timeline.submit("copies", writes, after=after)
+        if at_once:
+            self.device.write_adapter(digest, pages)
+        else:
+            self._copying[digest] = timeline.submit("copies", writes, after=after)
         adapter = ResidentAdapter(digest=digest, pages=tuple(pages), directory=pages[0], max_rank=1)
         self.loaded[pages[0]] = adapter
         return adapter
+
+    def bytes_at_once(self) -> int:
+        return self._pages_left * PAGE_BYTES
 
     def discard(self, digest: str) -> None:
         self.discarded.append(digest)

@@ -39,6 +39,30 @@ def test_edges_are_cast_as_torch_casts_them(name: str, itemsize: int) -> None:
     check(values, name, itemsize)
 
 
+@pytest.mark.parametrize("itemsize", SERVED)
+def test_any_finite_half_is_cast_alone_and_beside_others(itemsize: int) -> None:
+    """With one that is not finite among them they take another way."""
+    values = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = values[np.isfinite(values)]
+    check(finite, "F16", itemsize)
+    check(np.append(finite, np.float16("inf")), "F16", itemsize)
+    check(finite[:0], "F16", itemsize)
+    for value in (finite[:1], finite[-1:], np.array([6e-8, -6e-5], np.float16)):
+        check(value, "F16", itemsize)
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this processor has no such mode")
+def test_small_halves_are_cast_where_subnormal_numbers_are_taken_for_zero() -> None:
+    values = np.arange(1, 2000, dtype=np.uint16).view(np.float16)
+    wanted = values.astype(np.float64)
+    torch.set_flush_denormal(True)
+    try:
+        found = cast(values, 4)
+    finally:
+        torch.set_flush_denormal(False)
+    assert np.array_equal(found, wanted.astype(np.float32))
+
+
 def check(values: Array, name: str, itemsize: int) -> None:
     wanted = as_torch(values, name).to(SERVED[itemsize])
     found = as_torch(cast(values, itemsize), {4: "F32", 2: "BF16"}[itemsize])

@@ -56,6 +56,22 @@ def test_cold_adapter_does_not_hold_up_others() -> None:
     assert "cold" in run_all(core)
 
 
+@pytest.mark.parametrize(("pages_at_once", "steps"), [(0, 2), (2, 2), (3, 1), (4, 1)])
+def test_an_adapter_that_is_copied_at_once_serves_in_the_same_step(pages_at_once: int, steps: int) -> None:
+    """So does a neighbour of the same adapter; one whose copy takes longer waits on its own."""
+    core, runner = make_core({"a": 3, "b": 3}, pages_at_once=pages_at_once)
+    runner.tiers._host |= {"a", "b"}
+    runner.tiers.want(["a", "b"])
+    for request_id, digest in (("r", "a"), ("neighbour", "a"), ("late", "b"), ("base", None)):
+        core.add(make_request(request_id, digest=digest, max_tokens=2))
+    told: dict[str, list[int]] = {}
+    for step in range(1, 5):
+        for delta in core.step():
+            told.setdefault(delta.request_id, []).append(step)
+        core.check()
+    assert told == {"r": [steps, steps + 1], "neighbour": [steps, steps + 1], "late": [2, 3], "base": [1, 2]}
+
+
 def test_failed_adapter_fails_its_own_requests_once() -> None:
     core, runner = make_core({"bad": 1, "good": 1}, failing=1.0)
     core.add(make_request("r", digest="bad"))

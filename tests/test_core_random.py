@@ -244,9 +244,10 @@ class Traffic:
 
 
 @pytest.mark.parametrize(
-    ("seed", "run_ahead", "prefix_cache"), [(1, False, True), (2, True, True), (3, True, True), (4, True, False)]
+    ("seed", "run_ahead", "prefix_cache", "pages_at_once"),
+    [(1, False, True, 0), (2, True, True, 0), (3, True, True, 0), (4, True, False, 0), (5, False, True, 9)],
 )
-def test_ten_thousand_random_steps(seed: int, run_ahead: bool, prefix_cache: bool) -> None:
+def test_ten_thousand_random_steps(seed: int, run_ahead: bool, prefix_cache: bool, pages_at_once: int) -> None:
     random = Random(seed)
     sizes = {f"a{index}": random.randint(2, 8) for index in range(60)}
     delays = Random(seed) if run_ahead else None
@@ -256,6 +257,7 @@ def test_ten_thousand_random_steps(seed: int, run_ahead: bool, prefix_cache: boo
         seed=seed,
         failing=0.05,
         delays=delays,
+        pages_at_once=pages_at_once,
         clock=lambda: steps[0],
         run_ahead=run_ahead,
         prefix_cache=prefix_cache,

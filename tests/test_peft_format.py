@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from lorasrv_adapters.errors import (
 )
 from lorasrv_adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
 from lorasrv_adapters.peft_config import parse_peft_config
-from lorasrv_adapters.peft_format import AdapterSpec, validate_bytes, validate_folder
+from lorasrv_adapters.peft_format import AdapterSpec, read_spec, validate_bytes, validate_folder
 from lorasrv_adapters.published import open_bytes, open_folder
 from lorasrv_adapters.safetensors_header import TensorEntry, read_tensor_bytes
 from lorasrv_adapters.values import bad_values
@@ -492,3 +493,29 @@ def test_all_reasons_are_collected(tmp_path: Path) -> None:
     errors = refusals(write_adapter(tmp_path / "a", config, safetensors_bytes({"a b": np.zeros((1, 1), np.float32)})))
     assert {type(error) for error in errors} == {InvalidAdapter, UnsupportedFeature, MalformedFile}
     assert len(errors) == 6
+
+
+def test_what_is_kept_of_one_adapters_reading_serves_no_other(tmp_path: Path) -> None:
+    """Equal headers and configurations have one spec; one byte else in either, or another limit, has its own."""
+    base = llama_shapes()
+    folders = {"first": lora_config(), "alike": lora_config(), "scaled": lora_config(lora_alpha=8)}
+    for seed, (name, config) in enumerate(folders.items()):
+        write_adapter(tmp_path / name, config, lora_tensors(base, config["target_modules"], 2, seed))
+    files = {
+        name: ((tmp_path / name / CONFIG_FILE).read_bytes(), (tmp_path / name / WEIGHTS_FILE).read_bytes())
+        for name in folders
+    }
+
+    def spec_of(config: bytes, weights: bytes, max_rank: int = 256) -> AdapterSpec:
+        return read_spec(config, io.BytesIO(weights), base, max_rank)
+
+    specs = {name: spec_of(*each) for name, each in files.items()}
+    assert files["first"][1] != files["alike"][1] and specs["alike"] is specs["first"]
+    for name, spec in specs.items():
+        assert spec == replace(validate_folder(tmp_path / name, base), serving=None)
+    assert [m.scale for m in specs["scaled"].modules] == [2 * m.scale for m in specs["first"].modules]
+    config, weights = files["first"]
+    for wrong, limit in (((config, weights[:-1]), 256), ((config, weights + b"0"), 256), ((config, weights), 1)):
+        with pytest.raises(ContentRefused):
+            spec_of(*wrong, limit)
+    assert spec_of(config, weights) == specs["first"]

@@ -11,9 +11,10 @@ from lorasrv.engine.batch import AdapterInput, ChunkInput
 from lorasrv.errors import ConfigurationError
 from lorasrv.model.families import read_architecture
 from lorasrv.model.shape import MODELS, ModelShape
-from lorasrv.sim.cost import CostModel, StepWork, step_work
+from lorasrv.sim.cost import CostModel
 from lorasrv.sim.hardware import HARDWARE, find_hardware, write_hardware
 from lorasrv.sim.images import Adapters, page_layout
+from lorasrv.sim.work import StepWork, step_work
 from lorasrv_bench.gpu_floors import Ceilings, step_floor
 from sim_rig import TINY, hardware
 

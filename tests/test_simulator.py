@@ -9,7 +9,7 @@ import pytest
 
 from lorasrv.errors import ConfigurationError
 from lorasrv.sim.clock import WallClock
-from lorasrv.sim.cost import CostModel, StepWork
+from lorasrv.sim.cost import CostModel
 from lorasrv.sim.engine import EngineSetup, SimEngine
 from lorasrv.sim.images import Adapters, page_layout
 from lorasrv.sim.outcome import Times
@@ -17,6 +17,7 @@ from lorasrv.sim.replay import Record, Replica, replay
 from lorasrv.sim.routing import ROUTERS, SLACK, Affinity, Balanced
 from lorasrv.sim.simulate import fewest_engines, simulate
 from lorasrv.sim.slo import Slo, parse_slo
+from lorasrv.sim.work import StepWork
 from lorasrv.sim.workload import digest_of, make_request
 from lorasrv.types import Tier
 from sim_rig import TINY, Asked, Asking, hardware, random_asking, setup

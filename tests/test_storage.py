@@ -1,13 +1,16 @@
 """Adapters written into scattered pages read back exactly, through the directory alone."""
 
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from lorasrv.errors import AdapterLoadFailed, ConfigurationError
 from lorasrv.memory.layout import ALIGN_BYTES, DIRECTORY_FIELDS, TILE_ROWS, PageLayout
+from lorasrv.memory.packing import LoraModule, fill_pages, plan_adapter
 from lorasrv.memory.pages import Owner, OwnerKind, PagePool
 from lorasrv.memory.storage import PageStorage
 from lorasrv.memory.tensors import PackedModule, module_geometry, pack_adapter
@@ -75,6 +78,25 @@ def test_roundtrip_over_scattered_pages(dtype: torch.dtype) -> None:
     assert int((headers[:, :, 0] > 0).sum()) == len(modules)
     untouched = sorted(set(range(64)) - set(pages))
     assert bool((storage.pages[untouched] == 255).all())
+
+
+def test_what_lay_in_an_images_pages_before_is_gone_and_its_neighbours_stay() -> None:
+    """Ranks and widths that leave gaps in pages; the same plan serves other weights and scales."""
+    shapes = [LoraModule(layer=0, module=0, rank=3, scale=1.0), LoraModule(layer=1, module=2, rank=17, scale=1.0)]
+    for seed in (1, 2):
+        plan = plan_adapter([replace(each, scale=float(seed)) for each in shapes], LAYOUT, SHAPES)
+        rng = np.random.default_rng(seed)
+        matrices = [
+            (rng.random((m.rank, SHAPES[m.module][1])), rng.random((SHAPES[m.module][2], m.rank))) for m in shapes
+        ]
+        places = list(range(1, 2 * plan.num_pages, 2))
+        clean, dirty = (np.full((2 * plan.num_pages + 1, LAYOUT.page_bytes), value, np.uint8) for value in (0, 255))
+        for pages in (clean, dirty):
+            fill_pages(plan, matrices, pages, places)
+        assert np.array_equal(dirty[places], clean[places])
+        assert (dirty[::2] == 255).all()
+        held = sum(a.size + b.size for a, b in matrices) * LAYOUT.itemsize
+        assert held <= np.count_nonzero(clean.view(np.float32)) * LAYOUT.itemsize <= held + plan.placed.directory_bytes
 
 
 def test_after_ten_thousand_loads_and_unloads_a_load_needs_free_pages_and_nothing_else() -> None:

@@ -37,6 +37,7 @@ class Storage:
     """Writes images to a fake device."""
 
     device: FakeDevice
+    beside_steps: bool = True
     loaded: dict[int, ResidentAdapter] = field(default_factory=dict[int, ResidentAdapter])
 
     def begin_adapter(self, image: Image, pages: list[int], *, wait_for_steps: bool) -> "Copy":
@@ -326,6 +327,30 @@ def test_a_step_copies_no_more_than_its_bytes_the_oldest_adapter_first() -> None
         assert tiers._host.snapshot().pinned_bytes == len(tiers._copies), "what is being copied stays"
     assert issued == [[2, 0], [4, 0], [1], [3]]
     assert loaded == ["a0", "a1"]
+    core.check()
+    core.close()
+
+
+@pytest.mark.parametrize("copy_bytes", [7, 8])
+def test_where_copies_are_made_at_once_the_last_load_that_fits_a_step_is_over(copy_bytes: int) -> None:
+    """Of four adapters of four pages each the first is over in any case, the second if the step's bytes suffice for
+    it; the others come with later polls, in order."""
+    core, tiers = make_core(lambda digest: Image(digest, 4, 4), budget_bytes=16, num_pages=16, copy_bytes=copy_bytes)
+    cast(Storage, tiers._storage).beside_steps = False
+    digests = ["a0", "a1", "a2", "a3"]
+    tiers.want(digests)
+    while any(tiers.num_pages(digest) is None for digest in digests):
+        tiers.wait(WAIT_S)
+        tiers.poll()
+    tiers.want([])
+    over: list[bool] = []
+    for number, digest in enumerate(digests):
+        over.append(tiers.bytes_at_once() >= 4)
+        tiers.load(digest, list(range(4 * number, 4 * number + 4)), wait_for_steps=False)
+        assert (digest in tiers._copies) != over[-1], "what is over is told of by no poll"
+    assert over == [True, copy_bytes == 8, False, False]
+    assert [*tiers.poll().loaded, *tiers.poll().loaded] == digests[sum(over) :]
+    assert not tiers._host.snapshot().pinned_bytes
     core.check()
     core.close()
 

@@ -15,7 +15,8 @@ from typing import BinaryIO
 from lorasrv_adapters.errors import CorruptBlob, RegistryUnavailable, StorageFull
 from lorasrv_adapters.reference import check_digest
 
-_CHUNK_BYTES = 1 << 20
+# Stays in a core's cache from the read to the digest.
+_CHUNK_BYTES = 128 << 10
 _PARTIAL_SUFFIX = ".partial"
 
 
@@ -94,9 +95,9 @@ class BlobStore:
 def file_sha256(file: BinaryIO) -> str:
     """The sha256 of an open file from its start, as hex."""
     file.seek(0)
-    digest = hashlib.sha256()
-    while chunk := file.read(_CHUNK_BYTES):
-        digest.update(chunk)
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
+    while count := file.readinto(chunk):  # type: ignore[attr-defined]
+        digest.update(chunk[:count])
     return digest.hexdigest()
 
 

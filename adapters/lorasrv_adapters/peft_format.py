@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -26,7 +27,13 @@ from lorasrv_adapters.errors import (
 )
 from lorasrv_adapters.manifest import CONFIG_FILE, SERVING_FILE, WEIGHTS_FILE
 from lorasrv_adapters.peft_config import PeftLoraConfig, parse_peft_config
-from lorasrv_adapters.safetensors_header import SafetensorsHeader, TensorEntry, read_header
+from lorasrv_adapters.safetensors_header import (
+    SafetensorsHeader,
+    TensorEntry,
+    parse_header,
+    read_header,
+    read_header_bytes,
+)
 from lorasrv_adapters.strict_json import parse_object
 from lorasrv_adapters.values import bad_values
 
@@ -106,8 +113,18 @@ def validate_bytes(
 
 def read_spec(config_bytes: bytes, weights: BinaryIO, base: BaseShapes, max_rank: int) -> AdapterSpec:
     """The spec of files whose values were checked when they were published; raises ContentRefused."""
+    try:
+        header, file_bytes = read_header_bytes(weights)
+    except MalformedFile as error:
+        raise ContentRefused([error]) from None
+    return _spec_of(config_bytes, header, file_bytes, base, max_rank)
+
+
+@lru_cache(maxsize=16)
+def _spec_of(config_bytes: bytes, header: bytes, file_bytes: int, base: BaseShapes, max_rank: int) -> AdapterSpec:
+    """Kept, since adapters that were trained alike differ in their weights alone."""
     errors: list[ContentError] = []
-    spec = _collect(config_bytes, weights, base, max_rank, errors)
+    spec = _collect(config_bytes, lambda: parse_header(header, file_bytes), base, max_rank, errors)
     if errors or spec is None:
         raise ContentRefused(errors)
     return spec
@@ -169,7 +186,7 @@ def _validate(
     check: SpecCheck,
     errors: list[ContentError],
 ) -> AdapterSpec:
-    spec = _collect(config_bytes, weights, base, max_rank, errors)
+    spec = _collect(config_bytes, lambda: read_header(weights), base, max_rank, errors)
     if spec is not None:
         spec = replace(spec, serving=serving)
         errors += check(spec)
@@ -180,7 +197,11 @@ def _validate(
 
 
 def _collect(
-    config_bytes: bytes | None, weights: BinaryIO, base: BaseShapes, max_rank: int, errors: list[ContentError]
+    config_bytes: bytes | None,
+    read: Callable[[], SafetensorsHeader],
+    base: BaseShapes,
+    max_rank: int,
+    errors: list[ContentError],
 ) -> AdapterSpec | None:
     """The spec, or None after adding to `errors`."""
     config: PeftLoraConfig | None = None
@@ -192,7 +213,7 @@ def _collect(
     except MalformedFile as error:
         errors.append(error)
     try:
-        header = read_header(weights)
+        header = read()
     except MalformedFile as error:
         errors.append(error)
     if config is None or header is None:

@@ -69,6 +69,11 @@ class SafetensorsHeader:
 
 def read_header(file: BinaryIO, limits: HeaderLimits = HeaderLimits()) -> SafetensorsHeader:
     """Read and check the header of a seekable file; raises MalformedFile."""
+    return parse_header(*read_header_bytes(file, limits), limits)
+
+
+def read_header_bytes(file: BinaryIO, limits: HeaderLimits = HeaderLimits()) -> tuple[bytes, int]:
+    """A header's JSON, unparsed, and the bytes of the whole file, by its length in front; raises MalformedFile."""
     file_bytes = file.seek(0, 2)
     file.seek(0)
     start = file.read(_LENGTH_BYTES)
@@ -83,11 +88,16 @@ def read_header(file: BinaryIO, limits: HeaderLimits = HeaderLimits()) -> Safete
     data = file.read(header_bytes)
     if len(data) != header_bytes or not data.startswith(b"{"):
         raise MalformedFile(f"{_WHAT}: does not start with '{{'")
+    return data, file_bytes
+
+
+def parse_header(data: bytes, file_bytes: int, limits: HeaderLimits = HeaderLimits()) -> SafetensorsHeader:
+    """What `read_header_bytes` has read, checked; raises MalformedFile."""
     fields = parse_object(data, _WHAT)
     _check_metadata(fields.pop(_METADATA, {}))
     if len(fields) > limits.max_tensors:
         raise MalformedFile(f"{_WHAT}: {len(fields)} tensors are over the limit of {limits.max_tensors}")
-    data_start = _LENGTH_BYTES + header_bytes
+    data_start = _LENGTH_BYTES + len(data)
     entries = [_entry(name, value, data_start, limits) for name, value in fields.items()]
     entries.sort(key=lambda entry: entry.begin)
     _check_contiguous(entries, data_start, file_bytes)

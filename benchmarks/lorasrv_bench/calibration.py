@@ -1,40 +1,42 @@
-"""A hardware table of this machine, from what the real engine takes: its steps, reads and copies.
+"""A hardware table of this machine, from what the real engine takes: its steps while it serves, its reads and copies.
 
-Steps are timed over a grid of batches, contexts and numbers of adapters, and the table's terms are fitted to the
-medians, each cell's error counting by its share. What a fit cannot tell from the fixed part ends up there, so the table
-is good for the model that it was measured on.
+Steps are those of workloads at several loads, without adapters and with few and many of them. The table's terms are
+fitted to the medians of their kinds, each kind's error counting by its share. The table is good for the model that it
+was measured on, and for the time: a virtual machine's speed changes by tens of percent within seconds, so who compares
+measures again and again meanwhile.
 """
 
 import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorasrv.model.shape import ModelShape
-from lorasrv.sim.cost import CostModel, StepWork
+from lorasrv.sim.clock import Clock
 from lorasrv.sim.hardware import Hardware
+from lorasrv.sim.measured import MeasuredSteps, terms
+from lorasrv.sim.replay import Replica, replay
+from lorasrv.sim.routing import Balanced
+from lorasrv.sim.work import StepWork
+from lorasrv.sim.workload import Arrival
 from lorasrv.types import AdapterUse, EngineRequest, Tier, Warm
 from lorasrv_bench.real_engine import RealEngine
+from lorasrv_bench.step_records import StepRecorder, Timed, kinds
+from lorasrv_bench.workloads import parse_workload
 
 ITEMSIZE = 4
-# How many tokens' products take as long as reading the weights, to choose from.
-_BALANCES = (0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
 _UNBOUNDED = 1e18
-_TRIALS = 7
-_BATCHES, _CONTEXTS, _PREFILLS = (1, 4, 16), (32, 192), (16, 64, 128, 256)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timed:
-    """A kind of step and the median of its times."""
-
-    work: StepWork
-    seconds: float
+_TRIALS, _STEPS_BETWEEN = 4, 30
+# A kind of step of which there are more counts as one with so many.
+_MANY = 30
+_SECTIONS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128)
+# Of the workloads: adapters, requests of each, lengths, and loads, as shares of what the engine takes at once.
+_ADAPTERS, _REQUESTS, _LENGTHS, _LOADS = (0, 8, 48), 16, "in_range=8..160,out_range=8..96", (0.25, 0.5, 0.75)
+_SEED = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,134 +48,156 @@ class Calibration:
     errors: tuple[float, ...]
 
 
-def calibrate(engine: RealEngine, *, timer: Callable[[], float], repeats: int = 9) -> Calibration:
-    """Measure `engine`, which has no work and at least 60 adapters, in the seconds of `timer`."""
-    prober = _Prober(engine, timer, repeats)
-    read_s, disk_bytes_per_s, copy_bytes_per_s = prober.transfers()
-    timed = tuple(prober.steps())
-    fitted = fit(engine.shape, timed)
-    hardware = replace(
-        fitted,
-        read_s=read_s,
-        disk_bytes_per_s=disk_bytes_per_s,
-        copy_bytes_per_s=copy_bytes_per_s,
-        memory_bytes=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
-    )
-    return Calibration(hardware=hardware, timed=timed, errors=_errors(engine.shape, hardware, timed))
+@dataclass(frozen=True, kw_only=True)
+class Transfers:
+    """Seconds of a small adapter and of a large one, from disk to host memory and from there to the device."""
+
+    reads: tuple[float, float]
+    copies: tuple[float, float]
 
 
-def fit(shape: ModelShape, timed: Sequence[Timed]) -> Hardware:
-    """The table whose steps come nearest to the measured ones; reads and copies cost nothing in it."""
-    tables = [_fit(shape, timed, balance) for balance in _BALANCES]
-    return min(tables, key=lambda table: sum(error**2 for error in _errors(shape, table, timed)))
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    transfers: Transfers
+    steps: list[tuple[StepWork, float]] = field(default_factory=list[tuple[StepWork, float]])
 
 
-def _fit(shape: ModelShape, timed: Sequence[Timed], balance: float) -> Hardware:
-    """With the weights read in the time of `balance` tokens' products."""
-    rows: list[tuple[float, ...]] = []
-    for each in timed:
-        work = each.work
-        products = shape.linear_params * work.num_tokens + shape.head_params * work.num_rows
-        linear = 2 * max(products, balance * shape.linear_params)
-        adapters, kv = ITEMSIZE * work.adapter_params, ITEMSIZE * shape.kv_elems_per_token * work.context_tokens
-        rows.append((1.0, work.num_rows, linear, work.num_adapters, adapters, kv))
+class Calibrator:
+    """Measures `engine`, which has 48 adapters or more, none in memory, and no work, in the seconds of `timer`."""
+
+    def __init__(self, engine: RealEngine, clock: Callable[[], Clock], timer: Callable[[], float]) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._timer = timer
+        self._prober = _Prober(engine)
+        self._num_workloads = 0
+        self._capacities: dict[int, float] = {}
+        self._measured: list[_Measured] = []
+        # What is done once is none of a read's time: a builder's start, memory that is used for the first time.
+        self._prober.transfers()
+
+    def measure(self) -> None:
+        """Some seconds of all kinds of work."""
+        self._measured.append(_Measured(transfers=self._prober.transfers()))
+        for num_adapters in _ADAPTERS:
+            for digest in self._engine.digests[:num_adapters]:
+                self._prober.warm(digest, Tier.DEVICE)
+            if num_adapters not in self._capacities:
+                self._capacities[num_adapters] = _REQUESTS / self._serve(num_adapters, 1e5)
+            for load in _LOADS:
+                self._serve(num_adapters, load * self._capacities[num_adapters])
+
+    def found(self, last: int) -> Calibration:
+        """By so many of the last measurements."""
+        measured = self._measured[-last:]
+        timed = tuple(kinds([step for each in measured for step in each.steps]))
+        steps = fit(self._engine.shape.linear_params, timed)
+        hardware = Hardware(
+            name="calibrated",
+            memory_bytes=float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")),
+            read_bytes_per_s=_UNBOUNDED,
+            adapter_bytes_per_s=_UNBOUNDED,
+            kv_bytes_per_s=_UNBOUNDED,
+            flops_per_s=_UNBOUNDED,
+            runs_ahead=False,
+            steps=steps,
+            **self._rates([each.transfers for each in measured]),
+        )
+        errors = tuple(steps.step_s(each.work) / each.seconds - 1 for each in timed)
+        return Calibration(hardware=hardware, timed=timed, errors=errors)
+
+    def _serve(self, num_adapters: int, rate: float) -> float:
+        """A workload that no other is like; what it took."""
+        engine, number = self._engine, self._num_workloads
+        self._num_workloads += 1
+        text = f"slora:n={num_adapters},rate={rate:.4g},requests={_REQUESTS},{_LENGTHS}"
+        workload = parse_workload(text, _SEED + number)
+
+        def make(index: int, arrival: Arrival) -> EngineRequest:
+            return replace(engine.make_request(index, arrival), tenant=f"workload {number} {arrival.tenant}")
+
+        runner = engine.core._runner
+        recorder = StepRecorder(runner, self._clock(), self._timer, engine.shape)
+        engine.core._runner = recorder
+        begin_s = recorder()
+        replay(workload.arrivals, [Replica(core=engine.core, clock=recorder)], Balanced(), make)
+        engine.core._runner = runner
+        self._measured[-1].steps.extend(recorder.steps)
+        return recorder() - begin_s
+
+    def _rates(self, transfers: Sequence[Transfers]) -> dict[str, float]:
+        """Of reads and copies, from two sizes of adapters."""
+        ranks = (min(self._engine.ranks), max(self._engine.ranks))
+        small, large = (ITEMSIZE * self._engine.shape.adapter_params(rank) for rank in ranks)
+        reads = [statistics.median(each.reads[size] for each in transfers) for size in (0, 1)]
+        copies = [statistics.median(each.copies[size] for each in transfers) for size in (0, 1)]
+        read = (large - small) / (reads[1] - reads[0]) if reads[1] > reads[0] else _UNBOUNDED
+        copied = (large - small) / (copies[1] - copies[0]) if copies[1] > copies[0] else _UNBOUNDED
+        return {
+            "read_s": max(0.0, reads[0] - small / read),
+            "disk_bytes_per_s": read,
+            "copy_bytes_per_s": copied,
+        }
+
+
+def fit(linear_params: int, timed: Sequence[Timed]) -> MeasuredSteps:
+    """The terms, of a model of `linear_params`, whose steps come nearest to the measured ones."""
+    weights = np.array([min(each.count, _MANY) ** 0.5 for each in timed])
     seconds = np.array([each.seconds for each in timed])
-    step_s, row_s, flop_s, adapter_s, adapter_byte_s, kv_byte_s = _not_negative(np.array(rows) / seconds[:, None])
-    flops_per_s = 1 / flop_s if flop_s else _UNBOUNDED
-    weights = ITEMSIZE * (shape.linear_params + shape.head_params)
-    return Hardware(
-        name="calibrated",
-        memory_bytes=_UNBOUNDED,
-        read_bytes_per_s=weights * flops_per_s / (2 * balance * shape.linear_params),
-        adapter_bytes_per_s=1 / adapter_byte_s if adapter_byte_s else _UNBOUNDED,
-        kv_bytes_per_s=1 / kv_byte_s if kv_byte_s else _UNBOUNDED,
-        flops_per_s=flops_per_s,
-        copy_bytes_per_s=_UNBOUNDED,
-        disk_bytes_per_s=_UNBOUNDED,
-        read_s=0.0,
-        step_s=step_s,
-        row_s=row_s,
-        adapter_s=adapter_s,
-        runs_ahead=False,
+    found = np.array([terms(each.work, _SECTIONS) for each in timed])
+    return MeasuredSteps(
+        linear_params=linear_params,
+        tokens=_SECTIONS,
+        seconds=tuple(_not_negative(found * (weights / seconds)[:, None], weights)),
     )
 
 
-def _not_negative(rows: NDArray[np.float64]) -> list[float]:
-    """Coefficients of least squares to ones, terms that would be negative left out, the most negative first."""
-    kept = list(range(rows.shape[1]))
+def _not_negative(
+    rows: NDArray[np.float64],  # [kinds, terms]
+    wanted: NDArray[np.float64],  # [kinds]
+) -> list[float]:
+    """Coefficients of least squares, terms that would be negative left out, the most negative first; those that no row
+    has are zero."""
+    kept = [column for column in range(rows.shape[1]) if rows[:, column].any()]
     while True:
         scale = rows[:, kept].max(axis=0)
-        found = np.linalg.lstsq(rows[:, kept] / scale, np.ones(len(rows)), rcond=None)[0] / scale
+        found = np.linalg.lstsq(rows[:, kept] / scale, wanted, rcond=None)[0]
         if not kept or found.min() >= 0:
             break
-        kept.pop(int((found * scale).argmin()))
+        kept.pop(int(found.argmin()))
     coefficients = [0.0] * rows.shape[1]
-    for column, value in zip(kept, found.tolist(), strict=True):
+    for column, value in zip(kept, (found / scale).tolist(), strict=True):
         coefficients[column] = value
     return coefficients
 
 
-def _errors(shape: ModelShape, hardware: Hardware, timed: Sequence[Timed]) -> tuple[float, ...]:
-    costs = CostModel(shape, hardware, ITEMSIZE)
-    return tuple((costs.host_s(t.work.num_rows) + costs.forward_s(t.work)) / t.seconds - 1 for t in timed)
-
-
 class _Prober:
-    """Asks a real engine for steps of one kind after the other."""
+    """Asks a real engine for adapters, one after the other."""
 
-    def __init__(self, engine: RealEngine, timer: Callable[[], float], repeats: int) -> None:
+    def __init__(self, engine: RealEngine) -> None:
         self._engine = engine
-        self._timer = timer
-        self._repeats = repeats
         self._numbers = itertools.count()
+        self._trials = itertools.count()
 
-    def transfers(self) -> tuple[float, float, float]:
-        """(seconds to open an adapter, bytes read per second, bytes copied per second), from two sizes of adapters.
-
-        Reads as they are made in service: beside a sequence that decodes.
-        """
+    def transfers(self) -> "Transfers":
+        """Reads as they are made in service: beside a sequence that decodes, each of another adapter, some time behind
+        the one before: builders have been idle."""
         engine = self._engine
         small, large = (engine.ranks.index(rank) for rank in (min(engine.ranks), max(engine.ranks)))
-        sizes = [ITEMSIZE * engine.shape.adapter_params(engine.ranks[place]) for place in (small, large)]
-        unread = [iter(engine.digests[place :: len(engine.ranks)]) for place in (small, large)]
-        beside = self._add(32, 3000, 0, 0)
-        reads = [self._read(next(ones)) for _ in range(_TRIALS) for ones in unread]
+        trials = [next(self._trials) for _ in range(_TRIALS)]
+        places = [place + len(engine.ranks) * trial for trial in trials for place in (small, large)]
+        digests = [engine.digests[place % len(engine.digests)] for place in places]
+        beside = self._ask(None, 32, 1000)
+        reads = self._again(digests, self._read)
         engine.core.cancel(beside)
-        copies = [self._copy(next(ones)) for _ in range(_TRIALS) for ones in unread]
-        read_small, read_large = statistics.median(reads[0::2]), statistics.median(reads[1::2])
-        copy_small, copy_large = statistics.median(copies[0::2]), statistics.median(copies[1::2])
-        step = sizes[1] - sizes[0]
-        bytes_per_s = step / (read_large - read_small) if read_large > read_small else _UNBOUNDED
-        copied_per_s = step / (copy_large - copy_small) if copy_large > copy_small else _UNBOUNDED
-        return max(0.0, read_small - sizes[0] / bytes_per_s), bytes_per_s, copied_per_s
+        copies = self._again(digests, self._copy)
+        return Transfers(
+            reads=(statistics.median(reads[0::2]), statistics.median(reads[1::2])),
+            copies=(statistics.median(copies[0::2]), statistics.median(copies[1::2])),
+        )
 
-    def steps(self) -> Iterator[Timed]:
-        for batch in _BATCHES:
-            for context in _CONTEXTS:
-                for adapters in sorted({0, 1, min(4, batch), batch}):
-                    yield self._decode(batch, context, adapters)
-        for tokens in _PREFILLS:
-            for adapters in (0, 1):
-                yield self._prefill(tokens, adapters)
-
-    def _read(self, digest: str) -> float:
-        """Seconds from disk to host memory, asked for by a request."""
-        core = self._engine.core
-        begin = time.perf_counter()
-        request_id, seconds, is_open = self._ask(digest, 1, 1), None, True
-        while is_open:
-            is_open = not any(delta.request_id == request_id and delta.finish for delta in core.step())
-            if seconds is None and core.tier_of(digest) is not Tier.DISK:
-                seconds = time.perf_counter() - begin
-        assert seconds is not None, "an adapter was served from disk"
-        return seconds
-
-    def _copy(self, digest: str) -> float:
-        """Seconds from host memory to the device."""
-        self._warm(digest, Tier.HOST)
-        return self._warm(digest, Tier.DEVICE)
-
-    def _warm(self, digest: str, tier: Tier) -> float:
+    def warm(self, digest: str, tier: Tier) -> float:
+        """Seconds until an adapter is there."""
         core = self._engine.core
         begin = time.perf_counter()
         core.warm(Warm(warm_id=next(self._numbers), digest=digest, tier=tier, deadline_s=time.monotonic() + 60))
@@ -184,50 +208,36 @@ class _Prober:
         assert warmed.failure is None, warmed
         return seconds
 
-    def _decode(self, batch: int, context: int, adapters: int) -> Timed:
-        """All of a batch one token further, each behind about `context` tokens."""
+    def _again(self, digests: Sequence[str], ask: Callable[[str], float]) -> list[float]:
+        """What `ask` says of each; none is in memory before, nor behind."""
+        for digest in digests:
+            self._engine.core.discard(digest)
+        found = [ask(digest) for digest in digests]
+        for digest in digests:
+            self._engine.core.discard(digest)
+        return found
+
+    def _read(self, digest: str) -> float:
+        """Seconds from disk to host memory, asked for by a request. A step looks for it when it begins: it came half a
+        step before that, on the mean."""
         core = self._engine.core
-        waiting = {self._add(context, 2 * self._repeats + batch, place, adapters) for place in range(batch)}
-        while waiting:
-            waiting -= {delta.request_id for delta in core.step() if delta.token_ids}
-        seconds = [self._step_s() for _ in range(self._repeats)]
-        while core.has_work():
+        for _ in range(_STEPS_BETWEEN):
             core.step()
-        params = self._params(batch, adapters)
-        # The first of the batch have some tokens more than the last.
-        seen = batch * (context + self._repeats // 2 + 1)
-        work = StepWork(
-            num_rows=batch,
-            num_tokens=batch,
-            context_tokens=seen,
-            pairs=seen,
-            num_adapters=adapters,
-            adapter_params=sum(params[: adapters or 0]),
-            adapter_products=sum(params),
-        )
-        return Timed(work=work, seconds=statistics.median(seconds))
+        begin = before = time.perf_counter()
+        request_id, seconds, is_open = self._ask(digest, 1, 1), None, True
+        while is_open:
+            now = time.perf_counter()
+            is_open = not any(delta.request_id == request_id and delta.finish for delta in core.step())
+            if seconds is None and core.tier_of(digest) is not Tier.DISK:
+                seconds = (before + now) / 2 - begin
+            before = now
+        assert seconds is not None, "an adapter was served from disk"
+        return seconds
 
-    def _prefill(self, tokens: int, adapters: int) -> Timed:
-        core = self._engine.core
-        seconds: list[float] = []
-        for _ in range(self._repeats):
-            self._add(tokens, 1, 0, adapters)
-            seconds.append(self._step_s())
-            assert not core.has_work(), "a prefill of more than one step"
-        params = sum(self._params(1, adapters))
-        work = StepWork(
-            num_rows=1,
-            num_tokens=tokens,
-            context_tokens=tokens,
-            pairs=tokens * (tokens + 1) // 2,
-            num_adapters=adapters,
-            adapter_params=params,
-            adapter_products=params * tokens,
-        )
-        return Timed(work=work, seconds=statistics.median(seconds))
-
-    def _add(self, prompt: int, output: int, place: int, adapters: int) -> str:
-        return self._ask(self._engine.digests[place % adapters] if adapters else None, prompt, output)
+    def _copy(self, digest: str) -> float:
+        """Seconds from host memory to the device."""
+        self.warm(digest, Tier.HOST)
+        return self.warm(digest, Tier.DEVICE)
 
     def _ask(self, digest: str | None, prompt: int, output: int) -> str:
         engine, number = self._engine, next(self._numbers)
@@ -247,14 +257,3 @@ class _Prober:
         )
         engine.core.add(request)
         return request.request_id
-
-    def _step_s(self) -> float:
-        begin = self._timer()
-        self._engine.core.step()
-        return self._timer() - begin
-
-    def _params(self, batch: int, adapters: int) -> list[int]:
-        """Of the adapter of each request of a batch."""
-        engine = self._engine
-        numbers = [place % adapters for place in range(batch)] if adapters else []
-        return [engine.shape.adapter_params(engine.ranks[number % len(engine.ranks)]) for number in numbers]

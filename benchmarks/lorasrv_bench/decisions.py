@@ -91,6 +91,9 @@ class HostTiers:
         self.loaded.append(digest)
         return ResidentAdapter(digest=digest, pages=tuple(pages), directory=pages[0], max_rank=16)
 
+    def bytes_at_once(self) -> int:
+        return 0
+
     def discard(self, digest: str) -> None: ...
 
     def failures(self) -> dict[str, LorasrvError]:

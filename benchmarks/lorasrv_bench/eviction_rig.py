@@ -119,6 +119,9 @@ class RigTiers:
         self.arriving.append(digest)
         return ResidentAdapter(digest=digest, pages=tuple(pages), directory=pages[0], max_rank=1)
 
+    def bytes_at_once(self) -> int:
+        return 0
+
     def discard(self, digest: str) -> None:
         raise NotImplementedError
 

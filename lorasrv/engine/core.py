@@ -281,6 +281,7 @@ class EngineCore:
             num_pages=self._limits.num_pages,
             free_pages=self._ledger.num_free,
             resources=self._ledger,
+            pages_at_once=self._ledger.pages_at_once,
             warms=self._warms.waiting,
         )
 

@@ -113,8 +113,7 @@ class Ledger:
         """Take in what the tiers have done."""
         changes, now = self._tiers.poll(), self._clock()
         for digest in changes.loaded:
-            self._residency.loaded(digest, self._adapter_cost_s(digest))
-            self.costs.copies.arrived(digest, self._num_bytes(digest), now)
+            self._arrived(digest)
         for digest in changes.failed:
             if digest in self.costs.reads:
                 self.costs.reads.given_up(digest, now)
@@ -141,14 +140,21 @@ class Ledger:
         salt = request.tenant if self._keep_prefixes else request.request_id
         return BlockKeys(weights=repr(request.adapter), salt=salt, block_tokens=self._block_tokens)
 
+    @property
+    def pages_at_once(self) -> int:
+        """An adapter of no more pages is there when `load` returns."""
+        return self._tiers.bytes_at_once() // self._page_bytes
+
     def load(self, digest: str) -> None:
         """Begin to copy an adapter from host memory to free pages."""
         num_pages = self._tiers.num_pages(digest)
         assert num_pages is not None, f"{digest} is planned to load but not in host memory"
         pages = self._pool.alloc(num_pages, Owner(OwnerKind.ADAPTER, digest))
-        wait_for_steps = self._pool.last_reader(pages) > self.completed
+        wait_for_steps, at_once = self._pool.last_reader(pages) > self.completed, num_pages <= self.pages_at_once
         self.costs.copies.began(digest, self._clock())
         self._residency.add(self._tiers.load(digest, pages, wait_for_steps=wait_for_steps))
+        if at_once:
+            self._arrived(digest)
 
     def evict(self, victims: Collection[Candidate]) -> None:
         """Make room."""
@@ -298,6 +304,10 @@ class Ledger:
         used = Counter(sequence.digest for sequence in running)
         for adapter in self._residency:
             assert self._residency.pins(adapter.digest) == used[adapter.digest], "pins do not match requests"
+
+    def _arrived(self, digest: str) -> None:
+        self._residency.loaded(digest, self._adapter_cost_s(digest))
+        self.costs.copies.arrived(digest, self._num_bytes(digest), self._clock())
 
     def _adapter_input(self, request: EngineRequest) -> AdapterInput:
         assert request.adapter is not None, "the base model needs no pages"

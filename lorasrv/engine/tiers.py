@@ -56,10 +56,15 @@ class AdapterTiers(Protocol):
         ...
 
     def load(self, digest: str, pages: list[int], *, wait_for_steps: bool) -> ResidentAdapter:
-        """Begin to copy an image from host memory to these pages of the device; a later `poll` says that it is there.
+        """Begin to copy an image from host memory to these pages of the device; a later `poll` says that it is there,
+        unless it is within `bytes_at_once`: then it is there now.
 
         With `wait_for_steps`, steps that are submitted by now may still use the pages: the copy begins behind them.
         """
+        ...
+
+    def bytes_at_once(self) -> int:
+        """A `load` of so many bytes now is over when it returns; none where copies run beside the steps."""
         ...
 
     def discard(self, digest: str) -> None:
@@ -139,17 +144,24 @@ class Tiers:
         self._advance_copies()
         loaded = tuple(digest for digest, copy in self._copies.items() if copy.ended)
         for digest in loaded:
-            del self._copies[digest]
-            self._host.unpin(digest)
+            self._end_copy(digest)
         return TierChanges(failed=failures, read=tuple(read), loaded=loaded)
 
     def load(self, digest: str, pages: list[int], *, wait_for_steps: bool) -> ResidentAdapter:
         image = self._host.get(digest)
         assert image is not None, f"{digest} is not in host memory"
+        at_once = image.nbytes <= self.bytes_at_once()
         self._host.pin(digest)
         copy = self._copies[digest] = self._storage.begin_adapter(image, pages, wait_for_steps=wait_for_steps)
         self._advance_copies()
+        if at_once:
+            self._end_copy(digest)
         return ResidentAdapter(digest=digest, pages=tuple(pages), directory=copy.directory, max_rank=image.max_rank)
+
+    def bytes_at_once(self) -> int:
+        if self._storage.beside_steps or not all(copy.issued for copy in self._copies.values()):
+            return 0
+        return max(0, self._copy_bytes_left)
 
     def discard(self, digest: str) -> None:
         self._failures.pop(digest, None)
@@ -188,6 +200,10 @@ class Tiers:
                 return
             if not copy.issued:
                 self._copy_bytes_left -= self._storage.advance(copy, self._copy_bytes_left)
+
+    def _end_copy(self, digest: str) -> None:
+        assert self._copies.pop(digest).ended, f"{digest} is still being copied"
+        self._host.unpin(digest)
 
     def _remember(self, digest: str, error: LorasrvError) -> None:
         self._failures.pop(digest, None)

@@ -11,14 +11,8 @@ import numpy as np
 
 from lorasrv.errors import AdapterLoadFailed
 from lorasrv.memory.casts import Array, cast
-from lorasrv.memory.layout import (
-    ALIGN_BYTES,
-    DIRECTORY_FIELDS,
-    AdapterImage,
-    MatrixShape,
-    PageLayout,
-    adapter_image,
-)
+from lorasrv.memory.layout import ALIGN_BYTES, DIRECTORY_FIELDS, AdapterImage, MatrixShape, PageLayout
+from lorasrv.memory.strips import Filling, Strip, filling
 
 ModuleShapes = tuple[tuple[str, int, int], ...]
 
@@ -38,9 +32,13 @@ class AdapterPlan:
     """How an adapter's modules, in directory order, come to lie in its pages."""
 
     modules: tuple[LoraModule, ...]
-    placed: AdapterImage
+    filling: Filling
     layout: PageLayout
     module_shapes: ModuleShapes
+
+    @property
+    def placed(self) -> AdapterImage:
+        return self.filling.image
 
     @property
     def num_pages(self) -> int:
@@ -101,11 +99,11 @@ def plan_adapter(modules: Iterable[LoraModule], layout: PageLayout, module_shape
     """`module_shapes` is (path, in_features, out_features) in directory order. Raises AdapterLoadFailed when the
     adapter's directory does not fit a page."""
     ordered = tuple(sorted(modules, key=lambda m: (m.layer, m.module)))
-    shapes = [MatrixShape(rank=m.rank, cols=cols) for m in ordered for cols in module_shapes[m.module][1:]]
-    placed = adapter_image(shapes, layout.num_layers * len(module_shapes), layout.page_bytes, layout.itemsize)
-    if placed is None:
+    shapes = tuple(MatrixShape(rank=m.rank, cols=cols) for m in ordered for cols in module_shapes[m.module][1:])
+    found = filling(shapes, layout.num_layers * len(module_shapes), layout.page_bytes, layout.itemsize)
+    if found is None:
         raise AdapterLoadFailed(f"the adapter's tile directory exceeds a page of {layout.page_bytes} bytes")
-    return AdapterPlan(modules=ordered, placed=placed, layout=layout, module_shapes=module_shapes)
+    return AdapterPlan(modules=ordered, filling=found, layout=layout, module_shapes=module_shapes)
 
 
 def fill_pages(
@@ -118,31 +116,46 @@ def fill_pages(
     `places` of `pages`. Values are otherwise untouched; what nothing is placed in is zero.
     """
     assert len(places) == plan.num_pages, (places, plan.num_pages)
-    for place in places:
-        pages[place] = 0
-    placed, itemsize = plan.placed, plan.layout.itemsize
-    bounds = (*placed.first_tile, len(placed.tiles))
+    for page, begin, end in plan.filling.gaps:
+        pages[places[page], begin:end] = 0
     for index, (module, pair) in enumerate(zip(plan.modules, matrices, strict=True)):
         _, in_features, out_features = plan.module_shapes[module.module]
         a, b = pair
         assert a.shape == (module.rank, in_features), (module, a.shape)
         assert b.shape == (out_features, module.rank), (module, b.shape)
         for number, matrix in ((2 * index, a), (2 * index + 1, b.T)):
-            values = cast(matrix, itemsize)
-            for tile in placed.tiles[bounds[number] : bounds[number + 1]]:
-                num_bytes = tile.num_rows * tile.num_cols * itemsize
-                target = pages[places[tile.local_page], tile.offset_bytes : tile.offset_bytes + num_bytes]
-                target.view(values.dtype).reshape(tile.num_rows, tile.num_cols)[:] = values[
-                    tile.row : tile.row + tile.num_rows, tile.col : tile.col + tile.num_cols
-                ]
+            for strip in plan.filling.strips[number]:
+                _place(_cut(matrix, strip, plan.layout.itemsize), strip, pages, places)
     _write_directory(plan, pages[places[0]])
     return PackedAdapter(
         pages=pages,
         places=tuple(places),
         num_headers=plan.num_headers,
-        num_tiles=len(placed.tiles),
+        num_tiles=len(plan.placed.tiles),
         max_rank=plan.max_rank,
     )
+
+
+def _cut(
+    matrix: Array,  # [rank, cols]
+    strip: Strip,
+    itemsize: int,
+) -> Array:  # uint8 [num_tiles, bytes of a tile]
+    blocks, rows, chunks, cols = strip.num_blocks, strip.num_rows, strip.num_chunks, strip.num_cols
+    part = matrix[strip.row : strip.row + blocks * rows, strip.col : strip.col + chunks * cols]
+    tiles = part.reshape(blocks, rows, chunks, cols).transpose(0, 2, 1, 3)
+    return cast(np.ascontiguousarray(tiles), itemsize).reshape(blocks * chunks, rows * cols).view(np.uint8)
+
+
+def _place(
+    tiles: Array,  # uint8 [num_tiles, bytes of a tile]
+    strip: Strip,
+    pages: Array,  # uint8 [any, page_bytes]
+    places: Sequence[int],
+) -> None:
+    for move in strip.moves:
+        moved = tiles[move.first : move.first + move.num_tiles].reshape(-1)
+        pages[places[move.local_page], move.offset_bytes : move.offset_bytes + moved.size] = moved
 
 
 def _write_directory(
@@ -157,6 +170,5 @@ def _write_directory(
         first_a, first_b = plan.placed.first_tile[2 * index : 2 * index + 2]
         header[:3] = (module.rank, first_address + first_a, first_address + first_b)
         header[3:].view(np.float32)[:] = module.scale
-    page_bytes = plan.layout.page_bytes
-    addresses = [(tile.local_page * page_bytes + tile.offset_bytes) // ALIGN_BYTES for tile in plan.placed.tiles]
+    addresses = plan.filling.addresses
     fields[first_address : first_address + len(addresses)] = addresses

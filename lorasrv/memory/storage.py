@@ -68,6 +68,11 @@ class PageStorage:
             -1, layout.num_layers, 2, layout.block_tokens, layout.num_kv_heads, layout.head_dim
         )
 
+    @property
+    def beside_steps(self) -> bool:
+        """Whether copies run beside the steps; elsewhere they are made when they are issued."""
+        return self._copies is not None
+
     def directory_address(self, pages: Sequence[int]) -> int:
         """The address, in units of 128 bytes, of the directory of an adapter that lies in `pages`."""
         return pages[0] * self.layout.page_bytes // ALIGN_BYTES

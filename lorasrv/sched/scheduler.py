@@ -63,6 +63,7 @@ class Resources(Protocol):
 class View:
     """The engine's state as one decision sees it; read, never written.
 
+    What the plan loads into its first `pages_at_once` pages has its weights there before the step computes.
     `warms` are the adapters that are wanted in memory before a request asks for them, in order of arrival; they have
     not arrived.
     """
@@ -72,6 +73,7 @@ class View:
     num_pages: int
     free_pages: int
     resources: Resources
+    pages_at_once: int = 0
     warms: Seq[Warm] = ()
 
 
@@ -103,6 +105,9 @@ class _Draft:
         self.chunks: list[Chunk] = []
         self.admitted: list[Admission] = []
         self.loads: dict[str, None] = {}
+        # Those of them whose requests may run in this step already.
+        self.at_once: set[str] = set()
+        self.pages_at_once = view.pages_at_once
         self.evicted: list[Candidate] = []
         # Digests and pages that this plan evicts, and those that it relies on.
         self.gone: set[str | int] = set()
@@ -220,7 +225,7 @@ class _Draft:
             if not self._take(num_new + adapter_pages):
                 return False
             if load is not None:
-                self.loads[load] = None
+                self._load(load, adapter_pages)
             turns.grant(sequence)
             self._admit(sequence, len(cached))
         return all_ready_admitted
@@ -247,11 +252,12 @@ class _Draft:
                 continue
             self.victims.put_back(victims)
             self._take(num_pages)
-            self.loads[warm.digest] = None
+            self._load(warm.digest, num_pages)
 
     def _admit(self, sequence: Sequence, num_cached_blocks: int) -> None:
         known, start = len(sequence.token_ids), num_cached_blocks * self.block_tokens
-        may_run, copied = sequence.digest is None or self.view.resources.is_loaded(sequence.digest), None
+        digest, copied = sequence.digest, None
+        may_run = digest is None or digest in self.at_once or self.view.resources.is_loaded(digest)
         # A copy is made in the step that computes behind it.
         if may_run and known - start in range(2, self.block_tokens + 1):
             copied = self.view.resources.copyable_page(sequence)
@@ -259,6 +265,15 @@ class _Draft:
         if may_run:
             start = start if copied is None else known - 1
             self._add_chunk(sequence, start, known - start)
+
+    def _load(self, digest: str, num_pages: int) -> None:
+        """Copies are made one behind the other, so behind one that takes longer none is made at once."""
+        self.loads[digest] = None
+        if num_pages <= self.pages_at_once:
+            self.pages_at_once -= num_pages
+            self.at_once.add(digest)
+        else:
+            self.pages_at_once = 0
 
     def _must_load(self, digest: str) -> bool:
         return digest not in self.loads and not self.view.resources.is_resident(digest)

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, StepOutput
 from lorasrv.sim.clock import VirtualClock
-from lorasrv.sim.cost import CostModel, step_work
+from lorasrv.sim.cost import CostModel
 from lorasrv.sim.images import SimImage
+from lorasrv.sim.work import step_work
 
 
 @dataclass(kw_only=True)
@@ -47,6 +48,10 @@ class SimStorage:
 
     def __init__(self, device: SimDevice) -> None:
         self._device = device
+
+    @property
+    def beside_steps(self) -> bool:
+        return self._device.costs.hardware.runs_ahead
 
     def begin_adapter(self, adapter: SimImage, pages: Sequence[int], *, wait_for_steps: bool) -> SimCopy:
         device = self._device

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from lorasrv.errors import ConfigurationError
+from lorasrv.sim.measured import MeasuredSteps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,7 @@ class Hardware:
     `kernel_s` is what a kernel that waits for the one before it adds to a step, `step_s` and `row_s` what the engine's
     own code takes per step and per sequence in it, `adapter_s` per adapter in it. With `runs_ahead` that code runs
     beside the device's step. `read_s` is what opening and checking an adapter's files takes before its bytes come.
+    `steps` stand in place of all that concerns steps, where they were measured.
     """
 
     name: str
@@ -34,10 +36,11 @@ class Hardware:
     row_s: float = 0.0
     adapter_s: float = 0.0
     runs_ahead: bool = True
+    steps: MeasuredSteps | None = None
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if isinstance(value, str | bool):
+            if not isinstance(value, int | float) or isinstance(value, bool):
                 continue
             positive = name.endswith(("_bytes", "_per_s"))
             if not math.isfinite(value) or value < 0 or (positive and value == 0):
@@ -95,6 +98,7 @@ def find_hardware(name: str) -> Hardware:
     if not isinstance(values, dict) or values.keys() - known.keys():
         unknown = sorted(values.keys() - known.keys()) if isinstance(values, dict) else "no object"
         raise ConfigurationError(f"{name}: {unknown}; a hardware table has {', '.join(known)}")
+    steps = values.pop("steps", None)
     for key, value in values.items():
         kind = {"str": str, "bool": bool, "int": int}.get(
             str(getattr(known[key], "__name__", known[key])), (int, float)
@@ -102,7 +106,7 @@ def find_hardware(name: str) -> Hardware:
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ConfigurationError(f"{name}: {key} is {value!r}")
     try:
-        return Hardware(**values)
+        return Hardware(**values, steps=None if steps is None else MeasuredSteps.of(steps))
     except TypeError as error:
         raise ConfigurationError(f"{name}: {error}") from None
 
