@@ -199,9 +199,9 @@ async def test_adapters_by_number_are_told_in_the_field_lora() -> None:
         ready = openai_ready(SMALL, "the-base", "lora-{}", 100, 3, exact=False)
         await run(Setup(server=server, workload=SMALL, warm_up=1), ready, InlineClients())
     assert dict(seen) == {
-        "the-base": [],
-        "lora-0": [{"id": 0, "scale": 1.0}],
-        "lora-1": [{"id": 1, "scale": 1.0}],
+        "the-base": [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 0.0}],
+        "lora-0": [{"id": 0, "scale": 1.0}, {"id": 1, "scale": 0.0}],
+        "lora-1": [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 1.0}],
     }
 
 

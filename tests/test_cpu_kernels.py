@@ -166,6 +166,15 @@ def test_linear(kernels: CpuKernels, shape: tuple[int, int], num_rows: int, dtyp
         torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2e-5 if dtype == torch.float32 else 1e-3)
 
 
+def test_logits_of_packed_weights_are_not_rounded(kernels: CpuKernels) -> None:
+    weight, x = torch.randn(80, 48).bfloat16(), torch.randn(17, 48).bfloat16()
+    got = kernels.logits(x, kernels.pack_linear(weight, keep=True))
+    assert got.dtype == torch.float32
+    want = x.double() @ weight.double().T
+    torch.testing.assert_close(got.double(), want, rtol=1e-5 if kernels.multiplies else 2**-8, atol=1e-3)
+    assert kernels.multiplies != torch.equal(got, got.bfloat16().float())
+
+
 def test_weights_are_packed_in_place_unless_they_are_kept(kernels: CpuKernels) -> None:
     weight = torch.randn(32, 6).bfloat16()
     assert kernels.pack_linear(weight, keep=True).data_ptr() != weight.data_ptr() or not kernels.multiplies

@@ -1,7 +1,9 @@
 """The native CPU code as a part that may be missing, and what a step calls of it."""
 
 import random
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,6 +88,29 @@ def test_a_build_without_a_compiler_goes_on(elsewhere: Path, monkeypatch: pytest
     hatch_build.NativeBuildHook.initialize(hook, "standard", build_data)
     assert build_data == {"artifacts": [], "pure_python": True}
     assert warnings == ["lorasrv's CPU kernels are not all built: there is no C++ compiler"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_callers_that_come_at_once_and_after_pauses_all_get_their_own(kind: str) -> None:
+    """One of them has the helpers, which are asleep behind a pause; the others compute alone."""
+    kernels_of(kind)
+
+    def ask(seed: int) -> int:
+        kernels, before = kernels_of(kind), torch.get_num_threads()
+        torch.set_num_threads(3)
+        x, weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(seed)), torch.ones(96)
+        want = kernels.rms_norm(x, weight, 1e-6)
+        wrong = 0
+        for number in range(600):
+            wrong += not torch.equal(kernels.rms_norm(x, weight, 1e-6), want)
+            if number % 200 == 199:
+                time.sleep(0.01)
+        torch.set_num_threads(before)
+        torch.testing.assert_close(want, reference.rms_norm(x, weight, 1e-6))
+        return wrong
+
+    with ThreadPoolExecutor(3) as callers:
+        assert list(callers.map(ask, range(3))) == [0, 0, 0]
 
 
 class _Counted(TorchDispatchMode):

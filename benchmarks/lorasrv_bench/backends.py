@@ -103,7 +103,8 @@ class OpenAIBackend:
             "return_token_ids": True,
         }
         if self._lora_ids is not None:
-            body["lora"] = [{"id": self._lora_ids[ask.name], "scale": 1.0}] if ask.name in self._lora_ids else []
+            # All of them: llama.cpp takes an empty list for its defaults, which are not those it was started with.
+            body["lora"] = [{"id": each, "scale": float(name == ask.name)} for name, each in self._lora_ids.items()]
         usage: dict[str, int] = {}
         headers = self._headers[ask.tenant % len(self._headers)]
         try:

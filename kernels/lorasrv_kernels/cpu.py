@@ -8,7 +8,8 @@ product next.
 In bf16, where the CPU multiplies it, weights are packed to panels that a product reads from start to end, and threads
 take panels as they get through them: one that the system holds up holds up nobody. Elsewhere products are torch's.
 
-The sources are in `native`. Threads are OpenMP's, and torch's own where both load one library, as they do on Linux.
+The sources are in `native`. There are as many threads as torch has, but our own (`native/team.h`): one that has no core
+is not waited for.
 """
 
 import ctypes
