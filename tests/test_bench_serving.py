@@ -205,6 +205,21 @@ async def test_adapters_by_number_are_told_in_the_field_lora() -> None:
     }
 
 
+async def test_a_connection_that_closes_unanswered_is_tried_once_more() -> None:
+    closed: list[dict[str, Any]] = []
+
+    def close_once(body: dict[str, Any]) -> list[str] | bytes:
+        if body not in closed:
+            closed.append(body)
+            return b""
+        return spoken(body)
+
+    assert (await outcome_of_openai(close_once, exact=False)).summary["checks"]["wrong"] == []
+    assert closed
+    outcome = await outcome_of_openai(lambda body: b"", exact=False)
+    assert "the first failed with RemoteProtocolError" in outcome.summary["checks"]["wrong"][0]
+
+
 async def test_a_server_by_url_that_ends_early_has_none() -> None:
     def early(body: dict[str, Any]) -> list[str]:
         return spoken(body | {"max_tokens": 2})

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -80,6 +81,7 @@ class OpenAIBackend:
         except ModuleNotFoundError:
             raise ConfigurationError("httpx2 is not installed; pip install 'lorasrv[server,bench]' has it") from None
         self._errors = httpx2.HTTPError
+        self._unanswered = httpx2.RemoteProtocolError
         self._lora_ids = server.lora_ids
         keys = server.api_keys
         self._headers: Sequence[dict[str, str]] = [{"authorization": f"Bearer {key}"} if key else {} for key in keys]
@@ -108,7 +110,7 @@ class OpenAIBackend:
         usage: dict[str, int] = {}
         headers = self._headers[ask.tenant % len(self._headers)]
         try:
-            async with self._client.stream("POST", "/v1/completions", json=body, headers=headers) as response:
+            async with aclosing(await self._opened(body, headers)) as response:
                 if response.status_code != 200:
                     said = (await response.aread())[:300].decode(errors="replace")
                     raise CallFailed(f"HTTP {response.status_code}: {said}")
@@ -127,6 +129,15 @@ class OpenAIBackend:
 
     async def close(self) -> None:
         await self._client.aclose()
+
+    async def _opened(self, body: Mapping[str, Any], headers: Mapping[str, str]) -> Any:
+        """The response to a request, whose body has not been read."""
+        request = self._client.build_request("POST", "/v1/completions", json=body, headers=headers)
+        try:
+            return await self._client.send(request, stream=True)
+        except self._unanswered:
+            # The server has closed a kept connection just when it was used again.
+            return await self._client.send(request, stream=True)
 
 
 def _piece(event: dict[str, Any]) -> Piece | None:
