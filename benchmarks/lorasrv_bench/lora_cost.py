@@ -30,7 +30,7 @@ from lorasrv_bench.in_process import InProcess
 from lorasrv_bench.load import Call
 from lorasrv_bench.real_engine import Prepared, prepare, real_engine
 from lorasrv_bench.workloads import Arrival
-from lorasrv_kernels import fixed
+from lorasrv_kernels import cpu, fixed
 
 RANK = 16
 DTYPE = "bfloat16"
@@ -150,7 +150,7 @@ def _wrong(process: InProcess, asks: Sequence[Ask], calls: Sequence[Call], names
 
 def weight_stream() -> float:
     """Bytes of bfloat16 weights a second that products of a few rows read: the most of what the library does with one
-    row and with 16, and with weights that oneDNN has packed."""
+    row and with 16, with weights that oneDNN has packed, and what our own product does with one row."""
     weights = [torch.ones(STREAMED_SHAPE, dtype=torch.bfloat16) for _ in range(NUM_STREAMED)]
     can_pack = fixed.is_available(weights[0].device, weights[0].dtype)
     packed = [fixed.pack_linear(weight) for weight in weights] if can_pack else []
@@ -161,6 +161,10 @@ def weight_stream() -> float:
     ]
     if can_pack:
         ways.append(lambda: [fixed.linear(some, weight, None) for weight in packed])
+    native = cpu.load()
+    if not isinstance(native, str) and native.multiplies:
+        own = [native.pack_linear(weight, keep=True) for weight in weights]
+        ways.append(lambda: [native.linear(one, weight, None) for weight in own])
     return sum(weight.nbytes for weight in weights) / min(map(_least_s, ways))
 
 

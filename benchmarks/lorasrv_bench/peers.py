@@ -64,7 +64,7 @@ CHECK, SEARCH, ROUND = 0, 1, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """`urls` are of servers by name."""
+    """`urls` are of servers by name; with `servers_only` the peers of this process are left out."""
 
     size: Size = "125m"
     concurrency: int = 16
@@ -74,6 +74,7 @@ class Setup:
     rounds: int = 3
     seed: int = 0
     urls: tuple[tuple[str, str], ...] = ()
+    servers_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +143,8 @@ def measured(setup: Setup, material: Material, folder: Path) -> Compared:
             for name, url in setup.urls:
                 ids = {each: number for number, each in enumerate(material.adapters)}
                 arms[name] = by_url(url, clients, setup.concurrency, ids if name in BY_NUMBER else None)
-            arms |= _searched(setup, material, models, found)
+            if not setup.servers_only:
+                arms |= _searched(setup, material, models, found)
             for number in range(setup.rounds + 1):
                 _round(setup, material, arms, referee, number, found)
     finally:
@@ -188,7 +190,7 @@ def _check(
     asks = asks_of(short, material, (None, *range(NUM_ADAPTERS)) * 2, (CHECK,))
     expected = {ask.index: referee.greedy(ask) for ask in asks}
     settings = Settings(threads=torch.get_num_threads(), dtype="float32", batch=setup.concurrency)
-    peers = {name: PeerArm(kind, models, settings) for name, kind in PEERS.items()}
+    peers = {name: PeerArm(kind, models, settings) for name, kind in PEERS.items() if not setup.servers_only}
     with ours(material, "float32", setup.concurrency, clients, folder) as arms:
         for name, arm in {**arms, **peers}.items():
             known = [ask for ask in asks if ask.adapter is None or knows(name, MIXED)]
@@ -289,6 +291,7 @@ def _parsed(argv: Sequence[str] | None) -> tuple[Setup, Path | None, Path | None
         parser.add_argument(f"--{name}", type=int, default=getattr(Setup(), name.replace("-", "_")))
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="write model/ and adapters/ there, and end")
     add_urls(parser)
+    parser.add_argument("--servers-only", action="store_true", help="ours and those by URL: a short run")
     parser.add_argument("--out", type=Path, help="write all of it there, as JSON")
     given = parser.parse_args(argv)
     sizes = {name: value for name, value in vars(given).items() if name in Setup.__dataclass_fields__}
