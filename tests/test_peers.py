@@ -1,8 +1,10 @@
 """Ours beside peers: who is wrong has no figures, peers get their best settings, and the referee is PEFT."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -152,6 +154,24 @@ def test_who_fails_leaves_the_others_their_figures(material: Material) -> None:
     found = compared(material, Judge(), other=BrokenArm())
     assert found.wrong == {"other": ["base, round 0: 3 of 6 requests failed: gone"]}
     assert found.median(peers.OURS, "base") == 24
+
+
+def test_servers_only_leaves_the_peers_of_this_process_out(
+    material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Alone(Judge):
+        def greedy(self, ask: Ask) -> tuple[int, ...]:
+            return FakeArm().answer([ask]).tokens[0]
+
+    monkeypatch.setattr(peers, "ours", lambda *_: nullcontext({peers.OURS: FakeArm()}))
+    monkeypatch.setattr(peers, "Models", lambda *_: None)
+    monkeypatch.setattr(peers, "Referee", lambda _: Alone())
+    monkeypatch.setattr(peers, "Clients", lambda _: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(peers, "PEERS", {"a peer": None})
+    monkeypatch.setattr(peers, "PeerArm", lambda *_: pytest.fail("a peer was asked"))
+    monkeypatch.setattr(peers, "best_settings", lambda *_: pytest.fail("a peer was searched"))
+    found = peers.measured(replace(SMALL, servers_only=True), material, tmp_path)
+    assert found.wrong == {} and found.rates.keys() == {peers.OURS}
 
 
 def test_the_best_settings_are_found(models: Models, material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
