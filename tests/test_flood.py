@@ -11,9 +11,9 @@ from http2_frames import CANCEL, PING, RST_STREAM, Connection, call_headers, fra
 from keyed import TENANT_ROLES, KeyRing, keyed_server
 from lorasrv.client import AsyncClient
 
-# Of six floods: less than a kilobyte a call, which is less than one keeps while it runs. The allocator takes some
-# 20 MiB more until it has enough for what piles up.
-MAX_GROWTH_BYTES = 48 << 20
+# Of six floods: some 560 bytes a reset, less than a call keeps while it runs. The allocator takes up to 19 MiB until it
+# has enough for what piles up.
+MAX_GROWTH_BYTES = 32 << 20
 NUM_PINGS = 100_000
 NUM_RESETS = 10_000
 PAGE_BYTES = 4096

@@ -6,6 +6,7 @@
 // begins is not waited for: whoever is there takes all tasks.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
