@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -13,11 +14,12 @@ class Relay:
     """Passes connections to `address` on to `target`.
 
     When clients have sent as many bytes as `stop_at` says, counted over all connections there ever were, no more pass;
-    `drop` then breaks the connections. One that the target does not take is closed at once. Belongs to one thread; its
-    own end with the block.
+    `drop` then breaks the connections. One that the target does not take is closed at once. Each waits for `delay_s`
+    before its first byte passes, as if the target were far. Belongs to one thread; its own end with the block.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, delay_s: float = 0.0) -> None:
+        self._delay_s = delay_s
         self._target = _pair(target)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
@@ -67,6 +69,7 @@ class Relay:
                 client, _ = self._listener.accept()
             except OSError:
                 return
+            time.sleep(self._delay_s)
             try:
                 server = socket.create_connection(self._target)
             except OSError:

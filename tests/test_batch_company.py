@@ -20,6 +20,7 @@ from lorasrv.memory.packing import PackedAdapter
 from lorasrv.memory.tensors import pack_adapter
 from lorasrv.types import AdapterUse, EngineRequest, LogitRules
 from peft_models import load_peft_folder, random_adapter, random_llama
+from reads_end import let_reads_end
 
 VOCAB = 101
 EOS = frozenset({3, 40})
@@ -126,6 +127,7 @@ def serve(engine: Assembly, groups: Sequence[Sequence[EngineRequest]], joining: 
                 engine.core.add(asked)
                 tokens[asked.request_id] = []
             del pending[:coming]
+            let_reads_end(engine.core)
             for delta in engine.core.step():
                 assert delta.failure is None, delta.failure
                 tokens[delta.request_id] += delta.token_ids

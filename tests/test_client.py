@@ -28,6 +28,7 @@ from lorasrv.client.errors import (
 from lorasrv.client.messages import generate_request, target_of
 from lorasrv.client.transfer import differing_files
 from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
+from relay import Relay
 from running_server import Running, running_server, subprocess_env, until
 
 
@@ -232,6 +233,16 @@ async def test_no_server_is_unavailable() -> None:
         with pytest.raises(Unavailable) as caught:
             await client.generate("hi", adapter="base")
     assert caught.value.reason is None
+
+
+async def test_a_server_far_away_is_reached(running: Running) -> None:
+    """The handshakes of a connection across an ocean take as long."""
+
+    def session() -> str:
+        with Relay(running.address, delay_s=0.4) as relay, Client(relay.address) as client:
+            return client.generate("hello", adapter="base", temperature=0.0).text
+
+    assert await asyncio.to_thread(session) == "hello"
 
 
 async def test_a_broken_push_continues_where_the_server_is(

@@ -16,6 +16,7 @@ from lorasrv.memory.packing import PackedAdapter
 from lorasrv.memory.tensors import pack_adapter
 from lorasrv.types import AdapterUse, EngineRequest
 from peft_models import load_peft_folder, peft_greedy, random_adapter, random_llama
+from reads_end import let_reads_end
 
 NUM_TOKENS = 12
 PROMPTS_EACH = 3
@@ -106,6 +107,7 @@ def serve(engine: Assembly, requests: Iterable[EngineRequest], joining: int, sam
             engine.core.add(request)
             tokens[request.request_id] = []
         del pending[:joining]
+        let_reads_end(engine.core)
         for delta in engine.core.step():
             assert delta.failure is None, delta.failure
             tokens[delta.request_id] += delta.token_ids if delta.sample == sample else ()

@@ -1,10 +1,10 @@
 """A real server at its limits: a flood, a storm of cold adapters, a pool too small. Neighbours notice nothing."""
 
 import re
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import grpc
@@ -17,7 +17,7 @@ from lorasrv.client import Client
 from lorasrv.client.errors import DETAILS_KEY, ClientError, ResourceExhausted
 from lorasrv.client.messages import generate_request
 from lorasrv.demo.local_server import LocalServer
-from lorasrv.v1 import generation_pb2_grpc
+from lorasrv.v1 import generation_pb2, generation_pb2_grpc
 from test_end_to_end import SAMPLES, assert_nothing_held
 
 # 96 pages of 16 tokens; what the largest sample adapter takes is 15 of them.
@@ -56,9 +56,21 @@ def modest(server: LocalServer, keys: dict[str, str]) -> Iterator[Client]:
         yield client
 
 
-def tokens(client: Client, adapter: str = "base", max_tokens: int = 60, prompt: str = "neighbour>") -> list[int]:
-    stream = client.stream(prompt, adapter=adapter, max_tokens=max_tokens, **ASKED)
-    return [token for event in stream for token in getattr(event, "token_ids", ())]
+def tokens(
+    client: Client,
+    adapter: str = "base",
+    max_tokens: int = 60,
+    prompt: str = "neighbour>",
+    begun: Barrier | None = None,
+) -> list[int]:
+    """Passes `begun` when the first tokens are there."""
+    found: list[int] = []
+    for event in client.stream(prompt, adapter=adapter, max_tokens=max_tokens, **ASKED):
+        if isinstance(event, generation_pb2.Delta):
+            if begun is not None and not found:
+                begun.wait(60)
+            found += event.token_ids
+    return found
 
 
 def hint_s(server: LocalServer, key: str) -> float | None:
@@ -156,9 +168,10 @@ def test_an_adapter_that_finds_everything_pinned_waits(flood: Client, modest: Cl
     # Out of the device, to make room for another.
     tokens(flood, "stars", 4)
     with ThreadPoolExecutor(4) as workers:
-        # They hold 84 of the 96 pages from the start.
-        long = [workers.submit(tokens, modest, "base", 60, prompt) for prompt in prompts]
-        until(lambda: modest.status().running_requests == len(prompts))
+        # They hold 84 of the 96 pages from their first token on.
+        begun = Barrier(len(prompts) + 1)
+        long = [workers.submit(tokens, modest, "base", 60, prompt, begun) for prompt in prompts]
+        begun.wait(60)
         cold = workers.submit(tokens, flood, "reverse", 20)
         assert cold.result(300) == alone
         assert [call.result(300) for call in long] == expected
@@ -182,9 +195,3 @@ def test_an_adapter_that_no_pool_of_this_size_could_hold_beside_its_request(tmp_
         assert beside.result(300) == alone
         assert len(tokens(client, "reverse", 20)) == 20
         assert_nothing_held(client, 30.0)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
