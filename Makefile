@@ -25,7 +25,7 @@ test: lint proto-check
 	$(PYTEST)
 
 test-all: lint proto-check
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu" --hypothesis-profile=new_examples
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -11,10 +11,15 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from hypothesis import settings
 
 import kernel_device  # asks for Triton's interpreter before anything imports Triton
 
 torch.set_num_threads(1)
+
+# The same examples in every run, and none of them timed; `make test-all` looks for new ones.
+settings.register_profile("new_examples", settings.get_profile("ci"), derandomize=False)
+settings.load_profile("ci")
 
 # A shell starts background jobs with SIGINT ignored, which children inherit: the commands under test are to get it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -22,6 +27,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # A bare GPU box holds torch and transformers only: what it can run there is in test_gpu_*.py.
 if any(find_spec(package) is None for package in ("msgspec", "zmq", "grpc_status", "pytest_asyncio", "peft")):
     collect_ignore_glob = ["test_[!g]*.py", "test_g[!p]*.py"]
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test draws the same numbers whatever ran before it in its process."""
+    torch.manual_seed(0)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -157,7 +157,7 @@ class Chains:
 
 
 @given(st.integers(0, 1 << 30))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_no_block_goes_before_one_behind_it(seed: int) -> None:
     chains = Chains(seed)
     for _ in range(150):

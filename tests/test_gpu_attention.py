@@ -79,7 +79,7 @@ def test_the_tables_tiles_are_the_oracles(shape: Shape, window: int | None) -> N
 
 
 @given(st.data())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_any_batch_is_the_oracles(data: st.DataObject) -> None:
     sequence = st.integers(1, 70).flatmap(
         lambda c: st.tuples(st.integers(1, c) | st.integers(1, min(c, 4)), st.just(c))

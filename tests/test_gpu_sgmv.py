@@ -163,7 +163,7 @@ def test_splits(num_splits: int) -> None:
     compare(pool, 5, [Range(start=0, end=5, adapter=adapters[40])], num_splits=num_splits)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.data())
 def test_random_steps(data: st.DataObject) -> None:
     random_step(data)
@@ -171,7 +171,7 @@ def test_random_steps(data: st.DataObject) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_many_random_steps(data: st.DataObject) -> None:
     random_step(data)

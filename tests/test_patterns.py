@@ -92,7 +92,7 @@ CHARACTERS = st.text(alphabet=r"ab.1-^$\bdAQ*+?{},()[]|:P<>=!#i", max_size=10)
 TEXTS = st.lists(st.text(alphabet="ab._1", min_size=1, max_size=7), min_size=1, max_size=8)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(REGEXES | CHARACTERS, TEXTS)
 def test_what_is_accepted_selects_what_it_selects_in_peft(text: str, paths: list[str]) -> None:
     with warnings.catch_warnings():
@@ -111,7 +111,7 @@ def test_what_is_accepted_selects_what_it_selects_in_peft(text: str, paths: list
         assert matchers[1](path) == bool(end.match(path)), path
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.recursive(ATOMS.filter(lambda atom: atom not in "^$"), _grow, max_leaves=6), TEXTS)
 def test_few_expressions_are_refused(text: str, paths: list[str]) -> None:
     """The random expressions use what is served, but for two ways to count that RE2 reads otherwise."""

@@ -451,7 +451,7 @@ def test_values_that_the_serving_dtype_cannot_hold(tmp_path: Path, dtype: str, r
 NEAR_OVERFLOW = st.integers(MAX_BF16 + 0x7FF0, MAX_BF16 + 0x8010)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(NEAR_OVERFLOW | st.integers(0, (1 << 32) - 1), st.booleans())
 def test_overflow_agrees_with_torch(bits: int, negative: bool) -> None:
     value = np.array([bits ^ (negative << 31)], dtype=np.uint32).view(np.float32)

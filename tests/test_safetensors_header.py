@@ -168,13 +168,13 @@ def parses_within_bounds_or_refuses(data: bytes) -> None:
     assert ends[-1] == len(data)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.dictionaries(st.text(max_size=6), ENTRIES | JSON_VALUES, max_size=4), st.integers(0, 40))
 def test_any_json_header(fields: dict[str, Any], data_bytes: int) -> None:
     parses_within_bounds_or_refuses(with_header(json.dumps(fields).encode(), bytes(data_bytes)))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.lists(st.tuples(st.integers(0, len(VALID) - 1), st.integers(0, 255)), min_size=1, max_size=3),
     st.integers(0, len(VALID)),
