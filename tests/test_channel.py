@@ -79,9 +79,11 @@ LOGPROBS = st.lists(
 DELTA = st.builds(
     TokenDelta,
     request_id=TEXT,
+    sample=COUNT,
     token_ids=TOKENS,
     logprobs=LOGPROBS,
     prompt_logprobs=LOGPROBS,
+    queue_position=st.none() | COUNT,
     finish=st.none() | st.sampled_from(FinishReason),
     failure=st.none() | FAILURE,
 )

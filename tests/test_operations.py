@@ -181,7 +181,7 @@ async def test_cancelled_and_overdue_calls_are_told_apart(running: Running, gene
     await call.read()
     call.cancel()
     with pytest.raises(grpc.aio.AioRpcError):
-        await generation.Generate(asked(), timeout=0.2)
+        await generation.Generate(asked(), timeout=2)
     await until(lambda: len(running.engine.ended_early) == 2)
     method = "GenerationService/"
     assert await scraped(running, "lorasrv_calls_total", method=f"{method}GenerateStream", code="CANCELLED") == 1

@@ -263,14 +263,6 @@ async def test_a_vanished_client_ends_its_work(running: Running, generation: Any
     assert len(running.engine.ended_early) == 1
 
 
-async def test_a_deadline_ends_the_work(running: Running, generation: Any) -> None:
-    running.engine.gate.clear()
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await generation.Generate(asked(), timeout=0.2)
-    assert caught.value.code() is Code.DEADLINE_EXCEEDED
-    await until(lambda: len(running.engine.ended_early) == 1)
-
-
 @pytest.mark.row(51)
 async def test_a_reader_that_stalls_is_ended_and_a_neighbour_goes_on(tmp_path: Path) -> None:
     def flood(request: EngineRequest) -> Iterator[TokenDelta | Exception]:

@@ -47,7 +47,7 @@ async def test_a_deadline_ends_the_work_and_a_neighbour_goes_on(running: Running
     running.engine.gate.clear()
     neighbour = generation.Generate(asked("neighbour"))
     await until(lambda: len(running.engine.running) == 1)
-    call = getattr(generation, method)(asked(), timeout=0.2)
+    call = getattr(generation, method)(asked(), timeout=2)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await (call if method == "Generate" else drained(call))
     assert caught.value.code() is Code.DEADLINE_EXCEEDED

@@ -98,7 +98,7 @@ def test_those_who_wait(server: LocalServer, client: Client, tmp_path: Path) -> 
     for number, name in enumerate(("batch", "normal0", "normal1")):
         calls.start(name, priority="batch" if name == "batch" else None, **SHORT)
         until(lambda number=number: client.status().open_generations == 2 + number)
-    with Client(server.url, timeout_s=0.3) as hasty, pytest.raises(DeadlineExceeded):
+    with Client(server.url, timeout_s=1.0) as hasty, pytest.raises(DeadlineExceeded):
         hasty.generate(UNIQUE, **SHORT)
     # Overtaken, though it came first.
     until(lambda: calls.last_position("batch") > calls.last_position("normal1") > calls.last_position("normal0") >= 0)
@@ -121,7 +121,7 @@ def test_those_who_wait(server: LocalServer, client: Client, tmp_path: Path) -> 
 
 def test_a_deadline_ends_what_runs_and_draining_finishes_what_is_in_time(server: LocalServer, client: Client) -> None:
     alone = client.generate(PROMPT, **SHORT).text
-    with Client(server.url, timeout_s=0.3) as hasty, pytest.raises(DeadlineExceeded):
+    with Client(server.url, timeout_s=1.0) as hasty, pytest.raises(DeadlineExceeded):
         list(hasty.stream(PROMPT, **LONG))
     assert_nothing_held(client, 30.0)
     calls = Calls(server.url)
