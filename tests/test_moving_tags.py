@@ -102,7 +102,7 @@ async def test_streams_end_on_the_version_they_began_with(server: LocalServer, t
         with pytest.raises(NotFound):
             client.generate("banana>", adapter="doomed")
         client.delete_adapter("doomed", purge=True)
-        # All of it while they run; of those that the server has written whole, one may be the neighbour's.
+        # All of it while some of them run, and not the neighbour alone.
         assert client.status().running_requests > 1
         assert old in files_of(tmp_path / "data")
         streams.go_on.set()
