@@ -208,67 +208,68 @@ inline void list_expands(const Adapters& adapters, int64_t segment, std::vector<
   }
 }
 
-template <typename T>
-inline RowBlock<T> row_block(const Adapters& adapters, const ExpandItem& item, int64_t row) {
-  return row_block<T>(adapters, item.segment, item.header.first_b, adapters.modules[item.module].b, row,
-                      item.header.rank);
-}
+constexpr int64_t MOST_RANK = 256;
 
-// total[n][c] += h[n] . rows[:, c] for N tokens and C vectors of columns from `col` on; h is [num_rows, N].
+// Some columns of all rows of a B, as many as its tiles have side by side.
+template <typename T>
+struct Columns {
+  typename RowBlock<T>::Stretch blocks[MOST_RANK / TILE_ROWS];
+  int64_t count;
+
+  // Blocks that an item of a lower rank lacks are its last one's.
+  Columns(const Adapters& adapters, const ExpandItem& item, int64_t col, int64_t most, int64_t rank) : count(most) {
+    const Matrix& matrix = adapters.modules[item.module].b;
+    for (int64_t row = 0; row < rank; row += TILE_ROWS) {
+      const int64_t there = std::min<int64_t>(row, (item.header.rank - 1) / TILE_ROWS * TILE_ROWS);
+      auto& block = blocks[row / TILE_ROWS];
+      block = row_block<T>(adapters, item.segment, item.header.first_b, matrix, there, item.header.rank).at(col, count);
+      count = block.count;
+    }
+  }
+};
+
+// out[n] += h[n] . columns for N tokens and C vectors of columns from `col` on; h is [rank, N].
 template <typename T, int N, int C>
-inline void expand_cols(const typename RowBlock<T>::Stretch& rows, const typename RowBlock<T>::Stretch& ahead,
-                        int64_t num_rows, int64_t col, const float* h, float* total) {
-  const int64_t left = rows.count - col;
+inline void expand_cols(const Columns<T>& columns, const Columns<T>& ahead, int64_t rank, int64_t col, const float* h,
+                        T* out, int64_t out_stride) {
+  const int64_t left = columns.count - col;
   Vec acc[N][C];
   for (int n = 0; n < N; ++n)
-    for (int c = 0; c < C; ++c) acc[n][c] = load(total + n * EXPAND_COLS + col + c * LANES);
-  for (int64_t row = 0; row < num_rows; ++row) {
-    const T* from = rows.from + row * rows.stride + col;
-    Vec weights[C];
-    for (int c = 0; c < C; ++c) weights[c] = load_upto(from + c * LANES, left - c * LANES);
-    for (int c = 0; c < C; c += 64 / (LANES * sizeof(T)))
-      __builtin_prefetch(ahead.from + row * ahead.stride + col + c * LANES);
-    for (int n = 0; n < N; ++n)
-      for (int c = 0; c < C; ++c) acc[n][c] += h[row * N + n] * weights[c];
+    for (int c = 0; c < C; ++c) acc[n][c] = load_upto(out + n * out_stride + c * LANES, left - c * LANES);
+  for (int64_t first = 0; first < rank; first += TILE_ROWS) {
+    const auto &rows = columns.blocks[first / TILE_ROWS], &next = ahead.blocks[first / TILE_ROWS];
+    const int64_t num_rows = std::min(TILE_ROWS + 0l, rank - first);
+    for (int64_t row = 0; row < num_rows; ++row, h += N) {
+      const T* from = rows.from + row * rows.stride + col;
+      Vec weights[C];
+      for (int c = 0; c < C; ++c) weights[c] = load_upto(from + c * LANES, left - c * LANES);
+      for (int c = 0; c < C; c += 64 / (LANES * sizeof(T)))
+        __builtin_prefetch(next.from + row * next.stride + col + c * LANES);
+      for (int n = 0; n < N; ++n)
+        for (int c = 0; c < C; ++c) acc[n][c] += h[n] * weights[c];
+    }
   }
   for (int n = 0; n < N; ++n)
-    for (int c = 0; c < C; ++c) store(total + n * EXPAND_COLS + col + c * LANES, acc[n][c]);
+    for (int c = 0; c < C; ++c) store_upto(out + n * out_stride + c * LANES, acc[n][c], left - c * LANES);
 }
 
 // What an item adds to N tokens; its thread takes `then` next.
 template <typename T, int N>
-inline void expand_item(const Adapters& adapters, const ExpandItem& item, const ExpandItem& then, int64_t token, T* out,
+inline void expand_item(const Adapters& adapters, const ExpandItem& item, const ExpandItem& then, const float* h, T* out,
                         int64_t out_stride) {
-  // A row's tail is read and written as a whole vector.
-  float total[N * EXPAND_COLS + LANES];
-  const int64_t num_cols = item.high - item.low;
-  T* target = out + item.out_col;
-  for (int n = 0; n < N; ++n)
-    for (int64_t col = 0; col < num_cols; col += LANES)
-      store(total + n * EXPAND_COLS + col, load_upto(target + n * out_stride + col, num_cols - col));
-  for (int64_t row = 0; row < item.header.rank; row += TILE_ROWS) {
-    const RowBlock<T> block = row_block<T>(adapters, item, row);
-    const bool last = row + TILE_ROWS >= item.header.rank;
-    const ExpandItem& behind = last ? then : item;
-    const RowBlock<T> next = row_block<T>(adapters, behind, last ? 0 : row + TILE_ROWS);
-    float h[TILE_ROWS * N];
-    for (int n = 0; n < N; ++n)
-      for (int64_t r = 0; r < block.num_rows; ++r) h[r * N + n] = adapters.row(item.module, token + n)[row + r];
-    for (int64_t at = 0; at < num_cols;) {
-      const auto rows = block.at(item.low + at, num_cols - at);
-      const auto ahead = next.at(std::min(behind.low + at, next.cols - 1), rows.count);
-      constexpr int C = N == 1 ? 4 : 2;
-      int64_t col = 0;
-      for (; col + C * LANES <= rows.count; col += C * LANES)
-        expand_cols<T, N, C>(rows, ahead, block.num_rows, col, h, total + at);
-      for (; col < rows.count; col += LANES)
-        expand_cols<T, N, 1>(rows, ahead, block.num_rows, col, h, total + at);
-      at += rows.count;
-    }
+  const int64_t rank = item.header.rank, last = adapters.modules[then.module].b.cols - 1;
+  for (int64_t at = item.low; at < item.high;) {
+    const Columns<T> columns(adapters, item, at, item.high - at, rank);
+    const Columns<T> ahead(adapters, then, std::min(then.low + at - item.low, last), columns.count, rank);
+    T* target = out + item.out_col + at - item.low;
+    constexpr int C = N == 1 ? 4 : 2;
+    int64_t col = 0;
+    for (; col + C * LANES <= columns.count; col += C * LANES)
+      expand_cols<T, N, C>(columns, ahead, rank, col, h, target + col, out_stride);
+    for (; col < columns.count; col += LANES)
+      expand_cols<T, N, 1>(columns, ahead, rank, col, h, target + col, out_stride);
+    at += columns.count;
   }
-  for (int n = 0; n < N; ++n)
-    for (int64_t col = 0; col < num_cols; col += LANES)
-      store_upto(target + n * out_stride + col, load(total + n * EXPAND_COLS + col), num_cols - col);
 }
 
 // As `reference.sgmv_expand`, for the tokens [start, end) of a step; `out` is of the step's first token.
@@ -285,9 +286,14 @@ inline void expand(const Adapters& adapters, int64_t start, int64_t end, T* out,
     const int64_t stop = std::min<int64_t>(end, adapters.ends[segment]);
     const auto rows = [&](auto num_tokens) {
       constexpr int N = decltype(num_tokens)::value;
-      for (auto item = first; item != last; ++item)
-        expand_item<T, N>(adapters, *item, item + 1 == items.end() ? *item : item[1], token, out + token * out_stride,
-                          out_stride);
+      float h[MOST_RANK * N];
+      for (auto item = first; item != last; ++item) {
+        if (item->low == 0)
+          for (int n = 0; n < N; ++n)
+            for (int64_t r = 0; r < item->header.rank; ++r) h[r * N + n] = adapters.row(item->module, token + n)[r];
+        const ExpandItem& then = item + 1 == items.end() ? *item : item[1];
+        expand_item<T, N>(adapters, *item, then, h, out + token * out_stride, out_stride);
+      }
       token += N;
     };
     while (token + 8 <= stop) rows(std::integral_constant<int, 8>{});
