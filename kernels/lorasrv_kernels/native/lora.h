@@ -94,8 +94,8 @@ struct ShrinkItem {
 };
 
 constexpr int64_t SHRINK_TOKENS = 32;
-// Columns of all rows at hand that are read ahead of those that are multiplied. What is read next may lie in another tile.
-constexpr int64_t SHRINK_AHEAD = 256;
+// How many columns of R rows are read ahead of those that are multiplied, be they in another tile: some 100 cache lines.
+constexpr int64_t shrink_ahead(int R) { return R < 8 ? 512 : 256; }
 
 inline void list_shrinks(const Adapters& adapters, std::vector<ShrinkItem>& items) {
   items.clear();
@@ -139,9 +139,9 @@ inline void shrink_rows(const Adapters& adapters, const ShrinkItem& item, const 
   const RowBlock<T>& behind = more ? block : next;
   const int64_t row_behind = more ? row + R : 0;
   for (int64_t col = 0; col < in_features;) {
-    auto rows = block.at(col, SHRINK_AHEAD / 2);
+    auto rows = block.at(col, 128);
     rows.from += row * rows.stride;
-    int64_t far = col + SHRINK_AHEAD;
+    int64_t far = col + shrink_ahead(R);
     const bool here = far < in_features;
     if (!here) far = far - in_features < behind.cols ? far - in_features : 0;
     auto ahead = (here ? block : behind).at(far, rows.count);
