@@ -71,7 +71,7 @@ struct RowBlock {
 
   // The columns from `col` on, as many as one tile has of them, and no more than `most`.
   Stretch at(int64_t col, int64_t most) const {
-    const int64_t number = col / chunk, first = number * chunk, width = std::min(chunk, cols - first);
+    const int64_t number = uint32_t(col) / uint32_t(chunk), first = number * chunk, width = std::min(chunk, cols - first);
     const auto* tile = reinterpret_cast<const T*>(pool + int64_t{addresses[number]} * ADDRESS_BYTES);
     return {tile + col - first, width, std::min(width - (col - first), most)};
   }
@@ -139,13 +139,14 @@ inline void shrink_rows(const Adapters& adapters, const ShrinkItem& item, const 
   const RowBlock<T>& behind = more ? block : next;
   const int64_t row_behind = more ? row + R : 0;
   for (int64_t col = 0; col < in_features;) {
-    auto rows = block.at(col, 128);
+    auto rows = block.at(col, in_features);
     rows.from += row * rows.stride;
     int64_t far = col + shrink_ahead(R);
     const bool here = far < in_features;
     if (!here) far = far - in_features < behind.cols ? far - in_features : 0;
     auto ahead = (here ? block : behind).at(far, rows.count);
     ahead.from += (here ? row : row_behind) * ahead.stride;
+    rows.count = ahead.count;
     dots<T, R, N>(rows, ahead, x + token * in_features + col, in_features, acc);
     col += rows.count;
   }
