@@ -209,24 +209,32 @@ inline void list_expands(const Adapters& adapters, int64_t segment, std::vector<
   }
 }
 
-constexpr int64_t MOST_RANK = 256;
-
 // Some columns of all rows of a B, as many as its tiles have side by side.
 template <typename T>
 struct Columns {
-  typename RowBlock<T>::Stretch blocks[MOST_RANK / TILE_ROWS];
+  std::vector<typename RowBlock<T>::Stretch> blocks;
   int64_t count;
 
-  // Blocks that an item of a lower rank lacks are its last one's.
-  Columns(const Adapters& adapters, const ExpandItem& item, int64_t col, int64_t most, int64_t rank) : count(most) {
+  // For as many blocks as `rank` has; those that the item lacks are its last one's.
+  void find(const Adapters& adapters, const ExpandItem& item, int64_t col, int64_t most, int64_t rank) {
     const Matrix& matrix = adapters.modules[item.module].b;
+    blocks.clear();
+    count = most;
     for (int64_t row = 0; row < rank; row += TILE_ROWS) {
       const int64_t there = std::min<int64_t>(row, (item.header.rank - 1) / TILE_ROWS * TILE_ROWS);
-      auto& block = blocks[row / TILE_ROWS];
-      block = row_block<T>(adapters, item.segment, item.header.first_b, matrix, there, item.header.rank).at(col, count);
-      count = block.count;
+      blocks.push_back(
+          row_block<T>(adapters, item.segment, item.header.first_b, matrix, there, item.header.rank).at(col, count));
+      count = blocks.back().count;
     }
   }
+};
+
+// What a thread needs meanwhile.
+template <typename T>
+struct ExpandScratch {
+  std::vector<ExpandItem> items;
+  std::vector<float> h;  // [rank, N]
+  Columns<T> columns, ahead;
 };
 
 // out[n] += h[n] . columns for N tokens and C vectors of columns from `col` on; h is [rank, N].
@@ -256,12 +264,14 @@ inline void expand_cols(const Columns<T>& columns, const Columns<T>& ahead, int6
 
 // What an item adds to N tokens; its thread takes `then` next.
 template <typename T, int N>
-inline void expand_item(const Adapters& adapters, const ExpandItem& item, const ExpandItem& then, const float* h, T* out,
-                        int64_t out_stride) {
+inline void expand_item(const Adapters& adapters, const ExpandItem& item, const ExpandItem& then, T* out,
+                        int64_t out_stride, ExpandScratch<T>& scratch) {
   const int64_t rank = item.header.rank, last = adapters.modules[then.module].b.cols - 1;
+  const float* h = scratch.h.data();
+  Columns<T>&columns = scratch.columns, &ahead = scratch.ahead;
   for (int64_t at = item.low; at < item.high;) {
-    const Columns<T> columns(adapters, item, at, item.high - at, rank);
-    const Columns<T> ahead(adapters, then, std::min(then.low + at - item.low, last), columns.count, rank);
+    columns.find(adapters, item, at, item.high - at, rank);
+    ahead.find(adapters, then, std::min(then.low + at - item.low, last), columns.count, rank);
     T* target = out + item.out_col + at - item.low;
     constexpr int C = N == 1 ? 4 : 2;
     int64_t col = 0;
@@ -276,7 +286,8 @@ inline void expand_item(const Adapters& adapters, const ExpandItem& item, const 
 // As `reference.sgmv_expand`, for the tokens [start, end) of a step; `out` is of the step's first token.
 template <typename T>
 inline void expand(const Adapters& adapters, int64_t start, int64_t end, T* out, int64_t out_stride) {
-  static thread_local std::vector<ExpandItem> items;
+  static thread_local ExpandScratch<T> scratch;
+  std::vector<ExpandItem>& items = scratch.items;
   items.clear();
   for (int64_t segment = 0; segment < adapters.num_segments; ++segment)
     if (adapters.starts[segment] < end && start < adapters.ends[segment]) list_expands(adapters, segment, items);
@@ -287,13 +298,13 @@ inline void expand(const Adapters& adapters, int64_t start, int64_t end, T* out,
     const int64_t stop = std::min<int64_t>(end, adapters.ends[segment]);
     const auto rows = [&](auto num_tokens) {
       constexpr int N = decltype(num_tokens)::value;
-      float h[MOST_RANK * N];
       for (auto item = first; item != last; ++item) {
-        if (item->low == 0)
-          for (int n = 0; n < N; ++n)
-            for (int64_t r = 0; r < item->header.rank; ++r) h[r * N + n] = adapters.row(item->module, token + n)[r];
+        const int64_t rank = item->header.rank;
+        if (item->low == 0) scratch.h.resize(rank * N);
+        for (int n = 0; item->low == 0 && n < N; ++n)
+          for (int64_t r = 0; r < rank; ++r) scratch.h[r * N + n] = adapters.row(item->module, token + n)[r];
         const ExpandItem& then = item + 1 == items.end() ? *item : item[1];
-        expand_item<T, N>(adapters, *item, then, h, out + token * out_stride, out_stride);
+        expand_item<T, N>(adapters, *item, then, out + token * out_stride, out_stride, scratch);
       }
       token += N;
     };
