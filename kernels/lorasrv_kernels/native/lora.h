@@ -71,7 +71,8 @@ struct RowBlock {
 
   // The columns from `col` on, as many as one tile has of them, and no more than `most`.
   Stretch at(int64_t col, int64_t most) const {
-    const int64_t number = uint32_t(col) / uint32_t(chunk), first = number * chunk, width = std::min(chunk, cols - first);
+    const int64_t number = uint32_t(col) / uint32_t(chunk), first = number * chunk;
+    const int64_t width = std::min(chunk, cols - first);
     const auto* tile = reinterpret_cast<const T*>(pool + int64_t{addresses[number]} * ADDRESS_BYTES);
     return {tile + col - first, width, std::min(width - (col - first), most)};
   }
@@ -94,7 +95,7 @@ struct ShrinkItem {
 };
 
 constexpr int64_t SHRINK_TOKENS = 32;
-// How many columns of R rows are read ahead of those that are multiplied, be they in another tile: some 100 cache lines.
+// How many columns of R rows are read ahead of those that are multiplied, be they in another tile: some 100 lines.
 constexpr int64_t shrink_ahead(int R) { return R < 8 ? 512 : 256; }
 
 inline void list_shrinks(const Adapters& adapters, std::vector<ShrinkItem>& items) {
