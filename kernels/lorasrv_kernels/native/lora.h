@@ -192,9 +192,11 @@ inline void shrink(const Adapters& adapters, const ShrinkItem& item, const Shrin
 constexpr int64_t EXPAND_TOKENS = 8;
 constexpr int64_t EXPAND_COLS = 256;
 
-// Columns [low, high) of one module's B, for a segment's tokens.
+constexpr int64_t EXPAND_ROWS = 256;
+
+// Rows [row, row + num_rows) and columns [low, high) of one module's B, for a segment's tokens.
 struct ExpandItem {
-  int64_t segment, module, low, high;
+  int64_t segment, module, row, num_rows, low, high;
   int64_t out_col;  // of the output, where `low` is
   Header header;
 };
@@ -204,52 +206,44 @@ inline void list_expands(const Adapters& adapters, int64_t segment, std::vector<
   for (int64_t module = 0; module < adapters.group; ++module) {
     const Header header = header_of(adapters, segment, module);
     const int64_t cols = adapters.modules[module].b.cols;
-    for (int64_t low = 0; header.rank && low < cols; low += EXPAND_COLS)
-      items.push_back({segment, module, low, std::min(low + EXPAND_COLS, cols), out_col + low, header});
+    for (int64_t row = 0; row < header.rank; row += EXPAND_ROWS)
+      for (int64_t low = 0; low < cols; low += EXPAND_COLS)
+        items.push_back({segment, module, row, std::min(EXPAND_ROWS, header.rank - row), low,
+                         std::min(low + EXPAND_COLS, cols), out_col + low, header});
     out_col += cols;
   }
 }
 
-// Some columns of all rows of a B, as many as its tiles have side by side.
+// Some columns of all rows of an item, as many as its tiles have side by side.
 template <typename T>
 struct Columns {
-  std::vector<typename RowBlock<T>::Stretch> blocks;
+  typename RowBlock<T>::Stretch blocks[EXPAND_ROWS / TILE_ROWS];
   int64_t count;
 
-  // For as many blocks as `rank` has; those that the item lacks are its last one's.
-  void find(const Adapters& adapters, const ExpandItem& item, int64_t col, int64_t most, int64_t rank) {
+  // Of as many blocks as `num_rows` has; those that the item lacks are its last one's.
+  Columns(const Adapters& adapters, const ExpandItem& item, int64_t col, int64_t most, int64_t num_rows) : count(most) {
     const Matrix& matrix = adapters.modules[item.module].b;
-    blocks.clear();
-    count = most;
-    for (int64_t row = 0; row < rank; row += TILE_ROWS) {
-      const int64_t there = std::min<int64_t>(row, (item.header.rank - 1) / TILE_ROWS * TILE_ROWS);
-      blocks.push_back(
-          row_block<T>(adapters, item.segment, item.header.first_b, matrix, there, item.header.rank).at(col, count));
-      count = blocks.back().count;
+    for (int64_t row = 0; row < num_rows; row += TILE_ROWS) {
+      const int64_t there = item.row + std::min(row, (item.num_rows - 1) / TILE_ROWS * TILE_ROWS);
+      auto& block = blocks[row / TILE_ROWS];
+      block = row_block<T>(adapters, item.segment, item.header.first_b, matrix, there, item.header.rank).at(col, count);
+      count = block.count;
     }
   }
 };
 
-// What a thread needs meanwhile.
-template <typename T>
-struct ExpandScratch {
-  std::vector<ExpandItem> items;
-  std::vector<float> h;  // [rank, N]
-  Columns<T> columns, ahead;
-};
-
-// out[n] += h[n] . columns for N tokens and C vectors of columns from `col` on; h is [rank, N].
+// out[n] += h[n] . columns for N tokens and C vectors of columns from `col` on; h is [num_rows, N].
 template <typename T, int N, int C>
-inline void expand_cols(const Columns<T>& columns, const Columns<T>& ahead, int64_t rank, int64_t col, const float* h,
-                        T* out, int64_t out_stride) {
+inline void expand_cols(const Columns<T>& columns, const Columns<T>& ahead, int64_t num_rows, int64_t col,
+                        const float* h, T* out, int64_t out_stride) {
   const int64_t left = columns.count - col;
   Vec acc[N][C];
   for (int n = 0; n < N; ++n)
     for (int c = 0; c < C; ++c) acc[n][c] = load_upto(out + n * out_stride + c * LANES, left - c * LANES);
-  for (int64_t first = 0; first < rank; first += TILE_ROWS) {
+  for (int64_t first = 0; first < num_rows; first += TILE_ROWS) {
     const auto &rows = columns.blocks[first / TILE_ROWS], &next = ahead.blocks[first / TILE_ROWS];
-    const int64_t num_rows = std::min(TILE_ROWS + 0l, rank - first);
-    for (int64_t row = 0; row < num_rows; ++row, h += N) {
+    const int64_t count = std::min<int64_t>(TILE_ROWS, num_rows - first);
+    for (int64_t row = 0; row < count; ++row, h += N) {
       const T* from = rows.from + row * rows.stride + col;
       Vec weights[C];
       for (int c = 0; c < C; ++c) weights[c] = load_upto(from + c * LANES, left - c * LANES);
@@ -265,21 +259,19 @@ inline void expand_cols(const Columns<T>& columns, const Columns<T>& ahead, int6
 
 // What an item adds to N tokens; its thread takes `then` next.
 template <typename T, int N>
-inline void expand_item(const Adapters& adapters, const ExpandItem& item, const ExpandItem& then, T* out,
-                        int64_t out_stride, ExpandScratch<T>& scratch) {
-  const int64_t rank = item.header.rank, last = adapters.modules[then.module].b.cols - 1;
-  const float* h = scratch.h.data();
-  Columns<T>&columns = scratch.columns, &ahead = scratch.ahead;
+inline void expand_item(const Adapters& adapters, const ExpandItem& item, const ExpandItem& then, const float* h,
+                        T* out, int64_t out_stride) {
+  const int64_t last = adapters.modules[then.module].b.cols - 1;
   for (int64_t at = item.low; at < item.high;) {
-    columns.find(adapters, item, at, item.high - at, rank);
-    ahead.find(adapters, then, std::min(then.low + at - item.low, last), columns.count, rank);
+    const Columns<T> columns(adapters, item, at, item.high - at, item.num_rows);
+    const Columns<T> ahead(adapters, then, std::min(then.low + at - item.low, last), columns.count, item.num_rows);
     T* target = out + item.out_col + at - item.low;
     constexpr int C = N == 1 ? 4 : 2;
     int64_t col = 0;
     for (; col + C * LANES <= columns.count; col += C * LANES)
-      expand_cols<T, N, C>(columns, ahead, rank, col, h, target + col, out_stride);
+      expand_cols<T, N, C>(columns, ahead, item.num_rows, col, h, target + col, out_stride);
     for (; col < columns.count; col += LANES)
-      expand_cols<T, N, 1>(columns, ahead, rank, col, h, target + col, out_stride);
+      expand_cols<T, N, 1>(columns, ahead, item.num_rows, col, h, target + col, out_stride);
     at += columns.count;
   }
 }
@@ -287,8 +279,7 @@ inline void expand_item(const Adapters& adapters, const ExpandItem& item, const 
 // As `reference.sgmv_expand`, for the tokens [start, end) of a step; `out` is of the step's first token.
 template <typename T>
 inline void expand(const Adapters& adapters, int64_t start, int64_t end, T* out, int64_t out_stride) {
-  static thread_local ExpandScratch<T> scratch;
-  std::vector<ExpandItem>& items = scratch.items;
+  static thread_local std::vector<ExpandItem> items;
   items.clear();
   for (int64_t segment = 0; segment < adapters.num_segments; ++segment)
     if (adapters.starts[segment] < end && start < adapters.ends[segment]) list_expands(adapters, segment, items);
@@ -299,13 +290,13 @@ inline void expand(const Adapters& adapters, int64_t start, int64_t end, T* out,
     const int64_t stop = std::min<int64_t>(end, adapters.ends[segment]);
     const auto rows = [&](auto num_tokens) {
       constexpr int N = decltype(num_tokens)::value;
+      float h[EXPAND_ROWS * N];
       for (auto item = first; item != last; ++item) {
-        const int64_t rank = item->header.rank;
-        if (item->low == 0) scratch.h.resize(rank * N);
         for (int n = 0; item->low == 0 && n < N; ++n)
-          for (int64_t r = 0; r < rank; ++r) scratch.h[r * N + n] = adapters.row(item->module, token + n)[r];
+          for (int64_t r = 0; r < item->num_rows; ++r)
+            h[r * N + n] = adapters.row(item->module, token + n)[item->row + r];
         const ExpandItem& then = item + 1 == items.end() ? *item : item[1];
-        expand_item<T, N>(adapters, *item, then, out + token * out_stride, out_stride, scratch);
+        expand_item<T, N>(adapters, *item, then, h, out + token * out_stride, out_stride);
       }
       token += N;
     };
