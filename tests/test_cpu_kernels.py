@@ -39,7 +39,7 @@ def build(dtype: torch.dtype, width: int, head_dim: int) -> tuple[LoraPool, list
     return pool, [
         pool.load(dict.fromkeys(all_modules, 1)),
         pool.load({0: 3, 2: 16, 3: 17, 4: 8}),
-        pool.load({1: 20, 3: 3, 5: 40}),
+        pool.load({1: 20, 3: 3, 5: 300}),
         pool.load(dict.fromkeys(all_modules, 72)),
     ]
 

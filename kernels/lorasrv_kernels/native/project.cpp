@@ -154,7 +154,9 @@ void shrink_all(const Adapters& adapters, const T* x, int64_t in_features) {
   list_shrinks(adapters, items);
   const std::vector<ShrinkItem>& list = items;
   const int64_t count = list.size();
-  each_task(count, [&](int64_t i) { shrink<T>(adapters, list[i], x, in_features); });
+  each_task(count, [&](int64_t i) {
+    shrink<T>(adapters, list[i], list[std::min(i + 1, count - 1)], x, in_features);
+  });
 }
 
 }  // namespace
@@ -194,12 +196,12 @@ LORASRV_EXPORT void lorasrv_project(const bf16* x, int64_t num_rows, int64_t in_
   const int64_t count = list.size();
   const int64_t step = panels_per_task(product);
   const int num_threads = std::min(omp_get_max_threads(), Team::MOST_THREADS);
-  Stretches stretches(up(product.num_panels, step), num_threads);
-  std::atomic<int64_t> next{0};
+  Stretches shrinks(count, num_threads), panels(up(product.num_panels, step), num_threads);
   Team::shared().run(num_threads, [&](int thread) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-      shrink<bf16>(*adapters, list[i], x, in_features);
-    stretches.run(thread, [&](int64_t task) { multiply_panels(product, task * step); });
+    shrinks.run(thread, [&](int64_t i) {
+      shrink<bf16>(*adapters, list[i], list[std::min(i + 1, count - 1)], x, in_features);
+    });
+    panels.run(thread, [&](int64_t task) { multiply_panels(product, task * step); });
   });
 #endif
 }
