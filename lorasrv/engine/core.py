@@ -26,7 +26,7 @@ from lorasrv.engine.sampling import check_named_tokens, finish_reason, score_inp
 from lorasrv.engine.tiers import AdapterTiers
 from lorasrv.engine.warming import Warms
 from lorasrv.errors import DeadlineExceeded, GenerationExists, InternalError, InvalidRequest, LorasrvError, QueueFull
-from lorasrv.memory.eviction import Candidate, GreedyDual, IdleAdapter, Policy
+from lorasrv.memory.eviction import Candidate, GreedyDual, IdleAdapter
 from lorasrv.sched.fairness import OUTPUT_COST, Shares
 from lorasrv.sched.plan import Admission, Chunk, Plan
 from lorasrv.sched.queue import WaitingQueue
@@ -86,7 +86,6 @@ class EngineCore:
         runner: Runner,
         tiers: AdapterTiers,
         clock: Callable[[], float] = time.monotonic,
-        policy: Policy | None = None,
     ) -> None:
         self._config = config
         self._limits = limits
@@ -102,7 +101,7 @@ class EngineCore:
             block_tokens=limits.block_tokens,
             keep_prefixes=config.prefix_cache,
             tiers=tiers,
-            policy=policy or GreedyDual(),
+            policy=GreedyDual(),
             clock=clock,
         )
         self._warms = Warms(self._ledger, limits.num_pages)
