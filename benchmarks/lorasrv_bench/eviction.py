@@ -13,9 +13,9 @@ from itertools import accumulate
 from random import Random
 
 from lorasrv.memory.eviction import GreedyDual, Policy
-from lorasrv.sim.policies import LeastFrequentlyUsed, LeastRecentlyUsed
 from lorasrv_bench.eviction_rig import Ask, Hardware, Outcome, Rig
 from lorasrv_bench.figures import commit
+from lorasrv_bench.policies import LeastFrequentlyUsed, LeastRecentlyUsed
 from lorasrv_bench.workloads import parse_workload
 
 RANKS = "ranks=S2"

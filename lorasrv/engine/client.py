@@ -70,7 +70,7 @@ class Engine(Protocol):
 
 
 class ThreadEngine(RoutingEngine):
-    """An engine in a thread of this process, for tests and offline use. It owns the core, and does not restart it."""
+    """An engine in a thread of this process, for tests and benchmarks. It owns the core, and does not restart it."""
 
     def __init__(self, core: Core, info: EngineInfo) -> None:
         super().__init__()
