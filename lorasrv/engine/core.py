@@ -450,7 +450,7 @@ class EngineCore:
         """Give the drawn tokens to the sequences that go on, and end those whose last one it was. What their prompts
         `scored` is told with them, and taken out."""
         deltas: list[TokenDelta] = []
-        num_drawn, logprobs = 0, output.logprobs
+        num_drawn, logprobs, any_held_back = 0, output.logprobs, self._requests.holds_back
         for place, (sequence, token_id) in enumerate(zip(step.drawing, output.tokens, strict=True)):
             if sequence.ended:
                 continue
@@ -466,7 +466,7 @@ class EngineCore:
             token_ids.append(token_id)
             share.served += OUTPUT_COST / share.weight
             finish = None
-            if self._requests.holds_back:
+            if any_held_back:
                 self._requests.queue_followers(sequence, sequence)
             if token_id in sequence.ends or len(token_ids) == sequence.max_tokens_total:
                 finish = self._end(sequence)
