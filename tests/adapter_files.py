@@ -94,9 +94,9 @@ def write_adapter(
     return folder
 
 
-def small_adapter(folder: Path, base: BaseShapes, *, seed: int = 0, rank: int = 2) -> Path:
+def small_adapter(folder: Path, base: BaseShapes, *, seed: int = 0) -> Path:
     """A valid adapter that differs by `seed`."""
-    return write_adapter(folder, lora_config(r=rank), lora_tensors(base, ["q_proj", "down_proj"], rank, seed))
+    return write_adapter(folder, lora_config(r=2), lora_tensors(base, ["q_proj", "down_proj"], 2, seed))
 
 
 def upload_files(folder: Path) -> list[UploadFile]:

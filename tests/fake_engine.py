@@ -57,8 +57,8 @@ class FakeEngine:
     Warms raise `warm_error` if there is one, and have brought `warm_digests` to the device.
     """
 
-    def __init__(self, script: Callable[[EngineRequest], Iterable[TokenDelta | Exception]] = echo) -> None:
-        self.script = script
+    def __init__(self) -> None:
+        self.script: Callable[[EngineRequest], Iterable[TokenDelta | Exception]] = echo
         self.requests: list[EngineRequest] = []
         self.ended_early: list[str] = []
         self.cancelled: list[tuple[str, int]] = []

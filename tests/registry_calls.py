@@ -20,8 +20,8 @@ def stub(running: Running) -> Any:
     return adapter_pb2_grpc.AdapterServiceStub(running.channel)
 
 
-def name_of(adapter_id: str, tenant: str = TENANT) -> str:
-    return f"{tenant}/adapters/{adapter_id}"
+def name_of(adapter_id: str) -> str:
+    return f"{TENANT}/adapters/{adapter_id}"
 
 
 async def create(adapters: Any, folder: Path, adapter_id: str, **fields: Any) -> adapter_pb2.Upload:
@@ -43,8 +43,8 @@ def get_upload(adapters: Any, upload: adapter_pb2.Upload) -> Any:
     return adapters.GetUpload(adapter_pb2.GetUploadRequest(name=upload.name))
 
 
-def part(upload: adapter_pb2.Upload, offset: int, data: bytes, file: str = WEIGHTS) -> adapter_pb2.WriteUploadRequest:
-    return adapter_pb2.WriteUploadRequest(upload=upload.name, file=file, offset_bytes=offset, data=data)
+def part(upload: adapter_pb2.Upload, offset: int, data: bytes) -> adapter_pb2.WriteUploadRequest:
+    return adapter_pb2.WriteUploadRequest(upload=upload.name, file=WEIGHTS, offset_bytes=offset, data=data)
 
 
 async def push(adapters: Any, folder: Path, adapter_id: str, **fields: Any) -> str:

@@ -18,8 +18,8 @@ from lorasrv_bench.workloads import parse_workload
 from virtual_loop import VirtualLoop, run_virtually
 
 
-def sent(asks: Sequence[Ask], backend: FakeBackend, concurrency: int | None = None, start_s: float = 1.0) -> Sent:
-    return run_virtually(send(asks, backend, start_s=start_s, concurrency=concurrency))
+def sent(asks: Sequence[Ask], backend: FakeBackend, concurrency: int | None = None) -> Sent:
+    return run_virtually(send(asks, backend, start_s=1.0, concurrency=concurrency))
 
 
 def block(seconds: float) -> None:

@@ -4,7 +4,7 @@ What is nearly right (a knob one token off, stages in another order than the doc
 same draws.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,14 +41,14 @@ LOGITS = [2.0, -1.0, 0.5, 0.45, 1.7, -1.6, -0.4, 1.2, 0.7, -0.8, 1.55, 0.1]
 NOW: dict[str, Any] = {"prompt": (0, 1, 1, 4, 7, 3), "generated": (4, 4, 2, 9, 4), "eos": {10}}
 
 
-def drawn_counts(now: Moment, logits: Sequence[float] = LOGITS) -> dict[str, list[int]]:
+def drawn_counts(now: Moment) -> dict[str, list[int]]:
     """By stream, and those of all together."""
     numbers = [number(index) for number in STREAMS.values() for index in range(NUM_DRAWS)]
-    tokens = draw(now, logits, numbers)
+    tokens = draw(now, LOGITS, numbers)
     counts = {
-        name: counted(tokens[at * NUM_DRAWS : (at + 1) * NUM_DRAWS], len(logits)) for at, name in enumerate(STREAMS)
+        name: counted(tokens[at * NUM_DRAWS : (at + 1) * NUM_DRAWS], len(LOGITS)) for at, name in enumerate(STREAMS)
     }
-    return counts | {"all": counted(tokens, len(logits))}
+    return counts | {"all": counted(tokens, len(LOGITS))}
 
 
 @dataclass(frozen=True, kw_only=True)

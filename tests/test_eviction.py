@@ -18,7 +18,7 @@ from lorasrv.engine.costs import Costs, Traffic
 from lorasrv.memory.eviction import Candidate, EvictionOrder, GreedyDual, IdleAdapter, Name, Policy, round_up
 from lorasrv.memory.likelihood import HORIZON, Likelihood, RequestClock
 from lorasrv.memory.prefix import PrefixCache
-from lorasrv.sim.policies import LeastFrequentlyUsed, LeastRecentlyUsed
+from lorasrv_bench.policies import LeastFrequentlyUsed, LeastRecentlyUsed
 
 
 def name_of(candidate: Candidate) -> Name:

@@ -39,7 +39,7 @@ def test_fields_and_defaults(tmp_path: Path) -> None:
     found = read_architecture(write(tmp_path))
     assert (found.num_layers, found.hidden, found.num_heads, found.num_kv_heads, found.head_dim) == (3, 64, 8, 2, 8)
     assert (found.rope.theta, found.rms_norm_eps, found.context_tokens) == (1e4, 1e-6, 2048)
-    assert (found.tie_word_embeddings, found.bos_token_id, found.name) == (False, 1, tmp_path.name)
+    assert (found.tie_word_embeddings, found.name) == (False, tmp_path.name)
     assert dict.fromkeys(MODULE_PATHS) == dict.fromkeys(path for path, _, _ in found.module_shapes())
     shapes = {path.split(".")[1]: tuple(rest) for path, *rest in found.module_shapes()}
     assert shapes["q_proj"] == (64, 64)
@@ -195,7 +195,7 @@ def test_configs_are_read_as_transformers_reads_them(tmp_path: Path, model_type:
     assert (found.rope.kind, found.rope.theta) == ("default", theirs.rope_parameters["rope_theta"])
     eos = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
     assert found.eos_token_ids == tuple(token for token in eos if token is not None)
-    assert (found.bos_token_id, found.tie_word_embeddings) == (theirs.bos_token_id, theirs.tie_word_embeddings)
+    assert found.tie_word_embeddings == theirs.tie_word_embeddings
 
 
 @pytest.mark.parametrize("model_type", FAMILY_CONFIGS)

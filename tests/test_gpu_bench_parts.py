@@ -165,7 +165,7 @@ def test_some_keeps_the_ends() -> None:
 
 def test_a_rounds_time_is_shared_among_its_calls() -> None:
     timing = Timing.of([2.0, 4.0, 6.0, 8.0, 10.0], num_calls=2)
-    assert (timing.median_s, timing.num_rounds) == (3.0, 5)
+    assert timing.median_s == 3.0
     assert timing.spread == pytest.approx(1.0)
 
 

@@ -116,7 +116,6 @@ def test_evicts_the_least_recently_got(make: Make, loader: Loader) -> None:
         HostState.READY,
         HostState.READY,
     ]
-    assert cache.snapshot().num_evictions == 1
     assert cache.snapshot().used_bytes == 3
 
 
@@ -163,7 +162,7 @@ def test_nothing_comes_or_goes_but_in_poll(make: Make, loader: Loader) -> None:
     cache.unpin("b")
     cache.request("c")
     cache.check()
-    assert (cache.get("a"), cache.snapshot().num_evictions) == (b"a", 0)
+    assert cache.get("a") == b"a"
     cache.poll()
     assert (cache.get("a"), cache.get("b")) == (None, b"b")
 

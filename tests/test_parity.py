@@ -1,7 +1,7 @@
 """Greedy tokens equal PEFT's for mixed batches of adapters and base rows, and the comparison sees every mutation."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,6 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "r100": {"rank": 100, "targets": ("v_proj", "gate_proj")},
 }
 Modules = dict[str, list[PackedModule]]
-Mutation = Callable[[Modules], Modules]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ from lorasrv_adapters.manifest import CONFIG_FILE, WEIGHTS_FILE
 from lorasrv_adapters.peft_config import parse_peft_config
 from lorasrv_adapters.peft_format import AdapterSpec, read_spec, validate_bytes, validate_folder
 from lorasrv_adapters.published import open_bytes, open_folder
-from lorasrv_adapters.safetensors_header import TensorEntry, read_tensor_bytes
+from lorasrv_adapters.safetensors_header import TensorEntry, iter_tensor
 from lorasrv_adapters.values import bad_values
 
 BASE = llama_shapes()
@@ -136,7 +136,7 @@ def test_what_peft_saves_is_read_exactly(tmp_path: Path, seed: int) -> None:
             layer = layers[base.module_key(module.layer, module.module)]
             assert module.scale == pytest.approx(layer.scaling["default"], rel=1e-12)
             for entry, linears in ((module.a, layer.lora_A), (module.b, layer.lora_B)):
-                values = np.frombuffer(read_tensor_bytes(file, entry), dtype=np.float32).reshape(entry.shape)
+                values = np.frombuffer(b"".join(iter_tensor(file, entry)), dtype=np.float32).reshape(entry.shape)
                 assert np.array_equal(values, linears.get_parameter("default.weight").detach().numpy())
 
 

@@ -102,8 +102,8 @@ def test_top_k_one_and_a_tiny_top_p_are_greedy() -> None:
     assert set(sample_tokens(LOGITS.expand(100, -1), rows)) == {0}
 
 
-def batch_logits(num_rows: int, vocab_size: int = 333) -> Tensor:
-    return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(7)) * 2
+def batch_logits(num_rows: int) -> Tensor:
+    return torch.randn(num_rows, 333, generator=torch.Generator().manual_seed(7)) * 2
 
 
 def test_a_row_draws_the_same_whatever_else_is_in_the_batch() -> None:

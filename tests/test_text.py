@@ -63,8 +63,8 @@ LEVEL_MOVED = (byte for byte in range(256) if chr(byte) not in LEVEL_ALPHABET)
 LEVEL_SPELLED = {ord(c): c for c in LEVEL_ALPHABET} | {byte: chr(256 + n) for n, byte in enumerate(LEVEL_MOVED)}
 
 
-def deltas(tokenizer: Tokenizer, prompt: list[int], tokens: list[int], stop: tuple[str, ...] = ()) -> list[str]:
-    stream = TextStream(Vocabulary(tokenizer), prompt, stop)
+def deltas(tokenizer: Tokenizer, prompt: list[int], tokens: list[int]) -> list[str]:
+    stream = TextStream(Vocabulary(tokenizer), prompt, ())
     return [*(stream.push([token]).text for token in tokens), stream.finish().text]
 
 

@@ -56,11 +56,8 @@ class HostCacheSnapshot:
     """What the cache holds at a moment; `states` has no absent digests. `used_bytes` counts images being built;
     `queued` are the READING ones whose reads have not begun, in the order in which they will."""
 
-    budget_bytes: int
     used_bytes: int
     pinned_bytes: int
-    num_loads: int
-    num_evictions: int
     states: dict[str, HostState]
     queued: tuple[str, ...]
 
@@ -119,8 +116,6 @@ class HostCache(Generic[Image]):
         self._discarded: set[str] = set()
         self._used_bytes = 0
         self._ready_bytes = 0
-        self._num_loads = 0
-        self._num_evictions = 0
 
     def request(self, digest: str) -> None:
         """Have an image read, unless it is ready, being read or has failed; never blocks."""
@@ -168,7 +163,6 @@ class HostCache(Generic[Image]):
             self._ready[digest] = _Ready(image=result, size_bytes=read.size_bytes)
             self._new[digest] = None
             self._ready_bytes += read.size_bytes
-            self._num_loads += 1
         self._begin_reads()
 
     def poll(self) -> None:
@@ -241,11 +235,8 @@ class HostCache(Generic[Image]):
 
     def snapshot(self) -> HostCacheSnapshot:
         return HostCacheSnapshot(
-            budget_bytes=self._budget_bytes,
             used_bytes=self._used_bytes,
             pinned_bytes=sum(entry.size_bytes for digest, entry in self._ready.items() if digest in self._pins),
-            num_loads=self._num_loads,
-            num_evictions=self._num_evictions,
             states={digest: self.state(digest) for digest in (*self._reads, *self._ready, *self._failed)},
             queued=tuple(digest for digest, read in self._reads.items() if read.phase is _Phase.QUEUED),
         )
@@ -328,7 +319,6 @@ class HostCache(Generic[Image]):
                 excess_bytes -= self._ready[digest].size_bytes
         for digest in victims:
             self._let_go(digest)
-        self._num_evictions += len(victims)
         return True
 
     def _begin_reads(self) -> None:

@@ -105,7 +105,8 @@ def parse_header(data: bytes, file_bytes: int, limits: HeaderLimits = HeaderLimi
 
 
 def iter_tensor(file: BinaryIO, entry: TensorEntry, chunk_bytes: int = 4 << 20) -> Iterator[bytes]:
-    """A tensor's bytes in chunks of whole elements; raises MalformedFile when the file has become shorter."""
+    """A tensor's bytes, row-major and little-endian, in chunks of whole elements. Raises MalformedFile when the file
+    has become shorter."""
     chunk_bytes -= chunk_bytes % 8
     for begin in range(entry.begin, entry.end, chunk_bytes):
         num_bytes = min(chunk_bytes, entry.end - begin)
@@ -114,11 +115,6 @@ def iter_tensor(file: BinaryIO, entry: TensorEntry, chunk_bytes: int = 4 << 20) 
         if len(data) != num_bytes:
             raise MalformedFile(f"tensor {entry.name}: the file ends inside it")
         yield data
-
-
-def read_tensor_bytes(file: BinaryIO, entry: TensorEntry) -> bytes:
-    """All bytes of a tensor, row-major and little-endian."""
-    return b"".join(iter_tensor(file, entry, max(8, entry.num_bytes + 8)))
 
 
 def _entry(name: str, value: Any, data_start: int, limits: HeaderLimits) -> TensorEntry:

@@ -35,7 +35,7 @@ from lorasrv_bench import (
     streaming,
 )
 from lorasrv_bench.cpu_rows import Row
-from lorasrv_bench.records import commit, cpu_name
+from lorasrv_bench.figures import commit, cpu_name
 
 SAMPLE = Path(__file__).parents[2] / "adapters" / "samples" / "base"
 

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lorasrv_bench.decisions import Load, Measured, quantile
+from lorasrv_bench.figures import spread
 from lorasrv_bench.lora_cost import ALLOWED, Cost
 from lorasrv_bench.peers import MIXED, OURS, Compared
 from lorasrv_bench.start_up import Started
@@ -181,7 +182,3 @@ def of_start(started: Started) -> list[Row]:
             figures={"peak_mib": peaks},
         ),
     ]
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"

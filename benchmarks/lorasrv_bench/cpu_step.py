@@ -29,7 +29,7 @@ from lorasrv.model.decoder import Decoder
 from lorasrv.model.loader import dummy_weights
 from lorasrv.model.sampler import draw
 from lorasrv_bench.determinism import BLOCK_TOKENS, CONFIG, DTYPE, RANK, architecture_of, random_modules
-from lorasrv_bench.records import commit, cpu_name
+from lorasrv_bench.figures import commit, cpu_name
 from lorasrv_kernels import cpu, reference
 
 NUM_SEQUENCES = 16
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
     rig = build(arguments.seed, arguments.context)
-    print(f"commit {commit() or 'unknown'}, torch {torch.__version__}, seed {arguments.seed}")
+    print(f"commit {commit()}, torch {torch.__version__}, seed {arguments.seed}")
     print(
         f"device {cpu_name()}, {torch.get_num_threads()} threads, {DTYPE}; native kernels: {rig.arms[1].kernels.name}"
     )

@@ -25,8 +25,8 @@ from lorasrv.engine.tiers import TierChanges
 from lorasrv.errors import LorasrvError
 from lorasrv.memory.residency import ResidentAdapter
 from lorasrv.types import AdapterUse, EngineRequest, Tier
+from lorasrv_bench.figures import commit, cpu_name
 from lorasrv_bench.plots import Curve, chart
-from lorasrv_bench.records import commit, cpu_name
 
 BLOCK_TOKENS = 16
 MIN_TOKENS = 8

@@ -8,7 +8,6 @@ equal to the bit whether a sequence is computed alone or in the batch; otherwise
 
 import argparse
 import json
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +27,7 @@ from lorasrv.memory.tensors import PackedModule, module_geometry, pack_adapter
 from lorasrv.model.decoder import Decoder
 from lorasrv.model.families import Architecture, read_architecture
 from lorasrv.model.loader import dummy_weights
+from lorasrv_bench.figures import commit
 from lorasrv_kernels.dispatch import forward_kernels
 
 CONFIG = {
@@ -191,8 +191,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=30)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    print(f"commit {commit.stdout.strip() or 'unknown'}, torch {torch.__version__}, seed {arguments.seed}")
+    print(f"commit {commit()}, torch {torch.__version__}, seed {arguments.seed}")
     print(f"device cpu ({torch.backends.cpu.get_cpu_capability()}), {arguments.threads} threads, {DTYPE}")
     print(f"configuration 125M Llama {CONFIG}, decode at context {CONTEXT}, {NUM_ADAPTERS} adapters of rank {RANK}")
     rig = build(arguments.seed)

@@ -34,9 +34,9 @@ from lorasrv.model.families import read_architecture
 from lorasrv_bench.backends import Server
 from lorasrv_bench.clients import Clients
 from lorasrv_bench.economy_bench import Bench, Registered, Setup, ThroughGrpc, Within
+from lorasrv_bench.figures import commit, cpu_name
 from lorasrv_bench.fresh_adapters import write_adapter
 from lorasrv_bench.in_process import InProcess
-from lorasrv_bench.records import commit, cpu_name
 
 # What is promised of each ratio.
 TARGETS = {

@@ -8,15 +8,14 @@ and every policy was asked for as many prompt tokens.
 """
 
 import argparse
-import subprocess
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from pathlib import Path
 from random import Random
 
 from lorasrv.memory.eviction import GreedyDual, Policy
-from lorasrv.sim.policies import LeastFrequentlyUsed, LeastRecentlyUsed
 from lorasrv_bench.eviction_rig import Ask, Hardware, Outcome, Rig
+from lorasrv_bench.figures import commit
+from lorasrv_bench.policies import LeastFrequentlyUsed, LeastRecentlyUsed
 from lorasrv_bench.workloads import parse_workload
 
 RANKS = "ranks=S2"
@@ -36,7 +35,7 @@ POLICIES: Mapping[str, tuple[Policy, bool]] = {
     "LFU": (LeastFrequentlyUsed(), False),
     "the engine's": (GreedyDual(), False),
 }
-OPEN_CHATS, TURN, REPLY, LONGEST_CHAT = 150, (64, 512), (8, 256), 3500
+CHAT_ADAPTERS, OPEN_CHATS, TURN, REPLY, LONGEST_CHAT = 200, 150, (64, 512), (8, 256), 3500
 
 
 class WrongAccounting(Exception):
@@ -51,9 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--workload", action="append", help="instead of the usual ones; may be given again")
     options = parser.parse_args(argv)
     hardware = Hardware(num_pages=options.pages)
-    print(
-        f"commit {_commit()}, seed {options.seed}, {options.requests} requests a workload, a third of them unmeasured"
-    )
+    print(f"commit {commit()}, seed {options.seed}, {options.requests} requests a workload, a third of them unmeasured")
     print(f"accounting alone, no device; taken costs and sizes: {hardware}")
     print(f"\nSeconds are for a thousand requests. Chats: {OPEN_CHATS} open, a turn {TURN} tokens, a reply {REPLY}.\n")
     print(
@@ -88,15 +85,15 @@ def asks_of(text: str, num_requests: int, seed: int) -> list[Ask]:
     return asks
 
 
-def chats(num_requests: int, seed: int, num_adapters: int = 200) -> list[Ask]:
+def chats(num_requests: int, seed: int) -> list[Ask]:
     """Turns of conversations, each with all before it as its prompt. Who goes on is drawn, and may stop at any turn."""
     random = Random(seed)
-    popularity = list(accumulate(1 / place for place in range(1, num_adapters + 1)))
+    popularity = list(accumulate(1 / place for place in range(1, CHAT_ADAPTERS + 1)))
     open_chats: list[tuple[int, list[tuple[int, int]]]] = []
     asks: list[Ask] = []
     while len(asks) < num_requests:
         if len(open_chats) < OPEN_CHATS:
-            adapter = random.choices(range(num_adapters), cum_weights=popularity)[0]
+            adapter = random.choices(range(CHAT_ADAPTERS), cum_weights=popularity)[0]
             open_chats.append((adapter, []))
         adapter, turns = chat = random.choice(open_chats)
         turns.append((_own(len(asks)), random.randrange(*TURN)))
@@ -116,14 +113,6 @@ def _row(text: str, name: str, outcome: Outcome, hardware: Hardware) -> str:
     shares = (outcome.adapter_hits / outcome.adapter_requests, outcome.cached_tokens / outcome.prompt_tokens)
     cells = [*(f"{each:.2f}" for each in (*seconds, outcome.prefill_s(hardware))), *(f"{each:.1%}" for each in shares)]
     return f"| {text} | {name} | {' | '.join(cells)} |"
-
-
-def _commit() -> str:
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

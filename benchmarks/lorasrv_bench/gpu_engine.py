@@ -92,9 +92,7 @@ def _decode(section: Section, rig: Rig, num_adapters: int, batch: int) -> None:
     )
 
 
-def step_seconds(
-    rig: Rig, chunks: Sequence[ChunkInput], between: Callable[[], None] = lambda: None, keep_all: bool = False
-) -> list[float]:
+def step_seconds(rig: Rig, chunks: Sequence[ChunkInput], between: Callable[[], None] = lambda: None) -> list[float]:
     """From one step's tokens on the host to the next one's, one step in flight, as the engine's loop runs them.
 
     A step's tokens are drawn by the step before and taken on the device. `between` is called once a step.
@@ -115,7 +113,7 @@ def step_seconds(
         seconds.append(now_s - last_s)
         running, last_s = submitted, now_s
     running.output()
-    return seconds if keep_all else seconds[_WARM_UP:] or seconds
+    return seconds[_WARM_UP:] or seconds
 
 
 def _prefill(section: Section, rig: Rig, rank: int, case: dict[str, object]) -> None:

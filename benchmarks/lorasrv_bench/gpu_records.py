@@ -2,14 +2,13 @@
 
 import json
 import platform
-import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
+from lorasrv_bench.figures import commit
 from lorasrv_bench.gpu_timing import Timing
 
 DONE, NOT_RUN, WRONG = "done", "not run", "wrong"
@@ -107,7 +106,7 @@ def about(device: torch.device, seed: int, size: str) -> dict[str, object]:
     """What stands beside every number."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "device": name,
         "torch": torch.__version__,
         "triton": _triton_version(),
@@ -116,15 +115,6 @@ def about(device: torch.device, seed: int, size: str) -> dict[str, object]:
         "size": size,
         "dtype": "bfloat16",
     }
-
-
-def _commit() -> str:
-    """Unknown without git, or in a checkout without its history."""
-    if shutil.which("git") is None:
-        return "unknown"
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
 
 
 def _triton_version() -> str:

@@ -83,16 +83,12 @@ def _is_ceiling(record: Record) -> bool:
     return record.section == "ceilings" and record.status == DONE
 
 
-def distance(
-    found: torch.Tensor,
-    expected: torch.Tensor,
-    scale: torch.Tensor | None = None,  # what the difference is measured against; None for `expected`
-) -> float:
-    """‖found − expected‖ / ‖scale‖ in fp64; infinite where something is not finite."""
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖found − expected‖ / ‖expected‖ in fp64; infinite where something is not finite."""
     if not bool(found.isfinite().all()):
         return float("inf")
-    base = (expected if scale is None else scale).double().norm()
-    return ((found.double() - expected.double()).norm() / base.clamp_min(1e-30)).item()
+    error = (found.double() - expected.double()).norm()
+    return (error / expected.double().norm().clamp_min(1e-30)).item()
 
 
 def check(error: float, limit: float, what: str) -> float:

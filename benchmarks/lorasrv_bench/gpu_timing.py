@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import torch
 
 Call = Callable[[], object]
+MIN_ROUNDS, MAX_ROUNDS = 5, 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of one call, over `num_rounds` rounds."""
+    """Seconds of one call."""
 
     median_s: float
     spread: float  # third quartile less first, over the median
-    num_rounds: int
 
     @staticmethod
     def of(seconds: Sequence[float], num_calls: int = 1) -> "Timing":
@@ -30,7 +30,6 @@ class Timing:
         return Timing(
             median_s=median / num_calls,
             spread=(quartiles[2] - quartiles[0]) / median if median else 0.0,
-            num_rounds=len(seconds),
         )
 
 
@@ -44,12 +43,12 @@ class Round:
         if device.type == "cuda":
             self._graph = capture(self._run)
 
-    def time(self, limit_s: float, min_rounds: int = 5, max_rounds: int = 100) -> Timing:
-        """At least `min_rounds` rounds, more while the time allows."""
+    def time(self, limit_s: float) -> Timing:
+        """At least MIN_ROUNDS rounds, more while the time allows, up to MAX_ROUNDS."""
         seconds: list[float] = []
         end_s = time.monotonic() + limit_s
         self._one()
-        while len(seconds) < min_rounds or (len(seconds) < max_rounds and time.monotonic() < end_s):
+        while len(seconds) < MIN_ROUNDS or (len(seconds) < MAX_ROUNDS and time.monotonic() < end_s):
             seconds.append(self._one())
         return Timing.of(seconds, len(self._calls))
 

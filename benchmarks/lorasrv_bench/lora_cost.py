@@ -168,9 +168,9 @@ def weight_stream() -> float:
     return sum(weight.nbytes for weight in weights) / min(map(_least_s, ways))
 
 
-def _least_s(way: Callable[[], object], repeats: int = 5) -> float:
+def _least_s(way: Callable[[], object]) -> float:
     times: list[float] = []
-    for _ in range(repeats + 1):
+    for _ in range(6):
         begun_s = time.perf_counter()
         way()
         times.append(time.perf_counter() - begun_s)

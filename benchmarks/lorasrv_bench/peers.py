@@ -34,10 +34,10 @@ from transformers.utils.logging import disable_progress_bar
 from lorasrv_bench.asks import Ask, make_asks
 from lorasrv_bench.bench_model import CONFIGS, Size, write_model
 from lorasrv_bench.clients import Clients
+from lorasrv_bench.figures import commit, cpu_name
 from lorasrv_bench.fresh_adapters import write_adapters
 from lorasrv_bench.peers_arms import Arm, Material, PeerArm, by_url, ours
 from lorasrv_bench.peers_transformers import PEERS, Models, Referee, Settings, best_settings
-from lorasrv_bench.records import commit, cpu_name
 from lorasrv_bench.workloads import Arrival
 
 NUM_ADAPTERS = 4

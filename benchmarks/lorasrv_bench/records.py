@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from lorasrv import __version__
 from lorasrv.errors import ConfigurationError
+from lorasrv_bench.figures import commit, cpu_name
 from lorasrv_bench.load import Call
 from lorasrv_bench.watch import OWNERS, Look
 from lorasrv_bench.workloads import Workload
@@ -42,23 +42,6 @@ def header(workload: Workload, **settings: Any) -> dict[str, Any]:
         "digest": workload.digest(),
         **settings,
     }
-
-
-def commit() -> str | None:
-    """The checkout's; None where this is no checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown CPU"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 
 
 def look_line(look: Look, start_s: float) -> dict[str, Any]:

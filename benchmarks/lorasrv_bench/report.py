@@ -13,6 +13,7 @@ from lorasrv_bench.plots import Curve, bands, chart
 from lorasrv_bench.records import Record, refusals
 from lorasrv_bench.watch import OWNERS
 
+CDF_POINTS = 400
 SHOWN = ("requests_per_s", "output_tokens_per_s", "goodput_per_s", "failed")
 LATENCIES = {"ttft_s": "TTFT", "tpot_s": "TPOT", "itl_s": "ITL", "e2e_s": "E2E"}
 # What of a header several runs are set against, and what it is called.
@@ -62,10 +63,10 @@ def _of_run(record: Record) -> str:
     return "\n".join(parts)
 
 
-def cdf(values: Sequence[float], most: int = 400) -> tuple[tuple[float, float], ...]:
-    """Points of the distribution function, at most so many."""
+def cdf(values: Sequence[float]) -> tuple[tuple[float, float], ...]:
+    """Points of the distribution function, at most CDF_POINTS."""
     ordered = sorted(values)
-    ranks = sorted({round(index * (len(ordered) - 1) / (most - 1)) for index in range(most)})
+    ranks = sorted({round(index * (len(ordered) - 1) / (CDF_POINTS - 1)) for index in range(CDF_POINTS)})
     return tuple((ordered[rank], (rank + 1) / len(ordered)) for rank in ranks)
 
 

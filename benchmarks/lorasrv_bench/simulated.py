@@ -19,7 +19,6 @@ import argparse
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -44,6 +43,7 @@ from lorasrv.sim.work import StepWork
 from lorasrv.sim.workload import Arrival, make_request
 from lorasrv.types import AdapterUse, EngineRequest
 from lorasrv_bench.calibration import ITEMSIZE, Calibration, Calibrator
+from lorasrv_bench.figures import commit
 from lorasrv_bench.real_engine import Prepared, RealEngine, prepare, real_engine
 from lorasrv_bench.workloads import Workload, parse_workload
 
@@ -134,8 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [case.name for case in CASES]
     parser.add_argument("--case", action="append", choices=names, help="a workload to run; else all")
     given = parser.parse_args(argv)
-    root = Path(__file__).parents[2]
-    print(f"commit {_commit(root)}; {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    print(f"commit {commit()}; {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
     print(f"Python {platform.python_version()}, torch {torch.__version__}, seed {given.seed}")
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(Path(folder), num_adapters=NUM_ADAPTERS, ranks=RANKS, model=given.model)
@@ -277,11 +276,6 @@ def _side(replica: Replica) -> Side:
     itl = Times.of(replica.gaps)
     assert ttft is not None and itl is not None and all(record.done for record in replica.records), "requests failed"
     return Side(ttft=ttft, itl=itl)
-
-
-def _commit(root: Path) -> str:
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import asyncio
 import multiprocessing
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -42,6 +41,7 @@ from lorasrv.server.frontdesk import FrontDesk
 from lorasrv.server.seen import SeenVersions
 from lorasrv.server.server import Server, ServerConfig
 from lorasrv.types import SamplingParams
+from lorasrv_bench.figures import commit, cpu_name, spread
 from lorasrv_bench.stream_core import DELTAS_PER_S, PacedCore, answer_token, answers_of, info_of
 from lorasrv_bench.stream_load import PROMPT, Streamed, Work, serve_load
 
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         seed=given.seed,
         paced=not given.unpaced,
     )
-    print(f"commit {_commit(root)}; {platform.machine()}, {_cpu_name()}, {multiprocessing.cpu_count()} cores")
+    print(f"commit {commit()}; {platform.machine()}, {cpu_name()}, {multiprocessing.cpu_count()} cores")
     print(f"{setup}; Python {platform.python_version()}")
     print(report(setup, measure(setup)))
     return 0
@@ -318,10 +318,10 @@ def clients(count: int) -> Iterator[Sequence[Any]]:
 def report(setup: Setup, repeats: Sequence[dict[str, Round]]) -> str:
     """Medians, the medians of ratios within a repeat, and spreads."""
     speeds = {name: [rounds[name].tokens_per_s for rounds in repeats] for name in repeats[0]}
-    lines = [f"{name}         {_spread(each, '.0f')} tokens/s" for name, each in speeds.items()]
+    lines = [f"{name}         {spread(each, '.0f')} tokens/s" for name, each in speeds.items()]
     for name in ("desk", "loop"):
         ratios = [a / b for a, b in zip(speeds["grpc"], speeds[name], strict=True)]
-        lines.append(f"grpc / {name}  {_spread(ratios, '.3f')} of {len(repeats)} repeats")
+        lines.append(f"grpc / {name}  {spread(ratios, '.3f')} of {len(repeats)} repeats")
     through = [rounds["grpc"] for rounds in repeats]
     per_message = setup.streams * setup.tokens / statistics.median(each.num_messages for each in through)
     lines.append(f"{per_message:.1f} tokens in a message of grpc")
@@ -329,10 +329,6 @@ def report(setup: Setup, repeats: Sequence[dict[str, Round]]) -> str:
     if busy > BUSY:
         lines.append(f"a client used {busy:.2f} of a core: it may be what bounds grpc; try --clients")
     return "\n".join(lines)
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    return f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def _line(each: Round) -> str:
@@ -344,16 +340,6 @@ def _cpu_s_of(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     ticks = int(fields[11]) + int(fields[12])
     return ticks / 100
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown CPU")
-
-
-def _commit(root: Path) -> str:
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Multi-LoRA kernels over a paged pool, each beside its torch oracle. Needs torch alone."""
+"""Multi-LoRA kernels over a paged pool, each beside its torch oracle. Needs torch, and Triton on a GPU."""

@@ -86,14 +86,6 @@ class AttentionWork:
     num_slots: int  # room for partial results that the step's layers take
 
 
-def split_size(context: int, min_split: int = MIN_SPLIT) -> int:
-    """The smallest `min_split` times a power of two that cuts the context to at most `MAX_SPLITS` splits."""
-    size = min_split
-    while size * MAX_SPLITS < context:
-        size *= 2
-    return size
-
-
 def build_attention_work(
     num_rows: Sequence[int],  # of each sequence; 0 for one that is not there
     context_lengths: Sequence[int],  # those rows included

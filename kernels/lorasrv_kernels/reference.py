@@ -253,8 +253,6 @@ def rope(
 def silu_mul(
     gate_up: Tensor,  # [num_tokens, 2 * intermediate], of a linear module; may be written
     delta: Delta | None = None,
-    *,
-    expand: Callable[[Delta | None, Tensor], None] = expand,
 ) -> Tensor:  # [num_tokens, intermediate]
     """silu(gate) * up of the two halves, with what the adapters add to them."""
     expand(delta, gate_up)

@@ -172,7 +172,7 @@ def _as_dict(
 def _show(title: str, setup: "EngineSetup", routing: str, outcome: "Outcome") -> None:
     print(f"{title}, routing {routing}")
     print_table(_times(outcome))
-    for name, value in _lines(setup, outcome):
+    for name, value in _lines(outcome):
         print(f"{name:<12} {value}")
     if outcome.pool:
         print(f"\npool of {outcome.pool[0].pool.num_pages} pages by owner")
@@ -200,7 +200,7 @@ def _seconds(value: float) -> str:
     return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:.2f} s"
 
 
-def _lines(setup: "EngineSetup", outcome: "Outcome") -> list[tuple[str, str]]:
+def _lines(outcome: "Outcome") -> list[tuple[str, str]]:
     traffic = outcome.traffic
     refused = "".join(f", {count:,} {reason}" for reason, count in outcome.refused.items())
     hits = ", ".join(f"{tier} {share:.1%}" for tier, share in outcome.hits.items())

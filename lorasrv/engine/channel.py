@@ -1,8 +1,7 @@
 """What the front process and the engine say to each other, and its bytes: a tag, then msgpack. No pickle.
 
-This module, `process`, `child` and `client` need msgspec and pyzmq. The rest of the engine (core, runner, batch, loop)
-runs without them, so that a bare GPU box can import it: a departure from "engine imports with torch and friends alone"
-that ends at the process boundary.
+This module, `process`, `child` and `client` need msgspec and pyzmq. The rest of the engine runs without them, so that a
+bare GPU box can import it.
 """
 
 from typing import Any

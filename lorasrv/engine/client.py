@@ -19,6 +19,7 @@ from lorasrv.errors import EngineUnavailable, LorasrvError, error_from_reason
 from lorasrv.types import EngineInfo, EngineRequest, EngineStatus, Tier, TokenDelta
 
 _log = logging.getLogger(__name__)
+_MAX_BACKOFF_S = 30.0
 
 
 class Engine(Protocol):
@@ -69,7 +70,7 @@ class Engine(Protocol):
 
 
 class ThreadEngine(RoutingEngine):
-    """An engine in a thread of this process, for tests and offline use. It owns the core, and does not restart it."""
+    """An engine in a thread of this process, for tests and benchmarks. It owns the core, and does not restart it."""
 
     def __init__(self, core: Core, info: EngineInfo) -> None:
         super().__init__()
@@ -124,16 +125,12 @@ class ProcessEngine(RoutingEngine):
         factory: str = DEFAULT_FACTORY,
         heartbeat_timeout_s: float = 10.0,
         first_backoff_s: float = 0.5,
-        max_backoff_s: float = 30.0,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__()
         self._config = config
         self._factory = factory
         self._heartbeat_timeout_s = heartbeat_timeout_s
         self._first_backoff_s = first_backoff_s
-        self._max_backoff_s = max_backoff_s
-        self._clock = clock
         self._child: EngineChild | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -167,7 +164,7 @@ class ProcessEngine(RoutingEngine):
         try:
             child.send(Configure(self._config))
             # Loading a large model takes as long as it takes; the process's end is noticed.
-            message = await child.receive(None, self._clock)
+            message = await child.receive(None, time.monotonic)
             match message:
                 case Ready(info):
                     self._set_state("ready")
@@ -186,14 +183,14 @@ class ProcessEngine(RoutingEngine):
     async def _supervise(self) -> None:
         backoff_s = self._first_backoff_s
         while True:
-            ready_s = self._clock()
+            ready_s = time.monotonic()
             await self._serve_child()
             # An engine that served for long is no crash loop.
-            if self._clock() - ready_s > self._max_backoff_s:
+            if time.monotonic() - ready_s > _MAX_BACKOFF_S:
                 backoff_s = self._first_backoff_s
             while self._state != "ready":
                 await asyncio.sleep(backoff_s)
-                backoff_s = min(2 * backoff_s, self._max_backoff_s)
+                backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
                 try:
                     await self._launch()
                 except (LorasrvError, OSError) as error:
@@ -204,7 +201,7 @@ class ProcessEngine(RoutingEngine):
         assert self._child is not None
         try:
             while True:
-                self._receive(await self._child.receive(self._heartbeat_timeout_s, self._clock))
+                self._receive(await self._child.receive(self._heartbeat_timeout_s, time.monotonic))
         except (EngineLost, MalformedMessage) as error:
             _log.error("%s; starting it again", error)
             self._set_unavailable(str(error))

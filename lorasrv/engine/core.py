@@ -6,8 +6,8 @@ While the device runs one step, the next is planned and its forward submitted; t
 then, and what they change (penalties, masks, ends) is known in time for the next draws. So an end is learned one step
 late: the surplus row is computed and dropped. Where steps do not run beside the host nothing is kept in flight.
 
-Decisions are `sched.scheduler`'s and pure; effects on pages and pins are `engine.ledger`'s; queues and sequences change
-here.
+Decisions are `sched.scheduler`'s and pure; effects on pages and pins are `engine.ledger`'s; who waits, runs and ends
+changes in `engine.open_requests`.
 """
 
 import time
@@ -18,15 +18,15 @@ from dataclasses import dataclass, field, replace
 from lorasrv.config import SchedulerConfig
 from lorasrv.engine.admission import TokenLimits, check_tokens
 from lorasrv.engine.batch import ChunkInput, Draw, PageCopy, Runner, RunningStep, StepOutput
-from lorasrv.engine.deadlines import Deadlines
 from lorasrv.engine.ledger import Ledger
+from lorasrv.engine.open_requests import OpenRequests
 from lorasrv.engine.positions import Positions
 from lorasrv.engine.rows import decode_inputs, draw_behind, token_delta
 from lorasrv.engine.sampling import check_named_tokens, finish_reason, score_input
 from lorasrv.engine.tiers import AdapterTiers
 from lorasrv.engine.warming import Warms
 from lorasrv.errors import DeadlineExceeded, GenerationExists, InternalError, InvalidRequest, LorasrvError, QueueFull
-from lorasrv.memory.eviction import Candidate, GreedyDual, IdleAdapter, Policy
+from lorasrv.memory.eviction import Candidate, GreedyDual, IdleAdapter
 from lorasrv.sched.fairness import OUTPUT_COST, Shares
 from lorasrv.sched.plan import Admission, Chunk, Plan
 from lorasrv.sched.queue import WaitingQueue
@@ -86,7 +86,6 @@ class EngineCore:
         runner: Runner,
         tiers: AdapterTiers,
         clock: Callable[[], float] = time.monotonic,
-        policy: Policy | None = None,
     ) -> None:
         self._config = config
         self._limits = limits
@@ -94,7 +93,6 @@ class EngineCore:
         self._runs_ahead = runner.runs_ahead if config.run_ahead is None else config.run_ahead
         self._tiers = tiers
         self._clock = clock
-        self._deadlines = Deadlines()
         self._positions = Positions(clock())
         self._scheduler = Scheduler(config=config, block_tokens=limits.block_tokens)
         self._ledger = Ledger(
@@ -103,17 +101,16 @@ class EngineCore:
             block_tokens=limits.block_tokens,
             keep_prefixes=config.prefix_cache,
             tiers=tiers,
-            policy=policy or GreedyDual(),
+            policy=GreedyDual(),
             clock=clock,
         )
         self._warms = Warms(self._ledger, limits.num_pages)
-        self._requests: dict[str, list[Sequence]] = {}
-        self._sequences: dict[str, Sequence] = {}
         self._shares = Shares()
         self._waiting = WaitingQueue(self._shares)
         self._running = Running()
-        # Samples that wait for the first one of their request to compute the prompt, by its sequence id.
-        self._followers: dict[str, list[Sequence]] = {}
+        self._requests = OpenRequests(
+            ledger=self._ledger, shares=self._shares, waiting=self._waiting, running=self._running
+        )
         self._in_flight: _InFlight | None = None
         self._num_added = 0
         self._counters: Counter[str] = Counter()
@@ -131,16 +128,10 @@ class EngineCore:
             latest_s = request.deadline_s - self._least_s(request)
             if latest_s <= self._clock():
                 raise _past_deadline(request.deadline_s > self._clock())
-            self._deadlines.add(request.request_id, latest_s)
+            self._requests.deadlines.add(request.request_id, latest_s)
         if request.adapter is not None:
             self._ledger.keep(request.adapter.digest)
-        first, *followers = (self._new_sequence(request, sample) for sample in range(request.n))
-        self._requests[request.request_id] = [first, *followers]
-        for sequence in (first, *followers):
-            self._sequences[sequence.sequence_id] = sequence
-        self._queue(first)
-        if followers:
-            self._followers[first.sequence_id] = followers
+        self._requests.add([self._new_sequence(request, sample) for sample in range(request.n)])
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
         """Drop a request, or its sample number `index`, and give back what it holds; what has ended is no error."""
@@ -171,7 +162,7 @@ class EngineCore:
         self._drop_discarded()
 
     def has_work(self) -> bool:
-        return bool(self._sequences or self._warms.waiting) or self._in_flight is not None
+        return bool(self._requests or self._warms.waiting) or self._in_flight is not None
 
     def step(self) -> tuple[TokenDelta, ...]:
         """Submit one step and apply the one before; with nothing to do for either, wait briefly for an adapter."""
@@ -221,28 +212,14 @@ class EngineCore:
     @property
     def num_waiting(self) -> int:
         """Sequences that are queued."""
-        return len(self._sequences) - len(self._running)
+        return len(self._requests.sequences) - len(self._running)
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant, within a part or between parts."""
         self._ledger.check(self._running)
-        held = [sequence for followers in self._followers.values() for sequence in followers]
-        assert not any(sequence.block_table for sequence in (*self._waiting, *held)), "a waiting sequence holds pages"
-        known = {id(sequence) for sequence in (*self._waiting, *self._running, *held)}
-        assert {id(sequence) for sequence in self._sequences.values()} == known, "a sequence is lost"
-        by_request = [sequence for sequences in self._requests.values() for sequence in sequences]
-        assert {id(sequence) for sequence in by_request} == known, "a request's samples are lost"
-        assert all(self._requests.values()), "a request without samples is kept"
-        self._deadlines.check(set(self._requests))
+        self._requests.check()
         self._warms.check()
-        assert self._followers.keys() <= self._sequences.keys(), "samples wait for one that has ended"
         self._waiting.check(self._ledger.resident())
-        self._running.check()
-        assert not any(sequence.running or sequence.ended for sequence in self._waiting), "a sequence waits and runs"
-        open_by_share = Counter(sequence.share for sequence in self._sequences.values())
-        assert all(share.num_open == count for share, count in open_by_share.items()), "an account is off"
-        running_by_share = Counter(sequence.share for sequence in self._running)
-        assert all(share.num_running == running_by_share[share] for share in open_by_share), "an account is off"
 
     def close(self) -> None:
         self._tiers.close()
@@ -292,13 +269,13 @@ class EngineCore:
         and could not meet it any more."""
         now_s = self._clock()
         deltas: list[TokenDelta] = []
-        for request_id in self._deadlines.passed(now_s):
+        for request_id in self._requests.deadlines.passed(now_s):
             first = self._requests[request_id][0]
             deadline_s = first.request.deadline_s
             assert deadline_s is not None, "a request without a deadline has passed it"
             has_begun = first.charged or first.sample > 0
             if deadline_s > now_s and has_begun:
-                self._deadlines.add(request_id, deadline_s)
+                self._requests.deadlines.add(request_id, deadline_s)
             else:
                 deltas.append(self._fail(first, _past_deadline(deadline_s > now_s)))
         return tuple(deltas)
@@ -357,8 +334,7 @@ class EngineCore:
         )
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._stop_running(sequence)
-        self._queue(sequence, again=True)
+        self._requests.preempt(sequence)
         self._counters["preemptions"] += 1
 
     def _evict(self, victims: tuple[Candidate, ...]) -> None:
@@ -405,14 +381,6 @@ class EngineCore:
                 if sequence.held_up and sequence.digest in loaded:
                     sequence.held_up = False
                     self._running.sort_in(sequence)
-
-    def _queue(self, sequence: Sequence, *, again: bool = False) -> None:
-        digest = sequence.digest
-        self._waiting.add(sequence, away=digest is not None and not self._ledger.is_resident(digest), again=again)
-
-    def _stop_running(self, sequence: Sequence, *, forget: bool = False) -> None:
-        self._ledger.release(sequence, forget=forget)
-        self._running.remove(sequence)
 
     # Effects after the step before.
 
@@ -482,7 +450,7 @@ class EngineCore:
         """Give the drawn tokens to the sequences that go on, and end those whose last one it was. What their prompts
         `scored` is told with them, and taken out."""
         deltas: list[TokenDelta] = []
-        num_drawn, logprobs = 0, output.logprobs
+        num_drawn, logprobs, any_held_back = 0, output.logprobs, self._requests.holds_back
         for place, (sequence, token_id) in enumerate(zip(step.drawing, output.tokens, strict=True)):
             if sequence.ended:
                 continue
@@ -498,8 +466,8 @@ class EngineCore:
             token_ids.append(token_id)
             share.served += OUTPUT_COST / share.weight
             finish = None
-            if self._followers:
-                self._queue_followers(sequence, sequence)
+            if any_held_back:
+                self._requests.queue_followers(sequence, sequence)
             if token_id in sequence.ends or len(token_ids) == sequence.max_tokens_total:
                 finish = self._end(sequence)
             told = (logprobs[place],) if logprobs and place in logprobs else ()
@@ -523,40 +491,12 @@ class EngineCore:
 
     def _drop(self, sequence: Sequence, *, forget: bool = False) -> None:
         """End a sequence, wherever it is."""
-        del self._sequences[sequence.sequence_id]
-        siblings = self._requests[sequence.request_id] = [
-            each for each in self._requests[sequence.request_id] if each is not sequence
-        ]
-        if not siblings:
-            del self._requests[sequence.request_id]
-            self._deadlines.discard(sequence.request_id)
-        if sequence.running:
-            self._stop_running(sequence, forget=forget)
-        elif sequence.queued:
-            self._waiting.remove(sequence)
-            if forget:
-                self._ledger.forget(sequence)
-        else:
-            self._forget_follower(sequence)
-        sequence.ended = True
-        self._shares.close(sequence.share)
-        self._queue_followers(sequence, None)
+        self._requests.drop(sequence, forget=forget)
         self._drop_discarded()
-
-    def _queue_followers(self, first: Sequence, sibling: Sequence | None) -> None:
-        """The first sample has computed the prompt, and is the `sibling` to copy from, or it has ended."""
-        for sequence in self._followers.pop(first.sequence_id, ()):
-            sequence.sibling = sibling
-            self._queue(sequence)
-
-    def _forget_follower(self, sequence: Sequence) -> None:
-        for first, followers in self._followers.items():
-            if sequence in followers:
-                self._followers[first] = [each for each in followers if each is not sequence]
 
     def _drop_discarded(self) -> None:
         if self._ledger.has_discarded:
-            used = {sequence.digest for sequence in self._sequences.values() if sequence.digest is not None}
+            used = {sequence.digest for sequence in self._requests.sequences if sequence.digest is not None}
             self._ledger.drop_discarded(used | {warm.digest for warm in self._warms.waiting})
 
     def _want_nothing_for_nobody(self) -> None:

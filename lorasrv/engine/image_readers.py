@@ -9,6 +9,7 @@ from typing import Generic, Protocol, TypeVar
 from lorasrv_adapters.host_cache import HostCache, ImageReader
 
 Image = TypeVar("Image")
+_NUM_THREADS = 2
 
 
 class ImageSource(ImageReader[Image], Protocol[Image]):
@@ -30,7 +31,7 @@ class ImageSource(ImageReader[Image], Protocol[Image]):
 
 
 class ThreadReader(Generic[Image]):
-    """Reads in worker threads of this process, by `load`, which makes an image at once: up to `num_threads` of them
+    """Reads in worker threads of this process, by `load`, which makes an image at once: up to `_NUM_THREADS` of them
     are held beyond the cache's budget. For tests, and for versions that are in memory already.
     """
 
@@ -38,15 +39,13 @@ class ThreadReader(Generic[Image]):
         self,
         load: Callable[[str], Image],
         size_of: Callable[[Image], int],
-        num_threads: int = 2,
         on_load_end: Callable[[], None] | None = None,
     ) -> None:
         """`on_load_end` is called in a worker after each load."""
         self._load = load
         self._size_of = size_of
-        self._num_threads = num_threads
         self._on_load_end = on_load_end
-        self._workers = ThreadPoolExecutor(num_threads, thread_name_prefix="image-reader")
+        self._workers = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="image-reader")
         self._ended: queue.SimpleQueue[tuple[str, Image | Exception]] = queue.SimpleQueue()
         self._stirred = threading.Event()
         self._loading: set[str] = set()
@@ -54,7 +53,7 @@ class ThreadReader(Generic[Image]):
 
     @property
     def is_free(self) -> bool:
-        return len(self._loading) + len(self._loaded) < self._num_threads
+        return len(self._loading) + len(self._loaded) < _NUM_THREADS
 
     def measure(self, digest: str) -> None:
         self._loading.add(digest)
@@ -88,7 +87,7 @@ class ThreadReader(Generic[Image]):
 
     def check(self) -> None:
         """Raise AssertionError on a broken invariant."""
-        assert len(self._loading) + len(self._loaded) <= self._num_threads, "too many images are held"
+        assert len(self._loading) + len(self._loaded) <= _NUM_THREADS, "too many images are held"
         assert not self._loading & self._loaded.keys(), "an image is loaded and loading"
 
     def close(self) -> None:

@@ -1,1 +1,1 @@
-"""Accounting of the page pool (integers only), and in `storage` the bytes themselves."""
+"""The page pool: accounting, in integers only, and beside it what holds, packs and copies the bytes."""

@@ -73,12 +73,10 @@ class AdapterImage:
     """Where every tile of an adapter lies in its own pages, numbered from 0.
 
     The directory stands at offset 0 of local page 0. Tiles are in directory order: matrix, row block, column chunk.
-    `used_bytes` counts weights and directory; the rest of `num_pages` pages is padding.
     """
 
     num_pages: int
     directory_bytes: int
-    used_bytes: int
     tiles: tuple[Tile, ...]
     first_tile: tuple[int, ...]
 
@@ -123,7 +121,6 @@ def adapter_image(
     return AdapterImage(
         num_pages=num_pages,
         directory_bytes=directory_bytes,
-        used_bytes=directory_bytes + sum(sizes),
         tiles=tiles,
         first_tile=tuple(first_tile),
     )

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 READ = frozenset(
     {
         "architectures",
-        "bos_token_id",
         "eos_token_id",
         "head_dim",
         "hidden_size",
@@ -76,6 +75,7 @@ IGNORED = frozenset(
         # Defaults of transformers' `generate`, which old versions wrote here.
         "bad_words_ids",
         "begin_suppress_tokens",
+        "bos_token_id",
         "decoder_start_token_id",
         "diversity_penalty",
         "do_sample",

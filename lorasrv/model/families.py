@@ -71,7 +71,6 @@ class Family:
     default_context_tokens: int
     default_num_kv_heads: int | None  # None: as many as heads
     default_head_dim: int | None = None  # None: hidden_size / num_attention_heads
-    default_bos_token_id: int | None = None
     default_eos_token_id: int | None = None
     bias: Literal["none", "qkv", "config"] = "none"
     qk_norm: bool = False
@@ -84,7 +83,6 @@ FAMILIES: Mapping[str, Family] = {
         model_type="llama",
         default_context_tokens=2048,
         default_num_kv_heads=None,
-        default_bos_token_id=1,
         default_eos_token_id=2,
         bias="config",
     ),
@@ -92,7 +90,6 @@ FAMILIES: Mapping[str, Family] = {
         model_type="mistral",
         default_context_tokens=131072,
         default_num_kv_heads=8,
-        default_bos_token_id=1,
         default_eos_token_id=2,
         window="every_layer",
     ),
@@ -142,7 +139,6 @@ class Architecture:
     o_bias: bool
     tie_word_embeddings: bool
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
 
     @property
     def family(self) -> Family:
@@ -173,7 +169,6 @@ def read_architecture(folder: str | Path) -> Architecture:
     num_layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
     rope, context_tokens = read_rope(config, config.integer("max_position_embeddings", family.default_context_tokens))
     has_bias = family.bias == "config" and config.flag("attention_bias", False)
-    bos_token_ids, eos_token_ids = _special_tokens(folder, config, family)
     found = Architecture(
         name=folder.resolve().name,
         architecture=architecture,
@@ -191,8 +186,7 @@ def read_architecture(folder: str | Path) -> Architecture:
         qkv_bias=has_bias or family.bias == "qkv",
         o_bias=has_bias,
         tie_word_embeddings=config.flag("tie_word_embeddings", False),
-        eos_token_ids=eos_token_ids,
-        bos_token_id=next(iter(bos_token_ids), None),
+        eos_token_ids=_eos_token_ids(folder, config, family),
     )
     _refuse_impossible_heads(found)
     return found
@@ -201,11 +195,11 @@ def read_architecture(folder: str | Path) -> Architecture:
 def fingerprint(folder: str | Path) -> str:
     """sha256, in hex, over what must agree for an adapter to fit: the architecture and the tokenizer's files.
 
-    What ends or begins a generation may be edited later without making published adapters another base's.
+    What ends a generation may be edited later without making published adapters another base's.
     """
     folder = Path(folder)
     fields = asdict(read_architecture(folder))
-    for name in ("name", "eos_token_ids", "bos_token_id"):
+    for name in ("name", "eos_token_ids"):
         del fields[name]
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name in TOKENIZER_FILES:
@@ -247,14 +241,12 @@ def _windows(config: Fields, family: Family, num_layers: int) -> tuple[int | Non
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def _special_tokens(folder: Path, config: Fields, family: Family) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that begin and that end a text: generation_config.json's, or else config.json's."""
-    bos = config.token_ids("bos_token_id", family.default_bos_token_id)
-    eos = config.token_ids("eos_token_id", family.default_eos_token_id)
+def _eos_token_ids(folder: Path, config: Fields, family: Family) -> tuple[int, ...]:
+    """The ids that end a text: generation_config.json's, or else config.json's."""
+    found = config.token_ids("eos_token_id", family.default_eos_token_id)
     if not (folder / "generation_config.json").exists():
-        return bos, eos
-    generation = read_fields(folder, "generation_config.json")
-    return generation.token_ids("bos_token_id") or bos, generation.token_ids("eos_token_id") or eos
+        return found
+    return read_fields(folder, "generation_config.json").token_ids("eos_token_id") or found
 
 
 def _refuse_impossible_heads(found: Architecture) -> None:

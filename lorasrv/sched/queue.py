@@ -4,7 +4,7 @@ A sequence is `away` while its adapter is not on the device. So thousands that w
 nothing: it looks at the first few of them, and at those that could run at once.
 """
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from heapq import heapify, heappop, heapreplace, merge
 from itertools import islice
 
 from lorasrv.sched.fairness import Share, Shares
-from lorasrv.sched.sequence import Sequence, order_of
+from lorasrv.sched.sequence import Sequence, order_of, take_out
 
 
 @dataclass(slots=True, eq=False)
@@ -99,7 +99,7 @@ class WaitingQueue:
     def remove(self, sequence: Sequence) -> None:
         key = _key(sequence)
         line = self._lines[key]
-        _take_out(line.side(sequence in self._away), sequence)
+        take_out(line.side(sequence in self._away), sequence)
         self._away.discard(sequence)
         if not line:
             del self._lines[key]
@@ -116,7 +116,7 @@ class WaitingQueue:
         for sequence in self._by_digest.get(digest, ()):
             if (sequence in self._away) != away:
                 line = self._lines[_key(sequence)]
-                _take_out(line.side(not away), sequence)
+                take_out(line.side(not away), sequence)
                 insort(line.side(away), sequence, key=order_of)
                 (self._away.add if away else self._away.discard)(sequence)
 
@@ -253,9 +253,3 @@ class Turns:
 
 def _key(sequence: Sequence) -> tuple[int, str]:
     return sequence.order[0], sequence.share.tenant
-
-
-def _take_out(side: list[Sequence], sequence: Sequence) -> None:
-    index = bisect_left(side, sequence.order, key=order_of)
-    assert side[index] is sequence, f"{sequence.sequence_id} is not in its place"
-    del side[index]

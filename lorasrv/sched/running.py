@@ -1,9 +1,9 @@
 """Who runs, in the order of service, and who of them needs what from the next step: kept, not looked for."""
 
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Iterator
 
-from lorasrv.sched.sequence import Sequence, order_of
+from lorasrv.sched.sequence import Sequence, order_of, take_out
 
 
 class Running:
@@ -33,7 +33,7 @@ class Running:
         sequence.share.num_running += 1
 
     def remove(self, sequence: Sequence) -> None:
-        _take_out(self._all, sequence)
+        take_out(self._all, sequence)
         self._move(sequence, None)
         sequence.running = False
         sequence.share.num_running -= 1
@@ -60,13 +60,7 @@ class Running:
         if sequence.lane is lane:
             return
         if sequence.lane is not None:
-            _take_out(sequence.lane, sequence)
+            take_out(sequence.lane, sequence)
         if lane is not None:
             insort(lane, sequence, key=order_of)
         sequence.lane = lane
-
-
-def _take_out(ordered: list[Sequence], sequence: Sequence) -> None:
-    place = bisect_left(ordered, sequence.order, key=order_of)
-    assert ordered[place] is sequence, f"{sequence.sequence_id} is not in its place"
-    del ordered[place]

@@ -1,5 +1,6 @@
 """A request on its way through the engine."""
 
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -90,3 +91,10 @@ class Sequence:
 
 
 order_of = attrgetter("order")
+
+
+def take_out(ordered: list[Sequence], sequence: Sequence) -> None:
+    """Of a list that is kept in order."""
+    place = bisect_left(ordered, sequence.order, key=order_of)
+    assert ordered[place] is sequence, f"{sequence.sequence_id} is not in its place"
+    del ordered[place]

@@ -11,23 +11,14 @@ from google.protobuf.empty_pb2 import Empty
 
 from lorasrv.engine.client import Engine
 from lorasrv.errors import EngineUnavailable, InvalidRequest
-from lorasrv.server import resources
-from lorasrv.server.access import current_caller
+from lorasrv.server import names, resources
 from lorasrv.server.convert import deadline_s
 from lorasrv.server.frontdesk import FrontDesk
 from lorasrv.types import AdapterResidency
 from lorasrv.v1 import adapter_pb2, adapter_pb2_grpc
 from lorasrv_adapters.downloads import Download
-from lorasrv_adapters.errors import AdapterNotFound, UploadNotFound, quote
+from lorasrv_adapters.errors import quote
 from lorasrv_adapters.records import Adapter, Tag, Upload, VersionUse
-from lorasrv_adapters.reference import (
-    parse_adapter_name,
-    parse_tag_name,
-    parse_tenant_name,
-    parse_upload_name,
-    parse_version_name,
-    tenant_name,
-)
 from lorasrv_adapters.registry import Registry
 from lorasrv_adapters.upload_writer import UploadWriter
 
@@ -50,12 +41,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self._workers = workers
         self._verifying = asyncio.Semaphore(MAX_VERIFYING)
 
-    @property
-    def _tenant(self) -> str:
-        return current_caller().tenant
-
     async def CreateUpload(self, request: adapter_pb2.CreateUploadRequest, context: Context) -> adapter_pb2.Upload:
-        tenant = self._parent(request.parent)
+        tenant = names.own_tenant(request.parent)
         created = await self._run(
             self._registry.uploads.create,
             tenant,
@@ -84,15 +71,15 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return await self._get_upload(request.name)
 
     async def FinishUpload(self, request: adapter_pb2.FinishUploadRequest, context: Context) -> adapter_pb2.Upload:
-        tenant, upload_id = self._upload(request.name)
+        tenant, upload_id = names.own_upload(request.name)
         return await self._upload_message(await self._run(self._registry.uploads.finish, tenant, upload_id))
 
     async def CancelUpload(self, request: adapter_pb2.CancelUploadRequest, context: Context) -> adapter_pb2.Upload:
-        tenant, upload_id = self._upload(request.name)
+        tenant, upload_id = names.own_upload(request.name)
         return await self._upload_message(await self._run(self._registry.uploads.cancel, tenant, upload_id))
 
     async def ImportAdapter(self, request: adapter_pb2.ImportAdapterRequest, context: Context) -> adapter_pb2.Upload:
-        tenant = self._parent(request.parent)
+        tenant = names.own_tenant(request.parent)
         imported = await self._run(
             self._registry.uploads.import_folder,
             tenant,
@@ -104,14 +91,14 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return await self._upload_message(imported)
 
     async def GetAdapter(self, request: adapter_pb2.GetAdapterRequest, context: Context) -> adapter_pb2.Adapter:
-        tenant, adapter_id = self._adapter(request.name)
+        tenant, adapter_id = names.own_adapter(request.name)
         get = self._registry.adapters.get
         return await self._adapter_message(await self._run(get, tenant, adapter_id, show_deleted=request.show_deleted))
 
     async def ListAdapters(
         self, request: adapter_pb2.ListAdaptersRequest, context: Context
     ) -> adapter_pb2.ListAdaptersResponse:
-        tenant = self._parent(request.parent)
+        tenant = names.own_tenant(request.parent)
         wanted = resources.adapter_filter(request)
         page = await self._run(
             self._registry.adapters.list, tenant, wanted, request.page_size, request.page_token or None
@@ -123,7 +110,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         )
 
     async def UpdateAdapter(self, request: adapter_pb2.UpdateAdapterRequest, context: Context) -> adapter_pb2.Adapter:
-        tenant, adapter_id = self._adapter(request.adapter.name)
+        tenant, adapter_id = names.own_adapter(request.adapter.name)
         fields = {"labels": dict(request.adapter.labels), "annotations": dict(request.adapter.annotations)}
         paths = list(request.update_mask.paths) or [name for name in CHANGEABLE if fields[name]]
         unknown = [path for path in paths if path not in (*CHANGEABLE, "*")]
@@ -142,7 +129,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return await self._adapter_message(changed)
 
     async def DeleteAdapter(self, request: adapter_pb2.DeleteAdapterRequest, context: Context) -> adapter_pb2.Adapter:
-        tenant, adapter_id = self._adapter(request.name)
+        tenant, adapter_id = names.own_adapter(request.name)
         deleted = await self._run(
             self._registry.adapters.delete,
             tenant,
@@ -165,14 +152,14 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return await self._change(self._registry.adapters.unpin, request.name, request.request_id)
 
     async def GetVersion(self, request: adapter_pb2.GetVersionRequest, context: Context) -> adapter_pb2.Version:
-        tenant, adapter_id, digest = self._version(request.name)
+        tenant, adapter_id, digest = names.own_version(request.name)
         found = await self._run(self._registry.adapters.version, tenant, adapter_id, digest)
         return resources.version(tenant, adapter_id, found, await self._use())
 
     async def ListVersions(
         self, request: adapter_pb2.ListVersionsRequest, context: Context
     ) -> adapter_pb2.ListVersionsResponse:
-        tenant, adapter_id = self._adapter(request.parent)
+        tenant, adapter_id = names.own_adapter(request.parent)
         page = await self._run(
             self._registry.adapters.versions, tenant, adapter_id, request.page_size, request.page_token or None
         )
@@ -183,14 +170,14 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         )
 
     async def DeleteVersion(self, request: adapter_pb2.DeleteVersionRequest, context: Context) -> Empty:
-        delete, name = self._registry.adapters.delete_version, self._version(request.name)
+        delete, name = self._registry.adapters.delete_version, names.own_version(request.name)
         await self._run(delete, *name, request_id=request.request_id or None)
         return Empty()
 
     async def DownloadVersion(
         self, request: adapter_pb2.DownloadVersionRequest, context: Context
     ) -> AsyncGenerator[adapter_pb2.DownloadVersionResponse, None]:
-        tenant, adapter_id, digest = self._version(request.name)
+        tenant, adapter_id, digest = names.own_version(request.name)
         async with self._download(tenant, adapter_id, digest) as download:
             version = resources.version(tenant, adapter_id, download.version, await self._use())
             yield adapter_pb2.DownloadVersionResponse(
@@ -202,7 +189,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def VerifyVersion(
         self, request: adapter_pb2.VerifyVersionRequest, context: Context
     ) -> adapter_pb2.VersionManifest:
-        tenant, adapter_id, digest = self._version(request.name)
+        tenant, adapter_id, digest = names.own_version(request.name)
         await self._verifying.acquire()
         # A call that is cancelled keeps its place for as long as it keeps its thread.
         loop = asyncio.get_running_loop()
@@ -212,14 +199,14 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return resources.manifest(resources.version(tenant, adapter_id, version, await self._use()), manifest.files)
 
     async def WarmAdapter(self, request: adapter_pb2.WarmAdapterRequest, context: Context) -> adapter_pb2.Version:
-        tenant, tier = self._parent(request.parent), resources.warm_tier(request.tier)
+        tenant, tier = names.own_tenant(request.parent), resources.warm_tier(request.tier)
         warmed, reached = await self._desk.warm(tenant, request.reference, tier, deadline_s(context))
         found = await self._run(self._registry.adapters.version, tenant, warmed.adapter_id, warmed.digest)
         there = AdapterResidency(digest=warmed.digest, tier=reached, num_pages=0, pins=0)
         return resources.version(tenant, warmed.adapter_id, found, self._use_of([there]))
 
     async def SetTag(self, request: adapter_pb2.SetTagRequest, context: Context) -> adapter_pb2.Tag:
-        tenant, adapter_id, name = self._tag(request.tag.name)
+        tenant, adapter_id, name = names.own_tag(request.tag.name)
         if len(request.tag.versions) != 1:
             raise InvalidRequest("tag.versions", f"{len(request.tag.versions)} versions; a tag has exactly one")
         (wanted,) = request.tag.versions
@@ -229,12 +216,12 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return resources.tag(tenant, adapter_id, tag)
 
     async def DeleteTag(self, request: adapter_pb2.DeleteTagRequest, context: Context) -> Empty:
-        delete, name = self._registry.adapters.delete_tag, self._tag(request.name)
+        delete, name = self._registry.adapters.delete_tag, names.own_tag(request.name)
         await self._run(delete, *name, request_id=request.request_id or None)
         return Empty()
 
     async def ListTags(self, request: adapter_pb2.ListTagsRequest, context: Context) -> adapter_pb2.ListTagsResponse:
-        tenant, adapter_id = self._adapter(request.parent)
+        tenant, adapter_id = names.own_adapter(request.parent)
         page = await self._run(
             self._registry.adapters.tags, tenant, adapter_id, request.page_size, request.page_token or None
         )
@@ -244,15 +231,15 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         )
 
     async def _change(self, change: Callable[..., Adapter], name: str, request_id: str) -> adapter_pb2.Adapter:
-        tenant, adapter_id = self._adapter(name)
+        tenant, adapter_id = names.own_adapter(name)
         return await self._adapter_message(await self._run(change, tenant, adapter_id, request_id=request_id or None))
 
     async def _open_writer(self, upload_name: str, file: str) -> UploadWriter:
-        tenant, upload_id = self._upload(upload_name)
+        tenant, upload_id = names.own_upload(upload_name)
         return await self._run(self._registry.uploads.open_writer, tenant, upload_id, file)
 
     async def _get_upload(self, name: str) -> adapter_pb2.Upload:
-        tenant, upload_id = self._upload(name)
+        tenant, upload_id = names.own_upload(name)
         return await self._upload_message(await self._run(self._registry.uploads.get, tenant, upload_id))
 
     @asynccontextmanager
@@ -292,41 +279,6 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
 
     async def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.wrap_future(self._workers.submit(function, *args, **kwargs))
-
-    def _full(self, name: str) -> str:
-        """The name with the caller's tenant in the place of `-`."""
-        own, _, rest = name.partition("/-")
-        return f"{tenant_name(self._tenant)}{rest}" if own == "tenants" and rest[:1] in ("", "/") else name
-
-    def _parent(self, name: str) -> str:
-        tenant = parse_tenant_name(self._full(name))
-        if tenant != self._tenant:
-            raise AdapterNotFound(f"tenant {quote(tenant)} not found")
-        return tenant
-
-    def _adapter(self, name: str) -> tuple[str, str]:
-        tenant, adapter_id = parse_adapter_name(self._full(name))
-        if tenant != self._tenant:
-            raise AdapterNotFound(f"adapter {quote(adapter_id)} not found")
-        return tenant, adapter_id
-
-    def _version(self, name: str) -> tuple[str, str, str]:
-        tenant, adapter_id, digest = parse_version_name(self._full(name))
-        if tenant != self._tenant:
-            raise AdapterNotFound(f"adapter {quote(adapter_id)} not found")
-        return tenant, adapter_id, digest
-
-    def _tag(self, name: str) -> tuple[str, str, str]:
-        tenant, adapter_id, tag = parse_tag_name(self._full(name))
-        if tenant != self._tenant:
-            raise AdapterNotFound(f"adapter {quote(adapter_id)} not found")
-        return tenant, adapter_id, tag
-
-    def _upload(self, name: str) -> tuple[str, str]:
-        tenant, upload_id = parse_upload_name(self._full(name))
-        if tenant != self._tenant:
-            raise UploadNotFound(f"upload {quote(upload_id)} not found")
-        return tenant, upload_id
 
 
 def _close(opening: Future[Download]) -> None:

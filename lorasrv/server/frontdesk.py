@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
@@ -73,7 +73,6 @@ class FrontDesk:
         workers: Executor,
         pinning: Executor,
         seen: SeenVersions,
-        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._engine = engine
         self._limits = limits
@@ -84,7 +83,6 @@ class FrontDesk:
         self._workers = workers
         self._pinning = pinning
         self._seen = seen
-        self._clock = clock
         self._running: set[tuple[str, str]] = set()
         self._suspected: set[str] = set()
         self._draining = False
@@ -115,7 +113,7 @@ class FrontDesk:
         if reference == BASE_ID:
             raise InvalidRequest("reference", f"{BASE_ID!r} is the base model, which is always in memory")
         async with self._pinned(tenant, reference) as version:
-            deadline_s = self._clock() + WARM_S if deadline_s is None else deadline_s
+            deadline_s = time.monotonic() + WARM_S if deadline_s is None else deadline_s
             return version, await self._engine.warm(version.digest, tier, deadline_s)
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event, None]:
@@ -127,7 +125,7 @@ class FrontDesk:
         Raises the errors of `engine.admission`, GenerationExists, Draining, EngineUnavailable, the registry's errors
         for the adapter, and what the engine raises.
         """
-        received_s = self._clock()
+        received_s = time.monotonic()
         adapter = check_request(request)
         generation_id = request.generation_id or uuid.uuid4().hex
         with self._register(request.tenant, generation_id):
@@ -274,7 +272,7 @@ class FrontDesk:
                     continue
                 sample = samples[delta.sample]
                 if delta.token_ids and sample.first_token_s is None:
-                    sample.first_token_s = self._clock() - admission.received_s
+                    sample.first_token_s = time.monotonic() - admission.received_s
                 piece = sample.output.take(delta)
                 if piece.finish is not None:
                     del samples[delta.sample]
@@ -296,7 +294,7 @@ class FrontDesk:
                     prompt_tokens=len(request.token_ids),
                     completion_tokens=sample.output.num_tokens,
                     time_to_first_token_s=sample.first_token_s,
-                    total_s=self._clock() - admission.received_s,
+                    total_s=time.monotonic() - admission.received_s,
                 )
                 if not samples:
                     return

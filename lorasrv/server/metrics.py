@@ -40,9 +40,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Metrics:
     """One registry of its own. Counting belongs to the event loop; scrapes may come from any thread."""
 
-    def __init__(self, engine: Engine, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.registry = CollectorRegistry()
-        self._clock = clock
         self.calls = Counter(
             "lorasrv_calls",
             "Calls that have ended, by method and gRPC code.",
@@ -72,13 +71,13 @@ class Metrics:
 
     async def observed(self, events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         """The same events, timed as they pass."""
-        received_s = self._clock()
+        received_s = time.monotonic()
         told_s: dict[int, float] = {}
         async with aclosing(events):
             async for event in events:
                 match event:
                     case Delta() if event.token_ids:
-                        now_s, before_s = self._clock(), told_s.get(event.index)
+                        now_s, before_s = time.monotonic(), told_s.get(event.index)
                         told_s[event.index] = now_s
                         if before_s is None:
                             self._first_token.observe(now_s - received_s)
