@@ -363,6 +363,36 @@ def test_samples_go_on_without_those_that_ended() -> None:
                 assert samples[index] == expected_tokens(tuple(range(1, 7)), None, 9, ends=(), sample=index)
 
 
+def test_what_counts_as_finished() -> None:
+    """Ended by the engine or by whoever reads the text, but neither dropped nor failed; a request of samples once."""
+    core, runner = make_core({}, max_running=8)
+    long = replace(make_request("r", max_tokens=50), ignore_eos=True)
+    core.add(replace(long, request_id="length", max_tokens=2))
+    core.add(replace(long, request_id="stops"))
+    core.add(replace(long, request_id="samples", n=3))
+    core.add(replace(long, request_id="half", n=2))
+    core.add(replace(long, request_id="dropped"))
+    for _ in range(3):
+        core.step()
+    assert core.status().counters.finished_requests == 1
+    core.cancel("stops", 0)
+    core.cancel("stops", 0)
+    assert core.status().counters.finished_requests == 2
+    for index in (2, 0, 1):
+        assert core.status().counters.finished_requests == 2
+        core.cancel("samples", index)
+    assert core.status().counters.finished_requests == 3
+    core.cancel("half", 1)
+    core.cancel("half")
+    core.cancel("dropped")
+    core.check()
+    assert not core.has_work() and core.status().counters.finished_requests == 3
+    core.add(long)
+    runner.not_finite = True
+    run_all(core)
+    assert core.status().counters.finished_requests == 3
+
+
 def test_a_failure_ends_all_samples() -> None:
     core, runner = make_core({"bad": 1}, failing=1.0)
     core.add(replace(make_request("r", digest="bad"), n=3))

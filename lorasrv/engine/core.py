@@ -143,10 +143,13 @@ class EngineCore:
             self._followers[first.sequence_id] = followers
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
-        """Drop a request, or its sample number `index`, and give back what it holds; what has ended is no error."""
+        """Drop a request, or end its sample number `index`, of which its caller has all, and give back what it holds;
+        what has ended is no error."""
         for sequence in self._requests.get(request_id, ()):
-            if index is None or sequence.sample == index:
+            if index is None:
                 self._drop(sequence)
+            elif sequence.sample == index:
+                self._finish(sequence)
         self._want_nothing_for_nobody()
 
     def warm(self, warm: Warm) -> None:
@@ -510,9 +513,13 @@ class EngineCore:
     def _end(self, sequence: Sequence) -> FinishReason | None:
         """A sequence has its last token."""
         finish = finish_reason(sequence, self._limits.eos_token_ids)
+        self._finish(sequence)
+        return finish
+
+    def _finish(self, sequence: Sequence) -> None:
+        """A sequence's caller has all of it."""
         self._drop(sequence)
         self._counters["finished_requests"] += sequence.request_id not in self._requests
-        return finish
 
     def _fail(self, sequence: Sequence, error: LorasrvError, *, forget: bool = False) -> TokenDelta:
         """End a sequence's request, all its samples."""
