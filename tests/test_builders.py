@@ -219,8 +219,8 @@ def test_damaged_weights_are_told_as_such(rig: Rig, damage: str) -> None:
 
 
 def test_a_builder_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    """Killed, so that it can tell nobody: one builder hangs in a read all the while, the other's first words are unread.
-    Neither has anything to complain about."""
+    """Killed, so that it can tell nobody, with words of its builders unread, of which one hangs in a read: they end
+    without any more."""
     program = f"""
 import os, select, sys, time
 from pathlib import Path

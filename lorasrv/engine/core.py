@@ -182,7 +182,7 @@ class EngineCore:
         self._go_on(changes.loaded)
         self._warms.end_hopeless(changes.failed, self._clock())
         refused = self._fail_overdue() + self._fail_unloadable(changes.failed)
-        plan = self._scheduler.decide(self._view())
+        plan = self._scheduler.decide(self._view(changes.slow))
         refused += self._reject(plan)
         submitted = self._submit(plan)
         self._warms.end_arrived()
@@ -277,7 +277,7 @@ class EngineCore:
             keys=self._ledger.block_keys(request),
         )
 
-    def _view(self) -> View:
+    def _view(self, slow_reads: frozenset[str]) -> View:
         return View(
             running=self._running,
             waiting=self._waiting,
@@ -285,6 +285,7 @@ class EngineCore:
             free_pages=self._ledger.num_free,
             resources=self._ledger,
             pages_at_once=self._ledger.pages_at_once,
+            slow_reads=slow_reads,
             warms=self._warms.waiting,
         )
 

@@ -18,6 +18,11 @@ class ImageSource(ImageReader[Image], Protocol[Image]):
         """Tell the cache what has been measured and finished since the last call."""
         ...
 
+    @property
+    def slow(self) -> frozenset[str]:
+        """The reads under way that may hang."""
+        ...
+
     def wait(self, timeout_s: float) -> None:
         """Return when there is something to `deliver`, or after `timeout_s`."""
         ...
@@ -65,6 +70,15 @@ class ThreadReader(Generic[Image]):
 
     def abandon(self, digest: str) -> None:
         del self._loaded[digest]
+
+    def give_up(self, digest: str) -> bool:
+        """A thread cannot be ended."""
+        return False
+
+    @property
+    def slow(self) -> frozenset[str]:
+        """Memory does not hang."""
+        return frozenset()
 
     def free(self, image: Image) -> None:
         """The last reference to it frees it."""

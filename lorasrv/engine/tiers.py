@@ -28,11 +28,12 @@ _TIERS = {HostState.READING: Tier.READING, HostState.READY: Tier.HOST, HostState
 @dataclass(frozen=True, kw_only=True)
 class TierChanges:
     """Since the last poll: why wanted adapters could not be read, by digest, which have come to host memory, and which
-    have arrived on the device."""
+    have arrived on the device; and whose reads are slow by now."""
 
     failed: Mapping[str, LorasrvError]
     read: tuple[str, ...]
     loaded: tuple[str, ...]
+    slow: frozenset[str] = frozenset()
 
 
 class AdapterTiers(Protocol):
@@ -145,7 +146,7 @@ class Tiers:
         loaded = tuple(digest for digest, copy in self._copies.items() if copy.ended)
         for digest in loaded:
             self._end_copy(digest)
-        return TierChanges(failed=failures, read=tuple(read), loaded=loaded)
+        return TierChanges(failed=failures, read=tuple(read), loaded=loaded, slow=self._source.slow)
 
     def load(self, digest: str, pages: list[int], *, wait_for_steps: bool) -> ResidentAdapter:
         image = self._host.get(digest)

@@ -6,13 +6,16 @@ nothing: it looks at the first few of them, and at those that could run at once.
 
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace, merge
 from itertools import islice
 
 from lorasrv.sched.fairness import Share, Shares
 from lorasrv.sched.sequence import Sequence, order_of
+
+# Of a tenant. As many builders are added for slow reads (`engine.builder_pool`), so one is left for others' at least.
+MAX_SLOW_READS = 6
 
 
 @dataclass(slots=True, eq=False)
@@ -124,36 +127,56 @@ class WaitingQueue:
         """With about `num_away` of those whose adapter is away; None is all of them."""
         return Turns(self._lines.items(), num_away=num_away)
 
-    def next_away(self, num_digests: int, num_sequences: int) -> dict[str, None]:
+    def next_away(
+        self,
+        num_digests: int,
+        num_sequences: int,
+        slow: frozenset[str] = frozenset(),
+        is_read: Callable[[str], bool] = lambda digest: False,
+    ) -> dict[str, None]:
         """The adapters that the next `num_sequences` of those that are away wait for, at most `num_digests`: in the
-        order of service, if each is granted in its turn."""
+        order of service, if each is granted in its turn.
+
+        A tenant that waits for MAX_SLOW_READS of the `slow` reads has no others begun, of what `is_read` is not in host
+        memory: what hangs is never charged for, so nothing else would keep it from hanging all that reads.
+        """
         digests: dict[str, None] = {}
         granted: dict[Share, float] = {}
-        by_class: dict[int, list[Line]] = {}
+        held_back = self._waiting_for_many(slow)
+        by_class: dict[int, list[tuple[Share, list[Sequence]]]] = {}
         for (priority, _), line in self._lines.items():
-            if line.away:
-                by_class.setdefault(priority, []).append(line)
+            away = line.away
+            if line.share in held_back:
+                away = [each for each in away if (digest := each.digest) in slow or (digest and is_read(digest))]
+            if away:
+                by_class.setdefault(priority, []).append((line.share, away))
         for priority in sorted(by_class):
             heap = [
-                (line.share.served + granted.get(line.share, 0.0), line.away[0].order, line, 0)
-                for line in by_class[priority]
+                (share.served + granted.get(share, 0.0), away[0].order, share, away, 0)
+                for share, away in by_class[priority]
             ]
             heapify(heap)
             while heap:
                 if not num_sequences or len(digests) == num_digests:
                     return digests
                 num_sequences -= 1
-                _, _, line, place = heap[0]
-                sequence, share = line.away[place], line.share
+                _, _, share, away, place = heap[0]
+                sequence = away[place]
                 assert sequence.digest is not None, "without an adapter there is nothing to wait for"
                 digests[sequence.digest] = None
                 cost = granted[share] = granted.get(share, 0.0) + sequence.admission_cost
                 place += 1
-                if place == len(line.away):
+                if place == len(away):
                     heappop(heap)
                 else:
-                    heapreplace(heap, (share.served + cost, line.away[place].order, line, place))
+                    heapreplace(heap, (share.served + cost, away[place].order, share, away, place))
         return digests
+
+    def _waiting_for_many(self, slow: frozenset[str]) -> set[Share]:
+        counts: Counter[Share] = Counter()
+        for digest in slow:
+            counts.update({sequence.share for sequence in self._by_digest.get(digest, ())})
+        return {share for share, count in counts.items() if count >= MAX_SLOW_READS}
 
     def check(self, is_resident: "Iterable[str]") -> None:
         """Raise AssertionError on a broken invariant; `is_resident` are the digests that are on the device."""

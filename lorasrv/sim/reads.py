@@ -49,6 +49,15 @@ class SimReads:
     def abandon(self, digest: str) -> None:
         self._busy.remove(digest)
 
+    def give_up(self, digest: str) -> bool:
+        """Every read comes to its end."""
+        return False
+
+    @property
+    def slow(self) -> frozenset[str]:
+        """None hangs."""
+        return frozenset()
+
     def free(self, image: SimImage) -> None:
         """It has no bytes."""
 
