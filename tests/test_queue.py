@@ -60,9 +60,17 @@ def test_a_tenant_whose_reads_hang_has_no_others_begun() -> None:
     all_wanted = {*(f"h{number}" for number in range(9)), "w"}
     hung = [f"h{number}" for number in range(MAX_SLOW_READS)]
     look_ahead = core._waiting.next_away
-    assert look_ahead(99, 99).keys() == all_wanted == look_ahead(99, 99, slow=frozenset(hung[1:])).keys()
-    held_back = look_ahead(99, 99, slow=frozenset(hung), is_read=lambda digest: digest == "h8")
-    assert held_back.keys() == {*hung, "h8", "w"}, "what is being read or is in host memory is wanted still"
+    core._waiting.note_reads({digest: digest != "h0" for digest in hung})
+    assert look_ahead(99, 99).keys() == all_wanted
+    core.cancel("hangs0")
+    core._waiting.note_reads(dict.fromkeys(hung, True))
+    held_back = look_ahead(99, 99, is_read=lambda digest: digest == "h8")
+    assert held_back.keys() == {*hung[1:], "h8", "w"}, "what is being read or is in host memory is wanted still"
+    core.add(make_request("other", digest="h1", tenant="umbrella"))
+    core.add(make_request("one more", digest="x", tenant="umbrella"))
+    assert look_ahead(99, 99).keys() == {*hung[1:], "w", "x"}, "one slow read is not many"
+    core._waiting.note_reads(dict.fromkeys(hung[1:], True))
+    assert look_ahead(99, 99).keys() == (all_wanted | {"x"}) - {"h0"}
 
 
 class Told:

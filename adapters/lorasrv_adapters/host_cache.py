@@ -46,11 +46,6 @@ class ImageReader(Protocol[Image]):
         """Nobody wants what was measured: nothing is to follow."""
         ...
 
-    def give_up(self, digest: str) -> bool:
-        """Nobody wants what is being measured or built. Whether it has taken so long that it is ended here, and nothing
-        is to follow."""
-        ...
-
     def free(self, image: Image) -> None:
         """The cache has let an image go."""
         ...
@@ -137,8 +132,8 @@ class HostCache(Generic[Image]):
             self._unwanted.pop(digest, None)
 
     def cancel(self, digest: str) -> None:
-        """Nobody waits for a read any more: a `poll` drops it, unless it is in the reader's hands by then, who does not
-        give it up, or requested again."""
+        """Nobody waits for a read any more: the next `poll` drops it, unless it is in the reader's hands by then or
+        requested again."""
         if digest in self._reads:
             self._unwanted[digest] = None
 
@@ -182,7 +177,7 @@ class HostCache(Generic[Image]):
             self._discarded.remove(digest)
             self._drop(digest)
         for digest in [d for d in self._unwanted if d not in self._pins]:
-            if self._reads[digest].is_droppable or self._reader.give_up(digest):
+            if self._reads[digest].is_droppable:
                 self._discarded.discard(digest)
                 self._drop(digest)
         if self._measured:
@@ -285,13 +280,11 @@ class HostCache(Generic[Image]):
         return digest in self._reads and not self._reads[digest].is_droppable
 
     def _drop(self, digest: str) -> None:
-        """Forget a digest that the reader does not have in its hands any more, wherever it is."""
+        """Forget a digest that the reader does not have in its hands, wherever it is."""
         self._failed.pop(digest, None)
         read = self._take_read(digest)
         if read is not None and read.phase is _Phase.WAIT:
             self._reader.abandon(digest)
-        if read is not None and read.phase is _Phase.BUILD:
-            self._used_bytes -= read.size_bytes
         if digest in self._ready:
             self._let_go(digest)
 

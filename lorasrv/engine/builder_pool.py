@@ -2,7 +2,7 @@
 
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,8 +18,6 @@ from lorasrv_adapters.host_cache import HostCache
 # whose slow reads are bounded by as many, cannot hang them all.
 _SLOW_S = 1.0
 _MORE_BUILDERS = MAX_SLOW_READS
-# Of the time-out of a read: one that nobody waits for any more is not waited for longer.
-_UNWANTED = 0.25
 # Builders that were killed and are not gone, since the system is stuck in their reads: with more, others begin none.
 _MAX_LINGERING = 32
 _MAX_ATTEMPTS = 2
@@ -92,9 +90,9 @@ class BuilderPool:
         self._num_headers = num_headers
         self._spawn = spawn
         self._num_builders = num_builders
-        # Builders that may be at work: one more for each slow read, so that it delays no other.
-        self._num_allowed = num_builders
+        # The reads that `deliver` has found slow, and those that it found so the time before.
         self._slow: frozenset[str] = frozenset()
+        self._told_slow: frozenset[str] = frozenset()
         self._num_ahead = num_ahead
         self._largest = 0  # pages of the largest image so far: the next is taken to be no larger
         self._read_timeout_s = read_timeout_s
@@ -110,9 +108,9 @@ class BuilderPool:
         return len(self._jobs) < self._num_allowed and len(self._lingering) <= _MAX_LINGERING
 
     @property
-    def slow(self) -> frozenset[str]:
-        """As of the last `deliver`. Builders come for them in the next one: who is told may have other wishes then."""
-        return self._slow
+    def reading(self) -> Mapping[str, bool]:
+        """With those slow that the last `deliver` found so."""
+        return {digest: digest in self._slow for digest in self._jobs}
 
     def measure(self, digest: str) -> None:
         if digest in self._lingering:
@@ -142,20 +140,12 @@ class BuilderPool:
         self._arena.free(job.places or ())
         self._idle.append(job.builder)
 
-    def give_up(self, digest: str) -> bool:
-        job = self._jobs.get(digest)
-        if job is None or not self._takes_longer(job, _UNWANTED * self._read_timeout_s):
-            return False
-        self._kill_reading(job)
-        del self._jobs[digest]
-        return True
-
     def free(self, image: PackedAdapter) -> None:
         self._held.difference_update(image.places)
         self._arena.free(image.places)
 
     def deliver(self, cache: HostCache[PackedAdapter]) -> None:
-        self._num_allowed = self._num_builders + min(len(self._slow), _MORE_BUILDERS)
+        self._told_slow = self._slow
         for digest, error in list(self._given_up.items()):
             del self._given_up[digest]
             cache.finished(digest, error)
@@ -206,6 +196,12 @@ class BuilderPool:
         self._jobs.clear()
         self._given_up.clear()
         self._arena.close()
+
+    @property
+    def _num_allowed(self) -> int:
+        """Builders that may be at work: one more for each slow read, so that it delays no other. Not before who wants
+        reads has been told that it is slow, and may want others."""
+        return self._num_builders + min(len(self._told_slow & self._jobs.keys()), _MORE_BUILDERS)
 
     @property
     def _lingering(self) -> list[str]:

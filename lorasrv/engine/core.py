@@ -180,9 +180,10 @@ class EngineCore:
         """Submit one step and apply the one before; with nothing to do for either, wait briefly for an adapter."""
         changes = self._ledger.poll()
         self._go_on(changes.loaded)
+        self._waiting.note_reads(changes.reading)
         self._warms.end_hopeless(changes.failed, self._clock())
         refused = self._fail_overdue() + self._fail_unloadable(changes.failed)
-        plan = self._scheduler.decide(self._view(changes.slow))
+        plan = self._scheduler.decide(self._view())
         refused += self._reject(plan)
         submitted = self._submit(plan)
         self._warms.end_arrived()
@@ -277,7 +278,7 @@ class EngineCore:
             keys=self._ledger.block_keys(request),
         )
 
-    def _view(self, slow_reads: frozenset[str]) -> View:
+    def _view(self) -> View:
         return View(
             running=self._running,
             waiting=self._waiting,
@@ -285,7 +286,6 @@ class EngineCore:
             free_pages=self._ledger.num_free,
             resources=self._ledger,
             pages_at_once=self._ledger.pages_at_once,
-            slow_reads=slow_reads,
             warms=self._warms.waiting,
         )
 

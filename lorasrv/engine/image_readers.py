@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
@@ -19,8 +19,8 @@ class ImageSource(ImageReader[Image], Protocol[Image]):
         ...
 
     @property
-    def slow(self) -> frozenset[str]:
-        """The reads under way that may hang."""
+    def reading(self) -> Mapping[str, bool]:
+        """The reads under way, and whether each is so slow that it may hang."""
         ...
 
     def wait(self, timeout_s: float) -> None:
@@ -71,14 +71,10 @@ class ThreadReader(Generic[Image]):
     def abandon(self, digest: str) -> None:
         del self._loaded[digest]
 
-    def give_up(self, digest: str) -> bool:
-        """A thread cannot be ended."""
-        return False
-
     @property
-    def slow(self) -> frozenset[str]:
+    def reading(self) -> Mapping[str, bool]:
         """Memory does not hang."""
-        return frozenset()
+        return dict.fromkeys(self._loading, False)
 
     def free(self, image: Image) -> None:
         """The last reference to it frees it."""

@@ -6,7 +6,7 @@ nothing: it looks at the first few of them, and at those that could run at once.
 
 from bisect import bisect_left, bisect_right, insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace, merge
 from itertools import islice
@@ -41,6 +41,9 @@ class WaitingQueue:
         self._lines: dict[tuple[int, str], Line] = {}
         self._by_digest: dict[str, dict[Sequence, None]] = {}
         self._away: set[Sequence] = set()
+        # The tenants that have waited for each read that is under way, and which of these are slow.
+        self._reading: dict[str, set[str]] = {}
+        self._slow: set[str] = set()
 
     def __len__(self) -> int:
         return sum(len(line) for line in self._lines.values())
@@ -98,6 +101,8 @@ class WaitingQueue:
             self._away.add(sequence)
         if sequence.digest is not None:
             self._by_digest.setdefault(sequence.digest, {})[sequence] = None
+            if sequence.digest in self._reading:
+                self._reading[sequence.digest].add(sequence.share.tenant)
 
     def remove(self, sequence: Sequence) -> None:
         key = _key(sequence)
@@ -123,6 +128,17 @@ class WaitingQueue:
                 insort(line.side(away), sequence, key=order_of)
                 (self._away.add if away else self._away.discard)(sequence)
 
+    def note_reads(self, reading: Mapping[str, bool]) -> None:
+        """The adapters whose reads are under way, and whether each is slow. These are the reads of all tenants whose
+        sequences have waited for them since."""
+        self._reading = {
+            digest: self._reading[digest]
+            if digest in self._reading
+            else {sequence.share.tenant for sequence in self.for_digest(digest)}
+            for digest in reading
+        }
+        self._slow = {digest for digest, is_slow in reading.items() if is_slow}
+
     def turns(self, *, num_away: int | None = None) -> "Turns":
         """With about `num_away` of those whose adapter is away; None is all of them."""
         return Turns(self._lines.items(), num_away=num_away)
@@ -131,23 +147,22 @@ class WaitingQueue:
         self,
         num_digests: int,
         num_sequences: int,
-        slow: frozenset[str] = frozenset(),
         is_read: Callable[[str], bool] = lambda digest: False,
     ) -> dict[str, None]:
         """The adapters that the next `num_sequences` of those that are away wait for, at most `num_digests`: in the
         order of service, if each is granted in its turn.
 
-        A tenant that waits for MAX_SLOW_READS of the `slow` reads has no others begun, of what `is_read` is not in host
+        A tenant with MAX_SLOW_READS slow reads has no others begun, of adapters that `is_read` does not find in host
         memory: what hangs is never charged for, so nothing else would keep it from hanging all that reads.
         """
         digests: dict[str, None] = {}
         granted: dict[Share, float] = {}
-        held_back = self._waiting_for_many(slow)
+        num_slow = Counter(tenant for digest in self._slow for tenant in self._reading[digest])
         by_class: dict[int, list[tuple[Share, list[Sequence]]]] = {}
         for (priority, _), line in self._lines.items():
             away = line.away
-            if line.share in held_back:
-                away = [each for each in away if (digest := each.digest) in slow or (digest and is_read(digest))]
+            if num_slow[line.share.tenant] >= MAX_SLOW_READS:
+                away = [each for each in away if (name := each.digest) in self._reading or (name and is_read(name))]
             if away:
                 by_class.setdefault(priority, []).append((line.share, away))
         for priority in sorted(by_class):
@@ -171,12 +186,6 @@ class WaitingQueue:
                 else:
                     heapreplace(heap, (share.served + cost, away[place].order, share, away, place))
         return digests
-
-    def _waiting_for_many(self, slow: frozenset[str]) -> set[Share]:
-        counts: Counter[Share] = Counter()
-        for digest in slow:
-            counts.update({sequence.share for sequence in self._by_digest.get(digest, ())})
-        return {share for share, count in counts.items() if count >= MAX_SLOW_READS}
 
     def check(self, is_resident: "Iterable[str]") -> None:
         """Raise AssertionError on a broken invariant; `is_resident` are the digests that are on the device."""

@@ -64,7 +64,6 @@ class View:
     """The engine's state as one decision sees it; read, never written.
 
     What the plan loads into its first `pages_at_once` pages has its weights there before the step computes.
-    `slow_reads` are the adapters whose reads may hang.
     `warms` are the adapters that are wanted in memory before a request asks for them, in order of arrival; they have
     not arrived.
     """
@@ -75,7 +74,6 @@ class View:
     free_pages: int
     resources: Resources
     pages_at_once: int = 0
-    slow_reads: frozenset[str] = frozenset()
     warms: Seq[Warm] = ()
 
 
@@ -189,7 +187,6 @@ class _Draft:
             self.wanted = self.view.waiting.next_away(
                 self.config.lookahead,
                 _SCANNED * self.config.lookahead,
-                slow=self.view.slow_reads,
                 is_read=lambda digest: self.view.resources.num_pages(digest) is not None,
             )
         unread = (warm.digest for warm in self.view.warms if self.view.resources.num_pages(warm.digest) is None)

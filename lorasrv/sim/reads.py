@@ -1,6 +1,6 @@
 """Reads of adapters from a disk that is a bandwidth, by readers that are a number."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -49,14 +49,10 @@ class SimReads:
     def abandon(self, digest: str) -> None:
         self._busy.remove(digest)
 
-    def give_up(self, digest: str) -> bool:
-        """Every read comes to its end."""
-        return False
-
     @property
-    def slow(self) -> frozenset[str]:
+    def reading(self) -> Mapping[str, bool]:
         """None hangs."""
-        return frozenset()
+        return dict.fromkeys(self._busy, False)
 
     def free(self, image: SimImage) -> None:
         """It has no bytes."""
