@@ -434,6 +434,29 @@ def test_a_discarded_adapter_goes_when_its_last_request_has_ended() -> None:
     assert core.status().pool.adapters == 0
 
 
+def test_a_plan_may_evict_what_the_request_that_it_rejects_was_the_last_to_use() -> None:
+    core, runner = make_core({"old": 4}, num_pages=10)
+    core.add(make_request("small", (1, 2, 3), "old", 1))
+    run_all(core)
+    core.add(make_request("too large", (3,) * 8, "old", 30))
+    core.add(make_request("next", (2,) * 30, None, 8))
+    core.discard("old")
+    deltas = run_all(core)
+    assert deltas["too large"][0].failure is not None and tokens_of(deltas["next"])
+    assert runner.tiers.discarded == ["old"] and core.status().pool.adapters == 0
+
+
+def test_cached_prompt_tokens_are_prompts() -> None:
+    """What a preempted sequence has generated is found in the cache too, and no prompt."""
+    core, _ = make_core({}, num_pages=8)
+    for index in range(3):
+        core.add(replace(make_request(f"r{index}", (index + 1,), None, 24), ignore_eos=True))
+    run_all(core)
+    counters = core.status().counters
+    assert counters.preemptions
+    assert counters.prompt_tokens + counters.cached_prompt_tokens == 3 + counters.preemptions
+
+
 def test_an_adapter_that_is_being_copied_is_not_discarded_yet() -> None:
     core, runner = make_core({"a": 3}, delays=Random(1), run_ahead=True)
     core.add(make_request("r", digest="a"))

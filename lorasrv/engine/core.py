@@ -151,6 +151,7 @@ class EngineCore:
             elif sequence.sample == index:
                 self._finish(sequence)
         self._want_nothing_for_nobody()
+        self._drop_discarded()
 
     def warm(self, warm: Warm) -> None:
         """Have an adapter brought to host memory or to the device, behind all that is queued and where it takes nothing
@@ -187,13 +188,13 @@ class EngineCore:
         refused += self._reject(plan)
         submitted = self._submit(plan)
         self._warms.end_arrived()
-        self._drop_discarded()
         before, self._in_flight = self._in_flight, submitted
         deltas = self._apply(before)
         self._draw(submitted)
         if not self._runs_ahead:
             deltas += self._apply(submitted)
             self._in_flight = None
+        self._drop_discarded()
         if not (refused or submitted or before) and self.has_work():
             self._tiers.wait(IDLE_WAIT_S)
         return refused + deltas + self._positions.tell(self._waiting, self._clock())
@@ -317,7 +318,6 @@ class EngineCore:
 
     def _fail_unloadable(self, failures: Mapping[str, LorasrvError]) -> tuple[TokenDelta, ...]:
         """End the queued requests whose adapter could not be read."""
-        self._drop_discarded()
         ended = {
             sequence.request_id: (sequence, error)
             for digest, error in failures.items()
@@ -328,7 +328,8 @@ class EngineCore:
     def _reject(self, plan: Plan) -> tuple[TokenDelta, ...]:
         rejected = {each.sequence.request_id: each.failure for each in plan.reject}
         for request_id in rejected:
-            self.cancel(request_id)
+            for sequence in self._requests[request_id]:
+                self._drop(sequence)
         return tuple(TokenDelta(request_id=request_id, failure=failure) for request_id, failure in rejected.items())
 
     def _submit(self, plan: Plan) -> _InFlight | None:
@@ -379,7 +380,7 @@ class EngineCore:
         self._waiting.remove(sequence)
         copy = self._ledger.admit(sequence, admission)
         self._running.add(sequence)
-        self._counters["cached_prompt_tokens"] += sequence.num_computed
+        self._counters["cached_prompt_tokens"] += min(sequence.num_computed, sequence.num_prompt)
         return copy
 
     def _decode_inputs(self, decodes: tuple[Sequence, ...]) -> list[ChunkInput]:
@@ -549,7 +550,6 @@ class EngineCore:
         sequence.ended = True
         self._shares.close(sequence.share)
         self._queue_followers(sequence, None)
-        self._drop_discarded()
 
     def _queue_followers(self, first: Sequence, sibling: Sequence | None) -> None:
         """The first sample has computed the prompt, and is the `sibling` to copy from, or it has ended."""
