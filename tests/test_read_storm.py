@@ -17,13 +17,14 @@ from lorasrv.sim.clock import VirtualClock
 from lorasrv.sim.cost import CostModel
 from lorasrv.sim.device import SimCopy, SimDevice, SimRunner, SimStorage
 from lorasrv.sim.images import SimImage
-from lorasrv.types import AdapterUse, EngineRequest
+from lorasrv.types import AdapterUse, EngineRequest, Tier, Warm
 from sim_rig import TINY, hardware
 
 PAGE_BYTES = 4096
 IMAGE_PAGES = 2
 READ_S = 0.05
 TIMEOUT_S = 30.0
+WARM_DEADLINE_S = 1.5
 NUM_BUILDERS = 2
 
 
@@ -142,7 +143,14 @@ class Storm:
                 digest = delta.request_id.split("/")[0] if self.deadline_s is None else f"hangs{self.count}"
                 self.ask(digest, "storm", self.deadline_s)
 
-    def longest_wait_s(self, num_hanging: int, seconds: float) -> float:
+    def warm(self) -> None:
+        self.count += 1
+        warm = Warm(
+            warm_id=self.count, digest=f"hangs{self.count}", tier=Tier.HOST, deadline_s=self.clock() + WARM_DEADLINE_S
+        )
+        self.core.warm(warm)
+
+    def longest_wait_s(self, num_hanging: int, seconds: float, *, warms: bool = False) -> float:
         """Of the other tenant, which asks every half second for the base and for another cold adapter."""
         for number in range(num_hanging):
             self.ask(f"hangs{number}", "storm", self.deadline_s)
@@ -151,6 +159,8 @@ class Storm:
             if self.clock() >= next_s:
                 self.ask(f"cold{self.count}", "modest")
                 self.ask(None, "modest")
+                if warms:
+                    self.warm()
                 next_s += 0.5
             self.step()
         waited = [
@@ -169,3 +179,9 @@ def test_a_storm_of_hanging_reads_is_its_own_tenants_affair(deadline_s: float | 
     assert storm.longest_wait_s(100, 2.5 * TIMEOUT_S) < 5.0
     storm.core.check()
     assert sum(not builder.has_ended() for builder in storm.spawned) <= NUM_BUILDERS + MAX_SLOW_READS
+
+
+def test_warming_what_hangs_takes_one_builder() -> None:
+    storm = Storm(None)
+    assert storm.longest_wait_s(0, 2.5 * TIMEOUT_S, warms=True) < 2.0
+    assert sum(not builder.has_ended() for builder in storm.spawned) <= NUM_BUILDERS + 1

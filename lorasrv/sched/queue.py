@@ -139,6 +139,11 @@ class WaitingQueue:
         }
         self._slow = {digest for digest, is_slow in reading.items() if is_slow}
 
+    @property
+    def reads_for_warms(self) -> set[str]:
+        """The adapters whose reads are under way and for which no sequence has waited."""
+        return {digest for digest, tenants in self._reading.items() if not tenants}
+
     def turns(self, *, num_away: int | None = None) -> "Turns":
         """With about `num_away` of those whose adapter is away; None is all of them."""
         return Turns(self._lines.items(), num_away=num_away)
