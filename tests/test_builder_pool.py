@@ -220,6 +220,9 @@ def test_a_hanging_read_delays_nobody_else(rig: Rig) -> None:
     rig.poll()
     assert len(rig.alive) == 2 and rig.cache.snapshot().queued == ("c",)
     rig.now = 2.0
+    rig.poll()
+    assert rig.pool.reading == {"a": True, "b": True}
+    assert rig.cache.snapshot().queued == ("c",), "who hears of it may want others"
     rig.read("c")
     rig.read("e")
     assert len(rig.alive) == 3
@@ -275,6 +278,65 @@ def test_pages_of_a_killed_builder_are_not_given_away_before_it_is_gone(rig: Rig
     rig.builder_of("a").answer(rig.sizes)
     rig.poll()
     assert rig.cache.get("a")
+    rig.close()
+
+
+def test_a_read_that_not_even_a_kill_ends_is_not_begun_again() -> None:
+    """Else each attempt would leave one more process; others' reads go on."""
+    rig = Rig(4, {"a": 2, "b": 1})
+    rig.cache.request("a")
+    rig.poll()
+    stuck = rig.builder_of("a")
+    stuck.dies_at_once = False
+    rig.now = TIMEOUT_S + 1.0
+    rig.poll()
+    for attempt in range(3):
+        rig.cache.forget_failure("a")
+        rig.now += 2.0
+        rig.cache.request("a")
+        rig.poll()
+        assert "still hangs" in str(rig.cache.failure("a")), attempt
+    rig.read("b")
+    assert len(rig.spawned) - len(rig.alive) == 1
+    stuck.gone = True
+    rig.poll()
+    rig.cache.forget_failure("a")
+    rig.read("a")
+    rig.close()
+
+
+def test_there_is_an_end_to_builders_that_not_even_a_kill_ends() -> None:
+    rig = Rig(4, {f"a{index}": 1 for index in range(100)})
+    for digest in rig.sizes:
+        rig.cache.request(digest)
+    for _ in range(100):
+        rig.poll()
+        for builder in rig.spawned:
+            builder.dies_at_once = False
+        rig.now += 11.0
+    assert 32 < len(rig.spawned) <= 32 + 2 * 8
+    for builder in rig.spawned:
+        builder.gone = builder.killed
+    rig.poll()
+    assert sum(len(builder.sent) for builder in rig.alive) == 2, "reads go on"
+    rig.close()
+
+
+def test_what_a_killed_builder_may_still_write_to_counts_as_built_ahead() -> None:
+    rig = Rig(8, {"a": 4, "b": 4, "c": 4, "d": 4}, num_ahead=4)
+    rig.read("a")
+    rig.cache.request("b")
+    rig.poll()
+    hung = rig.builder_of("b")
+    assert len(hung.sent[0].places) == 4
+    hung.dies_at_once = False
+    rig.now = TIMEOUT_S + 1.0
+    rig.poll()
+    for digest in "acd":
+        rig.read(digest) if digest != "a" else rig.cache.pin(digest)
+    assert rig.cache.get("a") and rig.cache.get("d"), "all of the cache's own pages are there"
+    hung.gone = True
+    rig.poll()
     rig.close()
 
 
@@ -347,8 +409,8 @@ def test_where_no_process_can_be_started_the_read_fails(rig: Rig) -> None:
     rig.cannot_spawn = True
     rig.now = 2.0
     rig.cache.request("c")
-    rig.poll()
-    rig.poll()
+    for _ in range(3):
+        rig.poll()
     assert isinstance(rig.cache.failure("c"), OSError)
     rig.builder_of("a").die()
     rig.poll()

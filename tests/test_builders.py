@@ -219,9 +219,10 @@ def test_damaged_weights_are_told_as_such(rig: Rig, damage: str) -> None:
 
 
 def test_a_builder_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    """Killed, so that it can tell nobody; the builder hangs in a read all the while."""
+    """Killed, so that it can tell nobody, with words of its builders unread, of which one hangs in a read: they end
+    without any more."""
     program = f"""
-import os, sys, time
+import os, select, sys, time
 from pathlib import Path
 from test_builders import Rig
 from lorasrv.engine.builder_messages import Measure
@@ -232,19 +233,25 @@ weights.unlink()
 os.mkfifo(weights)
 rig.cache.request(digest)
 rig.poll()
-time.sleep(1)
+for child in rig.children:
+    select.select([child], [], [])
 print(*(child.pid for child in rig.children), flush=True)
 time.sleep(60)
 """
     parent = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=subprocess_env(), cwd=tmp_path
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=subprocess_env(),
+        cwd=tmp_path,
     )
     assert parent.stdout is not None
     pids = [int(pid) for pid in parent.stdout.readline().split()]
     assert len(pids) == 2
     parent.kill()
-    parent.wait()
-    parent.stdout.close()
+    _, complaints = parent.communicate(timeout=WAIT_S)  # they have their end of it until they end
+    assert complaints == ""
     deadline = time.monotonic() + WAIT_S
     while any(runs(pid) for pid in pids):
         assert time.monotonic() < deadline, "a builder outlives its engine"

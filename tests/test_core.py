@@ -363,6 +363,36 @@ def test_samples_go_on_without_those_that_ended() -> None:
                 assert samples[index] == expected_tokens(tuple(range(1, 7)), None, 9, ends=(), sample=index)
 
 
+def test_what_counts_as_finished() -> None:
+    """Ended by the engine or by whoever reads the text, but neither dropped nor failed; a request of samples once."""
+    core, runner = make_core({}, max_running=8)
+    long = replace(make_request("r", max_tokens=50), ignore_eos=True)
+    core.add(replace(long, request_id="length", max_tokens=2))
+    core.add(replace(long, request_id="stops"))
+    core.add(replace(long, request_id="samples", n=3))
+    core.add(replace(long, request_id="half", n=2))
+    core.add(replace(long, request_id="dropped"))
+    for _ in range(3):
+        core.step()
+    assert core.status().counters.finished_requests == 1
+    core.cancel("stops", 0)
+    core.cancel("stops", 0)
+    assert core.status().counters.finished_requests == 2
+    for index in (2, 0, 1):
+        assert core.status().counters.finished_requests == 2
+        core.cancel("samples", index)
+    assert core.status().counters.finished_requests == 3
+    core.cancel("half", 1)
+    core.cancel("half")
+    core.cancel("dropped")
+    core.check()
+    assert not core.has_work() and core.status().counters.finished_requests == 3
+    core.add(long)
+    runner.not_finite = True
+    run_all(core)
+    assert core.status().counters.finished_requests == 3
+
+
 def test_a_failure_ends_all_samples() -> None:
     core, runner = make_core({"bad": 1}, failing=1.0)
     core.add(replace(make_request("r", digest="bad"), n=3))
@@ -402,6 +432,29 @@ def test_a_discarded_adapter_goes_when_its_last_request_has_ended() -> None:
     assert [adapter.digest for adapter in core.status().adapters if adapter.num_pages] == ["new"]
     core.discard("new")
     assert core.status().pool.adapters == 0
+
+
+def test_a_plan_may_evict_what_the_request_that_it_rejects_was_the_last_to_use() -> None:
+    core, runner = make_core({"old": 4}, num_pages=10)
+    core.add(make_request("small", (1, 2, 3), "old", 1))
+    run_all(core)
+    core.add(make_request("too large", (3,) * 8, "old", 30))
+    core.add(make_request("next", (2,) * 30, None, 8))
+    core.discard("old")
+    deltas = run_all(core)
+    assert deltas["too large"][0].failure is not None and tokens_of(deltas["next"])
+    assert runner.tiers.discarded == ["old"] and core.status().pool.adapters == 0
+
+
+def test_cached_prompt_tokens_are_prompts() -> None:
+    """What a preempted sequence has generated is found in the cache too, and no prompt."""
+    core, _ = make_core({}, num_pages=8)
+    for index in range(3):
+        core.add(replace(make_request(f"r{index}", (index + 1,), None, 24), ignore_eos=True))
+    run_all(core)
+    counters = core.status().counters
+    assert counters.preemptions
+    assert counters.prompt_tokens + counters.cached_prompt_tokens == 3 + counters.preemptions
 
 
 def test_an_adapter_that_is_being_copied_is_not_discarded_yet() -> None:

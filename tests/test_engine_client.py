@@ -162,6 +162,20 @@ async def test_one_sample_is_cancelled_alone(engine: Engine) -> None:
     assert await running(engine) == 0
 
 
+async def test_the_engine_tells_samples_at_their_end_from_requests_that_are_dropped() -> None:
+    core = FakeCore()
+    async with started(ThreadEngine(core, fake_core.INFO)) as engine:
+        ends, dropped = (engine.stream(replace(request(name, fake_core.FOREVER), n=2)) for name in ("ends", "dropped"))
+        await anext(ends)
+        await anext(dropped)
+        for index in (1, 0):
+            engine.cancel("ends", index)
+        assert [delta async for delta in ends] == []
+        await dropped.aclose()
+        await eventually(lambda: len(core.cancelled) == 3)
+    assert core.cancelled == [("ends#0", 1), ("ends#0", 0), "dropped#1"]
+
+
 async def test_a_sample_cancelled_behind_its_unread_end_gives_nothing_more(engine: Engine) -> None:
     stream = engine.stream(replace(request("a", max_tokens=20), n=2))
     first = await anext(stream)

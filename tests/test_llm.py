@@ -83,11 +83,13 @@ def test_scale_zero_is_the_base(llm: LLM) -> None:
 
 
 def test_stop_string_and_length(llm: LLM) -> None:
+    before = llm.status().counters.finished_requests
     stopped = llm.generate(["banana>"], sampling=SamplingParams(temperature=0, stop=("an",)))[0]
     assert (stopped.text, stopped.finish, stopped.stop) == ("b", FinishReason.STOP, "an")
     cut = llm.generate(["banana>"], sampling=SamplingParams(temperature=0, max_tokens=3))[0]
     assert (cut.text, cut.finish) == ("ban", FinishReason.LENGTH)
     assert llm.status().pool.sequences == 0
+    assert llm.status().counters.finished_requests == before + 2
 
 
 def test_seed_repeats_whatever_else_runs(llm: LLM) -> None:

@@ -7,6 +7,7 @@ from fakes import expected_tokens
 from lorasrv.engine.core import EngineCore
 from lorasrv.engine.positions import INTERVAL_S
 from lorasrv.engine.routing import Mailbox
+from lorasrv.sched.queue import MAX_SLOW_READS
 from lorasrv.types import EngineRequest, Priority, TokenDelta
 
 
@@ -49,6 +50,27 @@ def test_batch_work_is_preempted_first_however_old_and_gives_the_same_tokens() -
     assert preempted and next(iter(sorted(preempted))) == "b"
     for request in requests:
         assert deltas[request.request_id] == expected_tokens(request.token_ids, None, 30)
+
+
+def test_a_tenant_whose_reads_hang_has_no_others_begun() -> None:
+    core, _ = make_core({})
+    for number in range(9):
+        core.add(make_request(f"hangs{number}", digest=f"h{number}", tenant="acme"))
+    core.add(make_request("well", digest="w", tenant="umbrella"))
+    all_wanted = {*(f"h{number}" for number in range(9)), "w"}
+    hung = [f"h{number}" for number in range(MAX_SLOW_READS)]
+    look_ahead = core._waiting.next_away
+    core._waiting.note_reads({digest: digest != "h0" for digest in hung})
+    assert look_ahead(99, 99).keys() == all_wanted
+    core.cancel("hangs0")
+    core._waiting.note_reads(dict.fromkeys(hung, True))
+    held_back = look_ahead(99, 99, is_read=lambda digest: digest == "h8")
+    assert held_back.keys() == {*hung[1:], "h8", "w"}, "what is being read or is in host memory is wanted still"
+    core.add(make_request("other", digest="h1", tenant="umbrella"))
+    core.add(make_request("one more", digest="x", tenant="umbrella"))
+    assert look_ahead(99, 99).keys() == {*hung[1:], "w", "x"}, "one slow read is not many"
+    core._waiting.note_reads(dict.fromkeys(hung[1:], True))
+    assert look_ahead(99, 99).keys() == (all_wanted | {"x"}) - {"h0"}
 
 
 class Told:

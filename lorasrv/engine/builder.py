@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     end_with_parent(arguments.parent_pid)
     os.nice(_NICE)
     builder, decoder = Builder(arguments.settings, arguments.arena), Decoder()
-    with socket.socket(fileno=arguments.channel) as channel:
+    # With words unread on the way to it, an engine that is gone shows as an error.
+    with socket.socket(fileno=arguments.channel) as channel, suppress(ConnectionResetError, BrokenPipeError):
         channel.sendall(encode(Started(pid=os.getpid())))
         while data := channel.recv(_RECEIVE_BYTES):
             for message in decoder.feed(data):

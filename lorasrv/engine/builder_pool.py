@@ -2,7 +2,7 @@
 
 import select
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,12 +10,16 @@ from lorasrv.engine.builder_messages import Build, Built, Failed, Measure, Measu
 from lorasrv.errors import AdapterLoadFailed
 from lorasrv.memory.arena import HostArena
 from lorasrv.memory.packing import PackedAdapter
+from lorasrv.sched.queue import MAX_SLOW_READS
 from lorasrv_adapters.errors import CorruptBlob
 from lorasrv_adapters.host_cache import HostCache
 
-# A read that takes this long gets no faster by waiting for it: one more builder goes on with the others.
+# A read that takes this long gets no faster by waiting for it: one more builder goes on with the others. So one tenant,
+# whose slow reads are bounded by as many, cannot hang them all.
 _SLOW_S = 1.0
-_MORE_BUILDERS = 6
+_MORE_BUILDERS = MAX_SLOW_READS
+# Builders that were killed and are not gone, since the system is stuck in their reads: with more, others begin none.
+_MAX_LINGERING = 32
 _MAX_ATTEMPTS = 2
 _CLOSE_S = 5.0
 
@@ -52,6 +56,16 @@ class _Job:
     places: tuple[int, ...] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Killed:
+    """A builder that may not be gone yet, the read that it was killed in, and the pages that it may still write to."""
+
+    builder: Builder
+    at_s: float
+    digest: str | None = None
+    places: tuple[int, ...] = ()
+
+
 class BuilderPool:
     """An `image_readers.ImageSource`. Owned by the engine's thread, and without one of its own.
 
@@ -76,21 +90,32 @@ class BuilderPool:
         self._num_headers = num_headers
         self._spawn = spawn
         self._num_builders = num_builders
+        # The reads that `deliver` has found slow, and those that it found so the time before.
+        self._slow: frozenset[str] = frozenset()
+        self._told_slow: frozenset[str] = frozenset()
         self._num_ahead = num_ahead
         self._largest = 0  # pages of the largest image so far: the next is taken to be no larger
         self._read_timeout_s = read_timeout_s
         self._clock = clock
         self._idle = [spawn() for _ in range(num_builders)]
         self._jobs: dict[str, _Job] = {}
-        self._killed: list[tuple[Builder, tuple[int, ...]]] = []
+        self._killed: list[_Killed] = []
         self._given_up: dict[str, Exception] = {}
         self._held: set[int] = set()  # pages of images that the cache has
 
     @property
     def is_free(self) -> bool:
-        return len(self._jobs) + len(self._given_up) < self._num_allowed
+        return len(self._jobs) < self._num_allowed and len(self._lingering) <= _MAX_LINGERING
+
+    @property
+    def reading(self) -> Mapping[str, bool]:
+        """With those slow that the last `deliver` found so."""
+        return {digest: digest in self._slow for digest in self._jobs}
 
     def measure(self, digest: str) -> None:
+        if digest in self._lingering:
+            self._given_up[digest] = AdapterLoadFailed("the last attempt at reading it still hangs")
+            return
         builder = self._take_builder(digest)
         if builder is not None:
             places = self._places_ahead()
@@ -120,14 +145,15 @@ class BuilderPool:
         self._arena.free(image.places)
 
     def deliver(self, cache: HostCache[PackedAdapter]) -> None:
+        self._told_slow = self._slow
         for digest, error in list(self._given_up.items()):
             del self._given_up[digest]
             cache.finished(digest, error)
         for job in list(self._jobs.values()):
             self._hear(job, cache)
         for job in list(self._jobs.values()):
-            if job.since_s is not None and self._clock() - job.since_s > self._read_timeout_s:
-                self._kill(job.builder, job.places or ())
+            if self._takes_longer(job, self._read_timeout_s):
+                self._kill_reading(job)
                 message = f"reading it took longer than {self._read_timeout_s:g} s"
                 self._end(job, AdapterLoadFailed(message), cache)
         self._reap()
@@ -136,6 +162,7 @@ class BuilderPool:
                 self._start_build(job)
         while self._idle and len(self._idle) + len(self._jobs) > self._num_allowed:
             self._dismiss(self._idle.pop())
+        self._slow = frozenset(job.digest for job in self._jobs.values() if self._takes_longer(job, _SLOW_S))
 
     def wait(self, timeout_s: float) -> None:
         if self._given_up:
@@ -150,7 +177,7 @@ class BuilderPool:
         self._arena.check()
         used = [*self._held]
         used += [place for job in self._jobs.values() for place in job.places or ()]
-        used += [place for _, places in self._killed for place in places]
+        used += [place for killed in self._killed for place in killed.places]
         assert len(used) == len(set(used)) and self._arena.used == set(used), "host pages leaked"
         builders = [*self._idle, *(job.builder for job in self._jobs.values())]
         assert len({id(builder) for builder in builders}) == len(builders), "two reads share a builder"
@@ -159,11 +186,11 @@ class BuilderPool:
     def close(self) -> None:
         """After the cache, which frees its images."""
         for builder in self._idle:
-            self._kill(builder, ())
+            self._kill(builder)
         for job in self._jobs.values():
-            self._kill(job.builder, job.places or ())
-        for builder, _ in self._killed:
-            builder.wait(_CLOSE_S)
+            self._kill_reading(job)
+        for killed in self._killed:
+            killed.builder.wait(_CLOSE_S)
         self._reap()
         self._idle.clear()
         self._jobs.clear()
@@ -172,10 +199,18 @@ class BuilderPool:
 
     @property
     def _num_allowed(self) -> int:
-        """Builders that may be at work; one more for each slow read, so that it delays no other."""
-        now = self._clock()
-        slow = sum(job.since_s is not None and now - job.since_s > _SLOW_S for job in self._jobs.values())
-        return self._num_builders + min(slow, _MORE_BUILDERS)
+        """Builders that may be at work: one more for each slow read, so that it delays no other. Not before who wants
+        reads has been told that it is slow, and may want others."""
+        return self._num_builders + min(len(self._told_slow & self._jobs.keys()), _MORE_BUILDERS)
+
+    @property
+    def _lingering(self) -> list[str]:
+        """Reads that even killing their builders has not ended."""
+        latest_s = self._clock() - _SLOW_S
+        return [killed.digest for killed in self._killed if killed.digest is not None and killed.at_s < latest_s]
+
+    def _takes_longer(self, job: _Job, seconds: float) -> bool:
+        return job.since_s is not None and self._clock() - job.since_s > seconds
 
     def _take_builder(self, digest: str) -> Builder | None:
         """An idle builder or a new one; None, and the read is given up, where no process can be started."""
@@ -183,7 +218,7 @@ class BuilderPool:
             builder = self._idle.pop()
             if not builder.has_ended():
                 return builder
-            self._kill(builder, ())
+            self._kill(builder)
         try:
             return self._spawn()
         except OSError as error:
@@ -194,6 +229,7 @@ class BuilderPool:
         """Pages to build in before it is known how many are needed; none where that could take them from an image that
         the cache has made room for."""
         used = sum(len(job.places or ()) for job in self._jobs.values() if isinstance(job.message, Measure))
+        used += sum(len(killed.places) for killed in self._killed)
         if not 0 < self._largest <= self._num_ahead - used:
             return ()
         return self._arena.alloc(self._largest) or ()
@@ -240,10 +276,10 @@ class BuilderPool:
     def _try_again(self, job: _Job, cache: HostCache[PackedAdapter]) -> None:
         """Its builder has died: that may be its own doing, or not."""
         if job.num_attempts == _MAX_ATTEMPTS:
-            self._kill(job.builder, job.places or ())
+            self._kill_reading(job)
             self._end(job, AdapterLoadFailed("the process that read it died"), cache)
             return
-        self._kill(job.builder, ())
+        self._kill(job.builder)
         builder = self._take_builder(job.digest)
         if builder is None:
             self._arena.free(job.places or ())
@@ -272,13 +308,16 @@ class BuilderPool:
     def _dismiss(self, builder: Builder) -> None:
         """It has nothing to do, and ends on its own."""
         builder.close()
-        self._killed.append((builder, ()))
+        self._killed.append(_Killed(builder=builder, at_s=self._clock()))
 
-    def _kill(self, builder: Builder, places: tuple[int, ...]) -> None:
+    def _kill_reading(self, job: _Job) -> None:
+        self._kill(job.builder, job.digest, job.places or ())
+
+    def _kill(self, builder: Builder, digest: str | None = None, places: tuple[int, ...] = ()) -> None:
         builder.kill()
-        self._killed.append((builder, places))
+        self._killed.append(_Killed(builder=builder, at_s=self._clock(), digest=digest, places=places))
 
     def _reap(self) -> None:
-        for builder, places in [each for each in self._killed if each[0].has_ended()]:
-            self._arena.free(places)
-            self._killed.remove((builder, places))
+        for killed in [each for each in self._killed if each.builder.has_ended()]:
+            self._arena.free(killed.places)
+            self._killed.remove(killed)

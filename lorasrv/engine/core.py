@@ -134,11 +134,15 @@ class EngineCore:
         self._requests.add([self._new_sequence(request, sample) for sample in range(request.n)])
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
-        """Drop a request, or its sample number `index`, and give back what it holds; what has ended is no error."""
+        """Drop a request, or end its sample number `index`, of which its caller has all, and give back what it holds;
+        what has ended is no error."""
         for sequence in self._requests.get(request_id, ()):
-            if index is None or sequence.sample == index:
-                self._drop(sequence)
+            if index is None:
+                self._requests.drop(sequence)
+            elif sequence.sample == index:
+                self._finish(sequence)
         self._want_nothing_for_nobody()
+        self._drop_discarded()
 
     def warm(self, warm: Warm) -> None:
         """Have an adapter brought to host memory or to the device, behind all that is queued and where it takes nothing
@@ -168,19 +172,20 @@ class EngineCore:
         """Submit one step and apply the one before; with nothing to do for either, wait briefly for an adapter."""
         changes = self._ledger.poll()
         self._go_on(changes.loaded)
+        self._waiting.note_reads(changes.reading)
         self._warms.end_hopeless(changes.failed, self._clock())
         refused = self._fail_overdue() + self._fail_unloadable(changes.failed)
         plan = self._scheduler.decide(self._view())
         refused += self._reject(plan)
         submitted = self._submit(plan)
         self._warms.end_arrived()
-        self._drop_discarded()
         before, self._in_flight = self._in_flight, submitted
         deltas = self._apply(before)
         self._draw(submitted)
         if not self._runs_ahead:
             deltas += self._apply(submitted)
             self._in_flight = None
+        self._drop_discarded()
         if not (refused or submitted or before) and self.has_work():
             self._tiers.wait(IDLE_WAIT_S)
         return refused + deltas + self._positions.tell(self._waiting, self._clock())
@@ -290,7 +295,6 @@ class EngineCore:
 
     def _fail_unloadable(self, failures: Mapping[str, LorasrvError]) -> tuple[TokenDelta, ...]:
         """End the queued requests whose adapter could not be read."""
-        self._drop_discarded()
         ended = {
             sequence.request_id: (sequence, error)
             for digest, error in failures.items()
@@ -301,7 +305,8 @@ class EngineCore:
     def _reject(self, plan: Plan) -> tuple[TokenDelta, ...]:
         rejected = {each.sequence.request_id: each.failure for each in plan.reject}
         for request_id in rejected:
-            self.cancel(request_id)
+            for sequence in self._requests[request_id]:
+                self._requests.drop(sequence)
         return tuple(TokenDelta(request_id=request_id, failure=failure) for request_id, failure in rejected.items())
 
     def _submit(self, plan: Plan) -> _InFlight | None:
@@ -351,7 +356,7 @@ class EngineCore:
         self._waiting.remove(sequence)
         copy = self._ledger.admit(sequence, admission)
         self._running.add(sequence)
-        self._counters["cached_prompt_tokens"] += sequence.num_computed
+        self._counters["cached_prompt_tokens"] += min(sequence.num_computed, sequence.num_prompt)
         return copy
 
     def _decode_inputs(self, decodes: tuple[Sequence, ...]) -> list[ChunkInput]:
@@ -478,21 +483,20 @@ class EngineCore:
     def _end(self, sequence: Sequence) -> FinishReason | None:
         """A sequence has its last token."""
         finish = finish_reason(sequence, self._limits.eos_token_ids)
-        self._drop(sequence)
-        self._counters["finished_requests"] += sequence.request_id not in self._requests
+        self._finish(sequence)
         return finish
+
+    def _finish(self, sequence: Sequence) -> None:
+        """A sequence's caller has all of it."""
+        self._requests.drop(sequence)
+        self._counters["finished_requests"] += sequence.request_id not in self._requests
 
     def _fail(self, sequence: Sequence, error: LorasrvError, *, forget: bool = False) -> TokenDelta:
         """End a sequence's request, all its samples."""
         for each in self._requests[sequence.request_id]:
-            self._drop(each, forget=forget)
+            self._requests.drop(each, forget=forget)
         failure = Failure(reason=error.reason, message=str(error))
         return TokenDelta(request_id=sequence.request_id, failure=failure)
-
-    def _drop(self, sequence: Sequence, *, forget: bool = False) -> None:
-        """End a sequence, wherever it is."""
-        self._requests.drop(sequence, forget=forget)
-        self._drop_discarded()
 
     def _drop_discarded(self) -> None:
         if self._ledger.has_discarded:

@@ -2,7 +2,7 @@
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
@@ -17,6 +17,11 @@ class ImageSource(ImageReader[Image], Protocol[Image]):
 
     def deliver(self, cache: HostCache[Image]) -> None:
         """Tell the cache what has been measured and finished since the last call."""
+        ...
+
+    @property
+    def reading(self) -> Mapping[str, bool]:
+        """The reads under way, and whether each is so slow that it may hang."""
         ...
 
     def wait(self, timeout_s: float) -> None:
@@ -64,6 +69,11 @@ class ThreadReader(Generic[Image]):
 
     def abandon(self, digest: str) -> None:
         del self._loaded[digest]
+
+    @property
+    def reading(self) -> Mapping[str, bool]:
+        """Memory does not hang."""
+        return dict.fromkeys(self._loading, False)
 
     def free(self, image: Image) -> None:
         """The last reference to it frees it."""

@@ -30,7 +30,7 @@ class Core(Protocol):
         ...
 
     def cancel(self, request_id: str, index: int | None = None) -> None:
-        """Drop a request, or one sample of it; what is not running is ignored."""
+        """Drop a request, or end one sample of it; what is not running is ignored."""
         ...
 
     def warm(self, warm: Warm) -> None:

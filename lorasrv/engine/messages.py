@@ -21,7 +21,8 @@ class Submit:
 
 @dataclass(frozen=True)
 class Cancel:
-    """No more deltas for this request, or for its sample number `index`; what is not running is ignored."""
+    """No more deltas for this request, or for its sample number `index`, which has come to its end at a stop string;
+    what is not running is ignored."""
 
     request_id: str
     index: int | None = None

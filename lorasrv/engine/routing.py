@@ -113,9 +113,8 @@ class RoutingEngine(ABC):
         engine_id = self._engine_ids.get(request_id)
         if engine_id is None:
             return
-        mailbox = self._mailboxes[engine_id]
-        if mailbox.close(index):
-            self._send(Cancel(engine_id, None if mailbox.ended else index))
+        if self._mailboxes[engine_id].close(index):
+            self._send(Cancel(engine_id, index))
 
     async def warm(self, digest: str, tier: Tier, deadline_s: float) -> Tier:
         self._require_ready()

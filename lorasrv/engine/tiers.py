@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from lorasrv.engine.image_readers import ImageSource
@@ -28,11 +28,12 @@ _TIERS = {HostState.READING: Tier.READING, HostState.READY: Tier.HOST, HostState
 @dataclass(frozen=True, kw_only=True)
 class TierChanges:
     """Since the last poll: why wanted adapters could not be read, by digest, which have come to host memory, and which
-    have arrived on the device."""
+    have arrived on the device; and whose reads are under way, and whether each is slow."""
 
     failed: Mapping[str, LorasrvError]
     read: tuple[str, ...]
     loaded: tuple[str, ...]
+    reading: Mapping[str, bool] = field(default_factory=dict[str, bool])
 
 
 class AdapterTiers(Protocol):
@@ -145,7 +146,7 @@ class Tiers:
         loaded = tuple(digest for digest, copy in self._copies.items() if copy.ended)
         for digest in loaded:
             self._end_copy(digest)
-        return TierChanges(failed=failures, read=tuple(read), loaded=loaded)
+        return TierChanges(failed=failures, read=tuple(read), loaded=loaded, reading=self._source.reading)
 
     def load(self, digest: str, pages: list[int], *, wait_for_steps: bool) -> ResidentAdapter:
         image = self._host.get(digest)

@@ -167,7 +167,7 @@ class Driver:
         run = self._runs.get(delta.request_id)
         if run is None or delta.queue_position is not None:
             return  # it was taken back while it was computed, or it waits
-        if run.take(delta) and not run.ended:
+        if run.take(delta):
             self._core.cancel(delta.request_id, delta.sample)
         if run.ended:
             self._end(run)

@@ -6,13 +6,16 @@ nothing: it looks at the first few of them, and at those that could run at once.
 
 from bisect import bisect_right, insort
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace, merge
 from itertools import islice
 
 from lorasrv.sched.fairness import Share, Shares
 from lorasrv.sched.sequence import Sequence, order_of, take_out
+
+# Of a tenant. As many builders are added for slow reads (`engine.builder_pool`), so one is left for others' at least.
+MAX_SLOW_READS = 6
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +41,9 @@ class WaitingQueue:
         self._lines: dict[tuple[int, str], Line] = {}
         self._by_digest: dict[str, dict[Sequence, None]] = {}
         self._away: set[Sequence] = set()
+        # The tenants that have waited for each read that is under way, and which of these are slow.
+        self._reading: dict[str, set[str]] = {}
+        self._slow: set[str] = set()
 
     def __len__(self) -> int:
         return sum(len(line) for line in self._lines.values())
@@ -95,6 +101,8 @@ class WaitingQueue:
             self._away.add(sequence)
         if sequence.digest is not None:
             self._by_digest.setdefault(sequence.digest, {})[sequence] = None
+            if sequence.digest in self._reading:
+                self._reading[sequence.digest].add(sequence.share.tenant)
 
     def remove(self, sequence: Sequence) -> None:
         key = _key(sequence)
@@ -120,39 +128,68 @@ class WaitingQueue:
                 insort(line.side(away), sequence, key=order_of)
                 (self._away.add if away else self._away.discard)(sequence)
 
+    def note_reads(self, reading: Mapping[str, bool]) -> None:
+        """The adapters whose reads are under way, and whether each is slow. These are the reads of all tenants whose
+        sequences have waited for them since."""
+        self._reading = {
+            digest: self._reading[digest]
+            if digest in self._reading
+            else {sequence.share.tenant for sequence in self.for_digest(digest)}
+            for digest in reading
+        }
+        self._slow = {digest for digest, is_slow in reading.items() if is_slow}
+
+    @property
+    def reads_for_warms(self) -> set[str]:
+        """The adapters whose reads are under way and for which no sequence has waited."""
+        return {digest for digest, tenants in self._reading.items() if not tenants}
+
     def turns(self, *, num_away: int | None = None) -> "Turns":
         """With about `num_away` of those whose adapter is away; None is all of them."""
         return Turns(self._lines.items(), num_away=num_away)
 
-    def next_away(self, num_digests: int, num_sequences: int) -> dict[str, None]:
+    def next_away(
+        self,
+        num_digests: int,
+        num_sequences: int,
+        is_read: Callable[[str], bool] = lambda digest: False,
+    ) -> dict[str, None]:
         """The adapters that the next `num_sequences` of those that are away wait for, at most `num_digests`: in the
-        order of service, if each is granted in its turn."""
+        order of service, if each is granted in its turn.
+
+        A tenant with MAX_SLOW_READS slow reads has no others begun, of adapters that `is_read` does not find in host
+        memory: what hangs is never charged for, so nothing else would keep it from hanging all that reads.
+        """
         digests: dict[str, None] = {}
         granted: dict[Share, float] = {}
-        by_class: dict[int, list[Line]] = {}
+        num_slow = Counter(tenant for digest in self._slow for tenant in self._reading[digest])
+        by_class: dict[int, list[tuple[Share, list[Sequence]]]] = {}
         for (priority, _), line in self._lines.items():
-            if line.away:
-                by_class.setdefault(priority, []).append(line)
+            away = line.away
+            if num_slow[line.share.tenant] >= MAX_SLOW_READS:
+                away = [each for each in away if (name := each.digest) in self._reading or (name and is_read(name))]
+            if away:
+                by_class.setdefault(priority, []).append((line.share, away))
         for priority in sorted(by_class):
             heap = [
-                (line.share.served + granted.get(line.share, 0.0), line.away[0].order, line, 0)
-                for line in by_class[priority]
+                (share.served + granted.get(share, 0.0), away[0].order, share, away, 0)
+                for share, away in by_class[priority]
             ]
             heapify(heap)
             while heap:
                 if not num_sequences or len(digests) == num_digests:
                     return digests
                 num_sequences -= 1
-                _, _, line, place = heap[0]
-                sequence, share = line.away[place], line.share
+                _, _, share, away, place = heap[0]
+                sequence = away[place]
                 assert sequence.digest is not None, "without an adapter there is nothing to wait for"
                 digests[sequence.digest] = None
                 cost = granted[share] = granted.get(share, 0.0) + sequence.admission_cost
                 place += 1
-                if place == len(line.away):
+                if place == len(away):
                     heappop(heap)
                 else:
-                    heapreplace(heap, (share.served + cost, line.away[place].order, line, place))
+                    heapreplace(heap, (share.served + cost, away[place].order, share, away, place))
         return digests
 
     def check(self, is_resident: "Iterable[str]") -> None:

@@ -181,13 +181,19 @@ class _Draft:
     def look_ahead(self) -> None:
         """The first adapters in the order of service that are not on the device and are needed in host memory.
 
-        Behind them one that is to be warm: the reads of requests that come next queue behind its own.
+        Behind them one that is to be warm: the reads of requests that come next queue behind its own. While a read
+        for a warm is under way, no other's begins, though nobody waits for it any more.
         """
         if self.view.waiting.num_away:
-            self.wanted = self.view.waiting.next_away(self.config.lookahead, _SCANNED * self.config.lookahead)
+            self.wanted = self.view.waiting.next_away(
+                self.config.lookahead,
+                _SCANNED * self.config.lookahead,
+                is_read=lambda digest: self.view.resources.num_pages(digest) is not None,
+            )
         unread = (warm.digest for warm in self.view.warms if self.view.resources.num_pages(warm.digest) is None)
         if len(self.wanted) < self.config.lookahead:
-            self.wanted |= dict.fromkeys(islice(unread, 1))
+            under_way = self.view.waiting.reads_for_warms
+            self.wanted |= dict.fromkeys(islice((each for each in unread if not under_way or each in under_way), 1))
 
     def admit_waiting(self) -> bool:
         """Grant requests, in the order of service, their adapter's pages and their known tokens' pages together.

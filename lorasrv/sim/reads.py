@@ -1,6 +1,6 @@
 """Reads of adapters from a disk that is a bandwidth, by readers that are a number."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
@@ -48,6 +48,11 @@ class SimReads:
 
     def abandon(self, digest: str) -> None:
         self._busy.remove(digest)
+
+    @property
+    def reading(self) -> Mapping[str, bool]:
+        """None hangs."""
+        return dict.fromkeys(self._busy, False)
 
     def free(self, image: SimImage) -> None:
         """It has no bytes."""
