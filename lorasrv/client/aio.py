@@ -1,6 +1,7 @@
 """The client for programs that keep many generations going at once."""
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
@@ -8,13 +9,13 @@ import grpc
 
 from lorasrv.client.errors import translated
 from lorasrv.client.messages import (
-    CHANNEL_OPTIONS,
     DEFAULT_URL,
     OWN_TENANT,
     Event,
     Generation,
     Prompt,
     WarmTier,
+    channel_options,
     credentials,
     detokenize_request,
     event_of,
@@ -36,7 +37,7 @@ from lorasrv.v1 import (
 
 class AsyncClient:
     """What a service that generates asks for while it runs, by the names of `Client`, which has the other verbs and
-    says what the arguments are. Belongs to one event loop.
+    says what the arguments are. Belongs to the event loop that first uses it.
     """
 
     def __init__(
@@ -50,15 +51,27 @@ class AsyncClient:
         self._tenant = f"tenants/{tenant}"
         self._timeout_s = timeout_s
         self._credentials = credentials(api_key)
-        target, secure = target_of(url)
-        self._channel = (
-            grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=CHANNEL_OPTIONS)
-            if secure
-            else grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-        )
-        self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._adapters: Any = adapter_pb2_grpc.AdapterServiceStub(self._channel)
-        self._server: Any = server_pb2_grpc.ServerServiceStub(self._channel)
+        self._target, self._secure = target_of(url)
+
+    @cached_property
+    def _channel(self) -> grpc.aio.Channel:
+        """Made when it is first used: gRPC ties it to the event loop that runs then."""
+        options = channel_options(self._target)
+        if self._secure:
+            return grpc.aio.secure_channel(self._target, grpc.ssl_channel_credentials(), options=options)
+        return grpc.aio.insecure_channel(self._target, options=options)
+
+    @cached_property
+    def _generation(self) -> Any:
+        return generation_pb2_grpc.GenerationServiceStub(self._channel)
+
+    @cached_property
+    def _adapters(self) -> Any:
+        return adapter_pb2_grpc.AdapterServiceStub(self._channel)
+
+    @cached_property
+    def _server(self) -> Any:
+        return server_pb2_grpc.ServerServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
