@@ -429,6 +429,27 @@ async def test_a_batch_keeps_to_its_concurrency_and_cancels_as_a_whole(running: 
     assert len(running.engine.requests) == 4
 
 
+async def test_more_calls_at_once_than_a_connection_carries(running: Running) -> None:
+    async with AsyncClient(running.address) as client:
+        answers = await asyncio.gather(*(client.generate("hello", adapter="base") for _ in range(1500)))
+    assert {answer.text for answer in answers} == {"hello"}
+
+
+async def test_calls_that_wait_for_their_turn(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasrv.client.aio.MAX_OPEN_CALLS", 2)
+    running.engine.gate.clear()
+    async with AsyncClient(running.address) as client, AsyncClient(running.address) as other:
+        calls = [asyncio.create_task(client.generate("hello", adapter="base")) for _ in range(4)]
+        await until(lambda: len(running.engine.running) == 2)
+        with pytest.raises(DeadlineExceeded, match="2 calls of this client were open"):
+            await client.warm("upper", timeout_s=0.05)
+        await other.status()
+        calls[0].cancel()
+        await until(lambda: len(running.engine.requests) == 3)
+        running.engine.gate.set()
+        assert [(await call).text for call in calls[1:]] == ["hello"] * 3
+
+
 async def test_a_batch_without_a_server_fails_once() -> None:
     async with AsyncClient(free_address()) as client:
         with pytest.raises(Unavailable):

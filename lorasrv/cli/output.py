@@ -109,7 +109,9 @@ def fail(message: str, code: int) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Fitted to a terminal; whole where nobody looks at the width."""
+    """Fitted to a terminal, with nothing cut off; whole where nobody looks at the width."""
+    for column in table.columns:
+        column.overflow = "fold"
     terminal = Console()
     console = terminal if terminal.is_terminal else Console(width=_PIPE_WIDTH)
     # Rich would end the command itself when nobody reads on.

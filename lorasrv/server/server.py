@@ -36,7 +36,7 @@ from lorasrv.server.tokens import TokenDesk
 from lorasrv.server.transport import tls_credentials
 from lorasrv.types import EngineInfo
 from lorasrv.v1 import adapter_pb2_grpc, generation_pb2_grpc, server_pb2, server_pb2_grpc
-from lorasrv_adapters.errors import AdapterError
+from lorasrv_adapters.errors import AdapterError, RegistryUnavailable
 from lorasrv_adapters.limits import RegistryLimits
 from lorasrv_adapters.registry import Registry
 
@@ -129,13 +129,17 @@ class Server:
         self._tokenizer = load_tokenizer(Path(model.path))
         self._chat_template = load_chat_template(Path(model.path))
         self._base = base_shapes(model.path, model.dtype)
-        self._registry = Registry(
-            Path(config.data_dir),
-            self._base,
-            config.engine.max_rank,
-            limits=config.registry,
-            check=adapter_check(config.engine),
-        )
+        try:
+            self._registry = Registry(
+                Path(config.data_dir),
+                self._base,
+                config.engine.max_rank,
+                limits=config.registry,
+                check=adapter_check(config.engine),
+            )
+        except RegistryUnavailable as error:
+            # The error itself names no path, since those of later calls go to clients.
+            raise RegistryUnavailable(f"data directory {config.data_dir}: {error}") from error
         self._engine = make_engine(replace(config.engine, blob_root=str(self._registry.blob_root)))
         self._health = Health(self._engine)
         self._metrics = Metrics(self._engine)
