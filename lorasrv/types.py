@@ -66,6 +66,11 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     n: int | None = None
 
+    def __post_init__(self) -> None:
+        # A string is a sequence of strings too, and other engines take one.
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+
     def given(self) -> dict[str, Any]:
         """The fields that are set."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -35,6 +35,11 @@ class Relay:
             self._limit = num_bytes
             self._changed.notify_all()
 
+    def stop(self) -> None:
+        """Let nothing more pass from clients, as where a connection is forgotten on the way."""
+        with self._changed:
+            self._limit = self._taken
+
     def wait_until_stopped(self) -> None:
         with self._changed:
             assert self._changed.wait_for(lambda: self._passed == self._limit, WAIT_S), (self._passed, self._limit)

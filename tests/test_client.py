@@ -4,8 +4,10 @@ import asyncio
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -25,8 +27,10 @@ from lorasrv.client.errors import (
     PermissionDenied,
     Unavailable,
 )
-from lorasrv.client.messages import generate_request, target_of
-from lorasrv.client.transfer import differing_files
+from lorasrv.client.messages import CHANNEL_OPTIONS, generate_request, target_of
+from lorasrv.client.transfer import default_id, differing_files
+from lorasrv.server.server import _OPTIONS as SERVER_OPTIONS
+from lorasrv.types import SamplingParams
 from lorasrv.v1 import adapter_pb2, generation_pb2, server_pb2
 from relay import Relay
 from running_server import Running, running_server, subprocess_env, until
@@ -245,6 +249,60 @@ async def test_a_server_far_away_is_reached(running: Running) -> None:
     assert await asyncio.to_thread(session) == "hello"
 
 
+async def test_a_server_that_is_gone_without_a_word_is_found_out(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As behind a NAT that has forgotten the connection: nothing arrives, and nothing says so."""
+    monkeypatch.setattr("lorasrv.client.messages.CHANNEL_OPTIONS", with_quick_pings(CHANNEL_OPTIONS))
+
+    def session() -> str:
+        with Relay(running.address) as relay, Client(relay.address, timeout_s=30) as client:
+            client.info()
+            relay.stop()
+            with pytest.raises(Unavailable):
+                client.generate("hello", adapter="base")
+            relay.drop()
+            relay.stop_at(None)
+            return client.generate("hello", adapter="base", temperature=0.0).text
+
+    assert await asyncio.to_thread(session) == "hello"
+
+
+async def test_a_client_that_is_gone_without_a_word_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it asked for gives its place to others."""
+    monkeypatch.setattr("lorasrv.server.server._OPTIONS", with_quick_pings(SERVER_OPTIONS))
+    async with running_server(tmp_path / "data") as running:
+        running.engine.gate.clear()
+        with Relay(running.address) as relay:
+            async with AsyncClient(relay.address) as client:
+                call = asyncio.create_task(client.generate("hello", adapter="base"))
+                await until(lambda: bool(running.engine.running))
+                relay.stop()
+                async with asyncio.timeout(30):
+                    await until(lambda: not running.engine.running)
+                call.cancel()
+                await asyncio.gather(call, return_exceptions=True)
+
+
+def with_quick_pings(options: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    """Options with the same pings, where there are any, a hundred times as often, and answers waited for for 1 s."""
+    scaled = [(name, value // 100 if name == "grpc.keepalive_time_ms" else value) for name, value in options]
+    return (*scaled, ("grpc.http2.ping_timeout_ms", 1000))
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy"])
+async def test_no_proxy_is_asked_for_this_machine(
+    running: Running, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, f"http://{free_address()}")
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    async with AsyncClient(running.address) as client:
+        assert (await client.generate("hello", adapter="base", temperature=0.0)).text == "hello"
+
+
 async def test_a_broken_push_continues_where_the_server_is(
     running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,9 +336,63 @@ async def test_a_broken_push_continues_where_the_server_is(
     assert offsets[1] == 1000
 
 
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED])
+async def test_a_push_that_breaks_after_an_hour_of_progress_goes_on(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: grpc.StatusCode
+) -> None:
+    folder = write_adapter(tmp_path / "upper")
+    monkeypatch.setattr("lorasrv.client.messages.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("lorasrv.client.transfer.time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
+    now, num_breaks = 0.0, 0
+
+    def push() -> adapter_pb2.Version:
+        with Client(running.address) as client:
+            write = client._adapters.WriteUpload
+
+            def break_late(requests: object, **options: Any) -> adapter_pb2.Upload:
+                nonlocal now, num_breaks
+                now += 3600.0
+                if num_breaks == 3:
+                    return write(requests, **options)
+                num_breaks += 1
+                first = next(requests)  # pyright: ignore[reportArgumentType, reportCallIssue]
+                write(iter([first]), **options)
+                raise BrokenCall(code)
+
+            client._adapters.WriteUpload = break_late
+            return client.push(folder, "upper")
+
+    assert len((await asyncio.to_thread(push)).digest) == 64
+
+
+async def test_a_push_that_gets_nowhere_ends(running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_adapter(tmp_path / "upper")
+    monkeypatch.setattr("lorasrv.client.transfer.time", SimpleNamespace(monotonic=lambda: now, sleep=time.sleep))
+    now, num_breaks = 0.0, 0
+
+    def push() -> None:
+        with Client(running.address) as client:
+
+            def break_at_once(requests: object, **options: Any) -> adapter_pb2.Upload:
+                nonlocal now, num_breaks
+                now += 25.0
+                num_breaks += 1
+                raise BrokenCall
+
+            client._adapters.WriteUpload = break_at_once
+            with pytest.raises(Unavailable):
+                client.push(folder, "upper", resume_s=60.0)
+
+    await asyncio.to_thread(push)
+    assert num_breaks == 4
+
+
 class BrokenCall(grpc.RpcError):
+    def __init__(self, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> None:
+        self._code = code
+
     def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.UNAVAILABLE
+        return self._code
 
     def details(self) -> str:
         return "connection reset"
@@ -317,6 +429,27 @@ async def test_a_batch_keeps_to_its_concurrency_and_cancels_as_a_whole(running: 
     assert len(running.engine.requests) == 4
 
 
+async def test_more_calls_at_once_than_a_connection_carries(running: Running) -> None:
+    async with AsyncClient(running.address) as client:
+        answers = await asyncio.gather(*(client.generate("hello", adapter="base") for _ in range(1500)))
+    assert {answer.text for answer in answers} == {"hello"}
+
+
+async def test_calls_that_wait_for_their_turn(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasrv.client.aio.MAX_OPEN_CALLS", 2)
+    running.engine.gate.clear()
+    async with AsyncClient(running.address) as client, AsyncClient(running.address) as other:
+        calls = [asyncio.create_task(client.generate("hello", adapter="base")) for _ in range(4)]
+        await until(lambda: len(running.engine.running) == 2)
+        with pytest.raises(DeadlineExceeded, match="2 calls of this client were open"):
+            await client.warm("upper", timeout_s=0.05)
+        await other.status()
+        calls[0].cancel()
+        await until(lambda: len(running.engine.requests) == 3)
+        running.engine.gate.set()
+        assert [(await call).text for call in calls[1:]] == ["hello"] * 3
+
+
 async def test_a_batch_without_a_server_fails_once() -> None:
     async with AsyncClient(free_address()) as client:
         with pytest.raises(Unavailable):
@@ -331,9 +464,35 @@ def test_every_kind_of_prompt_is_a_request() -> None:
     assert list(generate_request([1, 2], adapter="base").tokens.ids) == [1, 2]
     assert generate_request("hi", adapter="base").WhichOneof("prompt") == "text"
     assert generate_request([], adapter="base").WhichOneof("prompt") == "tokens"
-    for mixed in ([messages[0], 3], [3, messages[0]], [{"role": "user", "content": "hi", "name": "x"}]):
+    for mixed in (b"hi", [messages[0], 3], [3, messages[0]], [{"role": "user", "content": "hi", "name": "x"}]):
         with pytest.raises((TypeError, ValueError)):
             generate_request(mixed, adapter="base")
+
+
+def test_a_linked_folder_has_the_name_of_its_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run-17").mkdir()
+    (tmp_path / "best").symlink_to("run-17")
+    assert default_id(tmp_path / "best") == "best"
+    monkeypatch.chdir(tmp_path / "run-17")
+    assert [default_id(Path(given)) for given in (".", "../best/", "../run-17/.")] == ["run-17", "best", "run-17"]
+
+
+def test_one_stop_string_is_not_its_characters() -> None:
+    assert list(generate_request("hi", adapter="base", stop="ab").sampling.stop) == ["ab"]
+    assert list(generate_request("hi", adapter="base", stop=["ab", "c"]).sampling.stop) == ["ab", "c"]
+    assert SamplingParams(stop="ab").stop == ("ab",)  # pyright: ignore[reportArgumentType]
+
+
+def test_an_async_client_may_be_made_before_its_loop() -> None:
+    """At the top of a module, as services do."""
+    client = AsyncClient(free_address())
+
+    async def session() -> None:
+        async with client:
+            with pytest.raises(Unavailable):
+                await client.generate("hello", adapter="base")
+
+    asyncio.run(session())
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:1", "http://127.0.0.1:1", "http://127.0.0.1:1/"])
@@ -343,11 +502,15 @@ def test_urls(url: str) -> None:
 
 def test_a_url_of_tls() -> None:
     assert target_of("https://llm.example.com:443/") == ("llm.example.com:443", True)
+    assert target_of("https://[fd00::2]:443") == ("[fd00::2]:443", True)
 
 
-@pytest.mark.parametrize("url", ["", "localhost", "ftp://a:1", "https://http://a:1", "a:b", "http://a:1/path", ":1"])
+BAD_ADDRESSES = ("", "localhost", "a:b", "::1:8470", "[::1:8470", "a:99999", "a:²", "u@a:1")
+
+
+@pytest.mark.parametrize("url", [*BAD_ADDRESSES, "ftp://a:1", "https://http://a:1", "http://a:1/path", ":1"])
 def test_bad_urls(url: str) -> None:
-    with pytest.raises(ValueError, match="HOST:PORT"):
+    with pytest.raises(ValueError, match=r"is not HOST:PORT|above 65535"):
         target_of(url)
 
 

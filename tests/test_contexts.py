@@ -1,5 +1,6 @@
 """`lorasrv context`, and which server and key a verb takes."""
 
+import json
 import re
 import stat
 import tomllib
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from commands import bash, command_env, command_folder
 from keyed import KeyRing, keyed_server
 from lorasrv.cli.config_file import Context, UserConfig, read_config, write_config
 from lorasrv.cli.connection import Target, api_key_of, resolve
+from lorasrv.cli.output import INTERNAL
 from lorasrv.errors import ConfigurationError
 from lorasrv.keys import Role
 from test_cli import assert_fails, in_thread, own_config, run
@@ -151,3 +154,19 @@ def test_what_is_written_is_what_is_read(config: Path) -> None:
     written = UserConfig(current=odd, contexts={odd: Context(url="a:1", api_key_file=odd), "b": Context(url="b:1")})
     write_config(config, written)
     assert read_config(config) == written
+
+
+def test_output_that_nobody_takes(tmp_path: Path) -> None:
+    """Behind `| head` there is nothing to say; on a full disk there is, in one line."""
+    env = command_env(command_folder(tmp_path / "bin"), tmp_path)
+    done = bash("lorasrv context add prod a:1 && lorasrv context ls | true; echo ${PIPESTATUS[0]}", env)
+    assert (done.stdout, done.stderr) == ("added prod: a:1\n0\n", "")
+    for verb in ("context ls", "context ls --json", "context use prod"):
+        full = bash(f"lorasrv {verb} >/dev/full", env)
+        assert (full.returncode, full.stderr) == (INTERNAL, "lorasrv: [Errno 28] No space left on device\n")
+
+
+def test_a_user_without_a_home(tmp_path: Path) -> None:
+    env = {**command_env(command_folder(tmp_path / "bin"), tmp_path), "HOME": "/dev/null"}
+    done = bash("lorasrv context ls --json", env)
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"current": None, "contexts": []})

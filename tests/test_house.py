@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("lorasrv", "kernels/lorasrv_kernels", "adapters/lorasrv_adapters", "benchmarks/lorasrv_bench")
 # A room of `lorasrv` imports rooms of the layers before its own; the first layer is one room.
 LAYERS = (
-    {"types", "errors", "config", "requests", "keys"},
+    {"addresses", "types", "errors", "config", "requests", "keys"},
     {"memory"},
     {"sched", "model"},
     {"engine"},

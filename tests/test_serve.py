@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from lorasrv.keys import Role
 from lorasrv.server.serve import serve_until_signal
 from lorasrv.types import EngineInfo
 from lorasrv.v1 import generation_pb2, generation_pb2_grpc
-from running_server import reason_of
+from running_server import reason_of, subprocess_env
 
 ASKED = generation_pb2.GenerateRequest(adapter=[generation_pb2.AdapterRef(name="base")], text="hello")
 
@@ -52,6 +54,13 @@ async def ends_unavailable(stream: Any) -> None:
         async for _ in stream:
             pass
     assert (caught.value.code(), reason_of(caught.value)) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_UNAVAILABLE")
+
+
+def test_a_server_may_have_more_connections_than_the_shell_allows() -> None:
+    program = "import resource; from lorasrv.server.serve import allow_connections; "
+    program += "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 4000)); allow_connections(); "
+    program += "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    assert subprocess.check_output([sys.executable, "-c", program], env=subprocess_env(), text=True) == "4000 4000\n"
 
 
 async def test_a_signal_lets_streams_finish(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fake_engine import FakeEngine, echo, server_config
 from lorasrv.client.errors import error_from_call
 from lorasrv.client.messages import CHUNK_BYTES, upload_files, write_requests
 from lorasrv.errors import ConfigurationError, QueueFull
-from lorasrv.server.server import Server
+from lorasrv.server.server import Server, ServerConfig
 from lorasrv.server.status import MASKED_MESSAGE
 from lorasrv.types import EngineRequest, FinishReason, LogitRules, PositionLogprobs, TokenDelta
 from lorasrv.v1 import (
@@ -29,6 +29,7 @@ from lorasrv.v1 import (
     server_pb2,
     server_pb2_grpc,
 )
+from lorasrv_adapters.downloads import CHUNK_BYTES as DOWNLOAD_BYTES
 from running_server import Running, asked, reason_of, refused, running_server, until
 
 Code = grpc.StatusCode
@@ -527,8 +528,10 @@ async def test_an_upload_stream_without_messages_is_refused(adapters: Any) -> No
     await refused(adapters.WriteUpload(messages), Code.INVALID_ARGUMENT, "INVALID_REQUEST")
 
 
-def test_chunks_fit_the_message_cap() -> None:
+def test_chunks_fit_the_message_cap_and_slow_links() -> None:
     assert CHUNK_BYTES <= 1 << 20
+    slow_bytes_per_s = 4000
+    assert slow_bytes_per_s * ServerConfig.stall_timeout_s > DOWNLOAD_BYTES
 
 
 # The server
@@ -605,7 +608,9 @@ async def test_a_taken_port_is_said_before_a_model_is_loaded(running: Running, t
         await server.close()
 
 
-@pytest.mark.parametrize("listen", ["0.0.0.0:1", "[::]:1", "example.com:1", "10.0.0.1:1", "127.0.0.1", "localhost:x"])
+@pytest.mark.parametrize(
+    "listen", ["0.0.0.0:1", "[::]:1", "example.com:1", "10.0.0.1:1", "127.0.0.1", "localhost:x", "::1:1"]
+)
 def test_only_loopback_is_served_without_credentials(tmp_path: Path, listen: str) -> None:
     with pytest.raises(ConfigurationError, match="listen address"):
         server_config(tmp_path, listen=listen)

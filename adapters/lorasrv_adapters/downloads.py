@@ -10,7 +10,8 @@ from lorasrv_adapters.manifest import ManifestFile
 from lorasrv_adapters.published import read_manifest
 from lorasrv_adapters.records import Version
 
-CHUNK_BYTES = 1 << 20
+# Each is to pass within the stall time-out of a stream, also on a slow link.
+CHUNK_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Download:
             raise
 
     def read(self) -> FileChunk | None:
-        """The next at most 1 MiB; None at the end. A file whose bytes are not right fails with its last chunk."""
+        """The next at most CHUNK_BYTES; None at the end. A file whose bytes are not right fails with its last chunk."""
         try:
             with storage_errors():
                 return next(self._chunks, None)

@@ -18,10 +18,9 @@ from lorasrv.cli.output import (
     print_json,
     print_table,
     progress,
-    reported_errors,
 )
 from lorasrv.client.messages import WarmTier
-from lorasrv.client.transfer import differing_files
+from lorasrv.client.transfer import default_id, differing_files
 from lorasrv.config import DType, EngineConfig, ModelConfig
 from lorasrv.v1 import adapter_pb2
 
@@ -44,8 +43,8 @@ def push(
     as_json: JsonOption = False,
 ) -> None:
     """Upload a PEFT folder and publish it as the adapter's newest version."""
-    adapter_id = folder.resolve().name if name is None else name
-    with reported_errors(), connect(url) as client, _transfer(adapter_id) as report:
+    adapter_id = default_id(folder) if name is None else name
+    with connect(url) as client, _transfer(adapter_id) as report:
         version = client.push(folder, adapter_id, report, create_only=create_only)
     _print_version(adapter_id, version, as_json)
 
@@ -58,7 +57,7 @@ def pull(
     as_json: JsonOption = False,
 ) -> None:
     """Download a version's files, checked to the last byte."""
-    with reported_errors(), connect(url) as client, _transfer(reference) as report:
+    with connect(url) as client, _transfer(reference) as report:
         version = client.pull(reference, folder, report)
     _print_version(reference.partition("@")[0], version, as_json)
 
@@ -72,7 +71,7 @@ def import_(
     as_json: JsonOption = False,
 ) -> None:
     """Publish a PEFT folder that is on the server's own disk."""
-    with reported_errors(), connect(url) as client:
+    with connect(url) as client:
         version = client.import_adapter(source, name, create_only=create_only)
     _print_version(name, version, as_json)
 
@@ -85,7 +84,7 @@ def ls(
     as_json: JsonOption = False,
 ) -> None:
     """List the adapters that the server has."""
-    with reported_errors(), connect(url) as client:
+    with connect(url) as client:
         found = client.adapters(name_prefix=prefix, show_deleted=deleted)
     if as_json:
         print_json({"adapters": [message_dict(adapter) for adapter in found]})
@@ -101,7 +100,7 @@ def ls(
 @app.command()
 def show(name: NameArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
     """Show an adapter's tags and versions."""
-    with reported_errors(), connect(url) as client:
+    with connect(url) as client:
         adapter = client.adapter(name)
     if as_json:
         print_json(message_dict(adapter))
@@ -131,7 +130,7 @@ def rm(
     as_json: JsonOption = False,
 ) -> None:
     """Delete an adapter with all its versions, or one version for good; running generations finish with theirs."""
-    with reported_errors(), connect(url) as client:
+    with connect(url) as client:
         if "@" in reference:
             client.delete_version(reference)
         else:
@@ -142,7 +141,7 @@ def rm(
 @app.command()
 def restore(name: NameArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
     """Bring a deleted adapter back."""
-    with reported_errors(), connect(url) as client:
+    with connect(url) as client:
         adapter = client.undelete_adapter(name)
     print_json(message_dict(adapter)) if as_json else print(f"restored {name}")
 
@@ -150,7 +149,7 @@ def restore(name: NameArgument, url: UrlOption = None, as_json: JsonOption = Fal
 @app.command()
 def tag(reference: ReferenceArgument, tag: TagArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
     """Point a tag at a version; streams that run stay on the version they began with."""
-    with reported_errors(), connect(url) as client:
+    with connect(url) as client:
         made = client.set_tag(reference, tag)
     name = reference.partition("@")[0]
     print_json(message_dict(made)) if as_json else print(f"{name}@{tag}: sha256:{made.versions[0].digest}")
@@ -159,7 +158,7 @@ def tag(reference: ReferenceArgument, tag: TagArgument, url: UrlOption = None, a
 @app.command()
 def untag(name: NameArgument, tag: TagArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
     """Take a tag away; its version stays."""
-    with reported_errors(), connect(url) as client:
+    with connect(url) as client:
         client.delete_tag(name, tag)
     print_json({"untagged": f"{name}@{tag}"}) if as_json else print(f"untagged {name}@{tag}")
 
@@ -167,7 +166,7 @@ def untag(name: NameArgument, tag: TagArgument, url: UrlOption = None, as_json: 
 @app.command()
 def pin(name: NameArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
     """Keep an adapter from deletion."""
-    with reported_errors(), connect(url) as client:
+    with connect(url) as client:
         adapter = client.pin_adapter(name)
     print_json(message_dict(adapter)) if as_json else print(f"pinned {name}")
 
@@ -175,7 +174,7 @@ def pin(name: NameArgument, url: UrlOption = None, as_json: JsonOption = False) 
 @app.command()
 def unpin(name: NameArgument, url: UrlOption = None, as_json: JsonOption = False) -> None:
     """Let an adapter be deleted again."""
-    with reported_errors(), connect(url) as client:
+    with connect(url) as client:
         adapter = client.unpin_adapter(name)
     print_json(message_dict(adapter)) if as_json else print(f"unpinned {name}")
 
@@ -189,7 +188,7 @@ def warm(
     as_json: JsonOption = False,
 ) -> None:
     """Have adapters in memory before generations ask for them; nothing keeps them there."""
-    with reported_errors(), connect(url) as client:
+    with connect(url) as client:
         for reference in references:
             version = client.warm(reference, tier, timeout_s=timeout)
             adapter_id = reference.partition("@")[0]
@@ -210,7 +209,7 @@ def verify(
 ) -> None:
     """Have the server read a version's stored bytes again: are they what its digest says? (`check` is for folders that
     no server has yet.)"""
-    with reported_errors(), connect(url) as client:
+    with connect(url) as client:
         found = client.verify(reference)
         differing = [] if folder is None else differing_files(folder, found.files)
     name = f"{reference.partition('@')[0]}@sha256:{found.version.digest}"
@@ -232,14 +231,13 @@ def check(
 ) -> None:
     """Validate a PEFT folder against a base model, as the server would; needs no server. (`verify` is for versions that
     a server has.)"""
-    with reported_errors():
-        # Needs numpy, which the client alone does not install.
-        from lorasrv.engine.defaults import adapter_check
-        from lorasrv.model.base_shapes import base_shapes
-        from lorasrv_adapters.peft_format import validate_folder
+    # Needs numpy, which the client alone does not install.
+    from lorasrv.engine.defaults import adapter_check
+    from lorasrv.model.base_shapes import base_shapes
+    from lorasrv_adapters.peft_format import validate_folder
 
-        accepts = adapter_check(EngineConfig(model=ModelConfig(path=str(model), dtype=dtype)))
-        spec = validate_folder(folder, base_shapes(model, dtype), max_rank, accepts)
+    accepts = adapter_check(EngineConfig(model=ModelConfig(path=str(model), dtype=dtype)))
+    spec = validate_folder(folder, base_shapes(model, dtype), max_rank, accepts)
     if as_json:
         ranks = {"min_rank": spec.rank_min, "max_rank": spec.rank_max}
         print_json({"ok": True, **ranks, "target_modules": list(spec.target_modules)})

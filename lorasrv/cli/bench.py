@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.table import Table
 
 from lorasrv.cli.connection import Target, UrlOption, api_key_of, resolve
-from lorasrv.cli.output import INTERNAL, JsonOption, print_json, print_table, progress, reported_errors
+from lorasrv.cli.output import INTERNAL, JsonOption, print_json, print_table, progress
 from lorasrv.config import DType
 from lorasrv.errors import ConfigurationError
 
@@ -76,63 +76,62 @@ def serve(
     as_json: JsonOption = False,
 ) -> None:
     """Send a workload to a server, check what it answers, and tell how fast it was; wrong output has no score."""
-    with reported_errors():
-        # Needs numpy, which the client alone does not install.
-        from lorasrv_bench import serving
-        from lorasrv_bench.backends import Server
-        from lorasrv_bench.clients import Clients
-        from lorasrv_bench.records import call_line, header, look_line, write
-        from lorasrv_bench.summary import parse_slo
-        from lorasrv_bench.workloads import parse_workload
+    # Needs numpy, which the client alone does not install.
+    from lorasrv_bench import serving
+    from lorasrv_bench.backends import Server
+    from lorasrv_bench.clients import Clients
+    from lorasrv_bench.records import call_line, header, look_line, write
+    from lorasrv_bench.summary import parse_slo
+    from lorasrv_bench.workloads import parse_workload
 
-        drawn = parse_workload(workload, seed)
-        salt = secrets.randbits(32) if salt is None else salt
-        if openai is not None:
-            names = {adapter_names.format(number): number for number in range(drawn.num_adapters)}
-            lora_ids = names if lora_field else None
-            server = Server(api="openai", url=openai, api_keys=_keys(tenant_keys, None), lora_ids=lora_ids)
-        else:
-            server = Server(api="grpc", url=resolve(url).context.url, api_keys=_keys(tenant_keys, url))
-        setup = serving.Setup(
-            server=server,
-            workload=drawn,
-            concurrency=concurrency,
-            warm_up=warm_up,
-            resident=resident,
-            slo=None if slo is None else parse_slo(slo),
-        )
-        with _phases() as phase:
-            clients = Clients(processes)
-            try:
-                if openai is not None:
-                    ready = serving.openai_ready(drawn, base_name, adapter_names, vocab_size, salt, exact=exact)
+    drawn = parse_workload(workload, seed)
+    salt = secrets.randbits(32) if salt is None else salt
+    if openai is not None:
+        names = {adapter_names.format(number): number for number in range(drawn.num_adapters)}
+        lora_ids = names if lora_field else None
+        server = Server(api="openai", url=openai, api_keys=_keys(tenant_keys, None), lora_ids=lora_ids)
+    else:
+        server = Server(api="grpc", url=resolve(url).context.url, api_keys=_keys(tenant_keys, url))
+    setup = serving.Setup(
+        server=server,
+        workload=drawn,
+        concurrency=concurrency,
+        warm_up=warm_up,
+        resident=resident,
+        slo=None if slo is None else parse_slo(slo),
+    )
+    with _phases() as phase:
+        clients = Clients(processes)
+        try:
+            if openai is not None:
+                ready = serving.openai_ready(drawn, base_name, adapter_names, vocab_size, salt, exact=exact)
+                outcome = asyncio.run(serving.run(setup, ready, clients, phase))
+            else:
+                if (model is None) == (demo is None):
+                    raise ConfigurationError("give --model, whose shapes adapters are made for, or --demo")
+                source, kind = (model, "fresh") if model is not None else (demo, "demo")
+                assert source is not None
+                with serving.grpc_ready(server, drawn, source, kind, salt, phase) as ready:
                     outcome = asyncio.run(serving.run(setup, ready, clients, phase))
-                else:
-                    if (model is None) == (demo is None):
-                        raise ConfigurationError("give --model, whose shapes adapters are made for, or --demo")
-                    source, kind = (model, "fresh") if model is not None else (demo, "demo")
-                    assert source is not None
-                    with serving.grpc_ready(server, drawn, source, kind, salt, phase) as ready:
-                        outcome = asyncio.run(serving.run(setup, ready, clients, phase))
-            finally:
-                clients.close()
-        told = header(
-            drawn,
-            bench="serve",
-            server=server.url,
-            api=server.api,
-            base=None if ready.info is None else f"{ready.info.base_model.name}, {ready.info.base_model.dtype}",
-            concurrency=concurrency,
-            resident=resident,
-            warm_up=warm_up,
-            slo=slo,
-            salt=salt,
-            processes=processes,
-        )
-        if out is not None:
-            looks = [look_line(look, outcome.start_s) for look in outcome.looks]
-            write(out, told, looks, map(call_line, outcome.calls), outcome.summary)
-        _print(told, outcome.summary, as_json)
+        finally:
+            clients.close()
+    told = header(
+        drawn,
+        bench="serve",
+        server=server.url,
+        api=server.api,
+        base=None if ready.info is None else f"{ready.info.base_model.name}, {ready.info.base_model.dtype}",
+        concurrency=concurrency,
+        resident=resident,
+        warm_up=warm_up,
+        slo=slo,
+        salt=salt,
+        processes=processes,
+    )
+    if out is not None:
+        looks = [look_line(look, outcome.start_s) for look in outcome.looks]
+        write(out, told, looks, map(call_line, outcome.calls), outcome.summary)
+    _print(told, outcome.summary, as_json)
     raise typer.Exit(0 if outcome.is_right else INTERNAL)
 
 
@@ -152,31 +151,30 @@ def offline(
     as_json: JsonOption = False,
 ) -> None:
     """Run a workload in this process, all requests at once: what the engine does without a server around it."""
-    with reported_errors():
-        from lorasrv.config import SchedulerConfig
-        from lorasrv.llm import LLM
-        from lorasrv_bench.offline import run
-        from lorasrv_bench.records import header, write
-        from lorasrv_bench.workloads import parse_workload
+    from lorasrv.config import SchedulerConfig
+    from lorasrv.llm import LLM
+    from lorasrv_bench.offline import run
+    from lorasrv_bench.records import header, write
+    from lorasrv_bench.workloads import parse_workload
 
-        drawn = parse_workload(workload, seed)
-        with (
-            LLM(
-                model,
-                dtype=dtype,
-                device=device,
-                dummy_weights=dummy_weights,
-                deterministic=deterministic,
-                pool_bytes=int(pool_mib * 2**20),
-                scheduler=SchedulerConfig(max_running=max_running, max_step_tokens=max(512, max_running)),
-            ) as llm,
-            _phases() as phase,
-        ):
-            summary = run(llm, drawn, model, dtype=dtype, repeats=repeats, exact=deterministic, phase=phase)
-        told = header(drawn, bench="offline", base=f"{model.name}, {dtype}", server=repr(llm), max_running=max_running)
-        if out is not None:
-            write(out, told, (), (), summary)
-        _print(told, summary, as_json)
+    drawn = parse_workload(workload, seed)
+    with (
+        LLM(
+            model,
+            dtype=dtype,
+            device=device,
+            dummy_weights=dummy_weights,
+            deterministic=deterministic,
+            pool_bytes=int(pool_mib * 2**20),
+            scheduler=SchedulerConfig(max_running=max_running, max_step_tokens=max(512, max_running)),
+        ) as llm,
+        _phases() as phase,
+    ):
+        summary = run(llm, drawn, model, dtype=dtype, repeats=repeats, exact=deterministic, phase=phase)
+    told = header(drawn, bench="offline", base=f"{model.name}, {dtype}", server=repr(llm), max_running=max_running)
+    if out is not None:
+        write(out, told, (), (), summary)
+    _print(told, summary, as_json)
     raise typer.Exit(INTERNAL if summary["checks"]["wrong"] else 0)
 
 
@@ -187,18 +185,17 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Every figure of two runs, and the second over the first. Runs that were not asked the same are refused."""
-    with reported_errors():
-        from lorasrv_bench import records
-        from lorasrv_bench.compare import compare as figures_of
+    from lorasrv_bench import records
+    from lorasrv_bench.compare import compare as figures_of
 
-        rows = figures_of(records.read(a), records.read(b))
-        if as_json:
-            print_json({name: {"a": ours, "b": theirs, "ratio": ratio} for name, ours, theirs, ratio in rows})
-            return
-        table = Table("figure", "a", "b", "b / a", box=None)
-        for name, ours, theirs, ratio in rows:
-            table.add_row(name, f"{ours:.4g}", f"{theirs:.4g}", "" if ratio is None else f"{ratio:.3f}")
-        print_table(table)
+    rows = figures_of(records.read(a), records.read(b))
+    if as_json:
+        print_json({name: {"a": ours, "b": theirs, "ratio": ratio} for name, ours, theirs, ratio in rows})
+        return
+    table = Table("figure", "a", "b", "b / a", box=None)
+    for name, ours, theirs, ratio in rows:
+        table.add_row(name, f"{ours:.4g}", f"{theirs:.4g}", "" if ratio is None else f"{ratio:.3f}")
+    print_table(table)
 
 
 @app.command("report")
@@ -207,12 +204,11 @@ def report(
     out: Annotated[Path, typer.Option(dir_okay=False, help="The page.")] = Path("report.html"),
 ) -> None:
     """A page of runs: figures, distributions, the pool by owner, and, for several, curves over adapters."""
-    with reported_errors():
-        from lorasrv_bench import records
-        from lorasrv_bench.report import report as page_of
+    from lorasrv_bench import records
+    from lorasrv_bench.report import report as page_of
 
-        out.write_text(page_of([records.read(path) for path in runs]), encoding="utf-8")
-        print(out)
+    out.write_text(page_of([records.read(path) for path in runs]), encoding="utf-8")
+    print(out)
 
 
 def _keys(file: Path | None, target: Target | None) -> tuple[str | None, ...]:

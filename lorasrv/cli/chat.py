@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lorasrv.cli.connection import AdapterOption, UrlOption, connect
-from lorasrv.cli.output import OK, exit_code, one_line, reported_errors
+from lorasrv.cli.output import OK, exit_code, one_line
 from lorasrv.cli.sampling import SamplingOptions, with_sampling
 from lorasrv.client import Client
 from lorasrv.client.errors import ClientError
@@ -31,7 +31,7 @@ def chat(
     history = [] if system is None else [{"role": "system", "content": system}]
     at_terminal = sys.stdin.isatty()
     code = OK
-    with reported_errors(), connect(url) as client:
+    with connect(url) as client:
         for line in _typed() if at_terminal else sys.stdin:
             message = {"role": "user", "content": line.rstrip("\r\n")}
             if not message["content"]:

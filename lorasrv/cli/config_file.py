@@ -52,7 +52,7 @@ def read_config(path: Path) -> UserConfig:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             config = _config(tomllib.loads(file.read().decode()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the home of a system user may be /dev/null
         return UserConfig()
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError) as error:
         raise ConfigurationError(f"{path}: {error}") from None

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from lorasrv.cli.config_file import Context, UserConfig, check_context, config_path, read_config, write_config
-from lorasrv.cli.output import NOT_FOUND, JsonOption, fail, print_json, print_table, reported_errors
+from lorasrv.cli.output import NOT_FOUND, JsonOption, fail, print_json, print_table
 from lorasrv.errors import ConfigurationError
 from lorasrv_adapters.reference import check_id
 
@@ -39,34 +39,31 @@ def add(
     as_json: JsonOption = False,
 ) -> None:
     """Add a context or replace it; `use` makes it the current one."""
-    with reported_errors():
-        context = _checked(
-            check_id(name, "name"),
-            Context(
-                url=url,
-                api_key=_read_key() if api_key_stdin else None,
-                api_key_file=None if api_key_file is None else str(api_key_file.absolute()),
-            ),
-        )
-        config = read_config(config_path())
-        _write(replace(config, contexts={**config.contexts, name: context}))
+    context = _checked(
+        check_id(name, "name"),
+        Context(
+            url=url,
+            api_key=_read_key() if api_key_stdin else None,
+            api_key_file=None if api_key_file is None else str(api_key_file.absolute()),
+        ),
+    )
+    config = read_config(config_path())
+    _write(replace(config, contexts={**config.contexts, name: context}))
     print_json({"added": name, "url": url}) if as_json else print(f"added {name}: {url}")
 
 
 @app.command()
 def use(name: NameArgument, as_json: JsonOption = False) -> None:
     """Make a context the current one."""
-    with reported_errors():
-        config = read_config(config_path())
-        _write(replace(config, current=_known(config, name)))
+    config = read_config(config_path())
+    _write(replace(config, current=_known(config, name)))
     print_json({"current": name}) if as_json else print(f"using {name}: {config.contexts[name].url}")
 
 
 @app.command()
 def ls(as_json: JsonOption = False) -> None:
     """List the contexts; * is the current one."""
-    with reported_errors():
-        config = read_config(config_path())
+    config = read_config(config_path())
     found = sorted(config.contexts.items())
     if as_json:
         shown = [{"name": name, "url": each.url, "api_key": _key_place(each)} for name, each in found]
@@ -81,11 +78,10 @@ def ls(as_json: JsonOption = False) -> None:
 @app.command()
 def rm(name: NameArgument, as_json: JsonOption = False) -> None:
     """Forget a context, and the key that is kept for it."""
-    with reported_errors():
-        config = read_config(config_path())
-        _known(config, name)
-        left = {other: context for other, context in config.contexts.items() if other != name}
-        _write(UserConfig(current=None if config.current == name else config.current, contexts=left))
+    config = read_config(config_path())
+    _known(config, name)
+    left = {other: context for other, context in config.contexts.items() if other != name}
+    _write(UserConfig(current=None if config.current == name else config.current, contexts=left))
     print_json({"removed": name}) if as_json else print(f"removed {name}")
 
 

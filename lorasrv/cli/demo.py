@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 import lorasrv
-from lorasrv.cli.output import INTERNAL, reported_errors
+from lorasrv.cli.output import INTERNAL
 from lorasrv.cli.status import print_status
 from lorasrv.client import Client
 from lorasrv.demo.local_server import LocalServer
@@ -33,26 +33,21 @@ def demo(
 ) -> None:
     """Start a server, push the sample adapters, stream from all and the base at once, and check every letter."""
     console = Console()
-    with reported_errors():
-        folder = samples or Path(lorasrv.__file__).parent.parent / "adapters" / "samples"
-        adapters = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
-        if not adapters:
-            raise ConfigurationError(
-                "no sample adapters found: the demo runs from a checkout, or with --samples FOLDER"
-            )
-        data_dir = Path(tempfile.mkdtemp(prefix="lorasrv-demo-"))
-        options = ("--pool-mib", str(POOL_MIB))
-        try:
-            with LocalServer(folder / "base", data_dir / "data", data_dir / "log", options) as server:
-                all_well = _run(console, server.url, adapters, secrets.randbits(32) if seed is None else seed)
-                if keep:
-                    server.keep()
-                    console.print(
-                        f"The server stays at {server.url}, data in {data_dir}; end it with kill {server.pid}."
-                    )
-        finally:
-            if not keep:
-                shutil.rmtree(data_dir)
+    folder = samples or Path(lorasrv.__file__).parent.parent / "adapters" / "samples"
+    adapters = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+    if not adapters:
+        raise ConfigurationError("no sample adapters found: the demo runs from a checkout, or with --samples FOLDER")
+    data_dir = Path(tempfile.mkdtemp(prefix="lorasrv-demo-"))
+    options = ("--pool-mib", str(POOL_MIB))
+    try:
+        with LocalServer(folder / "base", data_dir / "data", data_dir / "log", options) as server:
+            all_well = _run(console, server.url, adapters, secrets.randbits(32) if seed is None else seed)
+            if keep:
+                server.keep()
+                console.print(f"The server stays at {server.url}, data in {data_dir}; end it with kill {server.pid}.")
+    finally:
+        if not keep:
+            shutil.rmtree(data_dir)
     raise typer.Exit(0 if all_well else INTERNAL)
 
 

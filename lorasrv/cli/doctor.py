@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lorasrv.cli.diagnosis import Finding, cpu_kernels, data_dir, devices, model, port, serving, versions
-from lorasrv.cli.output import OK, REFUSED, JsonOption, print_json, reported_errors
+from lorasrv.cli.output import OK, REFUSED, JsonOption, print_json
 from lorasrv.cli.serve import default_data_dir
 from lorasrv.client.messages import DEFAULT_URL
 
@@ -25,8 +25,7 @@ def doctor(
     as_json: JsonOption = False,
 ) -> None:
     """Look at device, versions, data directory, port and model; exit code 5 if a server could not start."""
-    with reported_errors():
-        found = list(_findings(data_folder or default_data_dir(), port_number, model_folder))
+    found = list(_findings(data_folder or default_data_dir(), port_number, model_folder))
     well = all(finding.state != "problem" for finding in found)
     if as_json:
         print_json({"ok": well, "findings": [asdict(finding) for finding in found]})

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from lorasrv.cli.connection import AdapterOption, Target, UrlOption, connect, connect_async
 from lorasrv.cli.job_file import read_jobs
-from lorasrv.cli.output import JsonOption, exit_code, one_line, print_json, progress, reported_errors
+from lorasrv.cli.output import JsonOption, exit_code, one_line, print_json, progress
 from lorasrv.cli.sampling import MAX_COUNT, SamplingOptions, with_sampling
 from lorasrv.client.batch import Job, Outcome, generate_all
 from lorasrv.client.errors import ClientError
@@ -47,13 +47,12 @@ def generate(
         raise typer.BadParameter("log-probabilities are printed with --json only")
     asked = {"logprobs": logprobs, "prompt_logprobs": prompt_logprobs, "n": n, "echo": echo or None}
     arguments = {**sampling.arguments(), **{name: value for name, value in asked.items() if value is not None}}
-    with reported_errors():
-        if prompt is not None:
-            _generate_one(Job(prompt=prompt, adapter=adapter, sampling=arguments), url, as_json)
-            return
-        with _lines(file or "") as lines:
-            jobs = read_jobs(lines, adapter, arguments, jsonl=str(file).endswith(".jsonl"))
-        code = asyncio.run(_generate_many(jobs, concurrency, url, as_json))
+    if prompt is not None:
+        _generate_one(Job(prompt=prompt, adapter=adapter, sampling=arguments), url, as_json)
+        return
+    with _lines(file or "") as lines:
+        jobs = read_jobs(lines, adapter, arguments, jsonl=str(file).endswith(".jsonl"))
+    code = asyncio.run(_generate_many(jobs, concurrency, url, as_json))
     raise typer.Exit(code)
 
 

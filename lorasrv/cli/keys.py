@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lorasrv.cli.output import JsonOption, print_json, reported_errors
+from lorasrv.cli.output import JsonOption, print_json
 from lorasrv.keys import Role, append_line, format_line, hash_key, new_key
 
 app = typer.Typer(help="Make API keys for lorasrv serve --api-keys.", no_args_is_help=True)
@@ -29,10 +29,9 @@ def new(
     """Print a new key, this once, and the line for the server's file, or add that with --file."""
     key = new_key()
     expires = None if days is None else datetime.now(UTC) + timedelta(days=days)
-    with reported_errors():
-        line = format_line(name, tenant, role, hash_key(key), expires)
-        if file is not None:
-            append_line(file, line)
+    line = format_line(name, tenant, role, hash_key(key), expires)
+    if file is not None:
+        append_line(file, line)
     if as_json:
         print_json({"key": key, "line": line})
     else:

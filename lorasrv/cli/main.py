@@ -1,15 +1,24 @@
 """`lorasrv`: one command, a verb per file."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from lorasrv import __version__
 from lorasrv.cli import adapters, bench, chat, context, demo, doctor, generate, keys, serve, simulate, status
 from lorasrv.cli.connection import CONTEXT_VARIABLE
-from lorasrv.cli.output import EXIT_CODES
+from lorasrv.cli.output import EXIT_CODES, reported_errors
+
+
+class _Verbs(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        with reported_errors():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=_Verbs,
     help="Serve one base model with thousands of LoRA adapters.",
     epilog=EXIT_CODES,
     no_args_is_help=True,

@@ -56,7 +56,11 @@ OF_CODE: Mapping[grpc.StatusCode, int] = {
 def reported_errors() -> Iterator[None]:
     """Ends the command with one line and an exit code for every error that a user can run into."""
     try:
-        yield
+        try:
+            yield
+        finally:
+            # What cannot be written is to be known while it can still be said.
+            print(end="", flush=True)
     except KeyboardInterrupt:
         fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
@@ -105,9 +109,15 @@ def fail(message: str, code: int) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Fitted to a terminal; whole where nobody looks at the width."""
+    """Fitted to a terminal, with nothing cut off; whole where nobody looks at the width."""
+    for column in table.columns:
+        column.overflow = "fold"
     terminal = Console()
-    (terminal if terminal.is_terminal else Console(width=_PIPE_WIDTH)).print(table)
+    console = terminal if terminal.is_terminal else Console(width=_PIPE_WIDTH)
+    # Rich would end the command itself when nobody reads on.
+    with console.capture() as shown:
+        console.print(table)
+    print(shown.get(), end="")
 
 
 def progress(*columns: str | ProgressColumn) -> Progress:

@@ -7,7 +7,7 @@ from typing import Annotated
 import platformdirs
 import typer
 
-from lorasrv.cli.output import JsonOption, reported_errors
+from lorasrv.cli.output import JsonOption
 from lorasrv.config import DType, EngineConfig, ModelConfig, PoolConfig, SchedulerConfig, TierConfig
 
 
@@ -70,43 +70,42 @@ def serve(
     if pool_gib is not None and pool_mib is not None:
         raise typer.BadParameter("give --pool-gib or --pool-mib, not both")
     pool_bytes = int(pool_gib * 2**30) if pool_gib is not None else int((256 if pool_mib is None else pool_mib) * 2**20)
-    with reported_errors():
-        # Needs the server's packages, which the client alone does not install.
-        from lorasrv.server.serve import serve as run
-        from lorasrv.server.server import ServerConfig
-        from lorasrv_adapters.limits import RegistryLimits
+    # Needs the server's packages, which the client alone does not install.
+    from lorasrv.server.serve import serve as run
+    from lorasrv.server.server import ServerConfig
+    from lorasrv_adapters.limits import RegistryLimits
 
-        config = ServerConfig(
-            engine=EngineConfig(
-                model=ModelConfig(
-                    path=str(model),
-                    dtype=dtype,
-                    device=device,
-                    dummy_weights=dummy_weights,
-                    deterministic=deterministic,
-                    threads=threads,
-                ),
-                pool=PoolConfig(pool_bytes=pool_bytes),
-                scheduler=SchedulerConfig(
-                    max_running=max_running, max_step_tokens=max_step_tokens, max_waiting=max_waiting
-                ),
-                tiers=TierConfig(host_cache_bytes=int(host_cache_gib * 2**30), read_timeout_s=read_timeout_s),
-                max_rank=max_rank,
+    config = ServerConfig(
+        engine=EngineConfig(
+            model=ModelConfig(
+                path=str(model),
+                dtype=dtype,
+                device=device,
+                dummy_weights=dummy_weights,
+                deterministic=deterministic,
+                threads=threads,
             ),
-            data_dir=str(data_dir or default_data_dir()),
-            listen=listen,
-            api_keys=None if api_keys is None else str(api_keys),
-            tls_cert=None if tls_cert is None else str(tls_cert),
-            tls_key=None if tls_key is None else str(tls_key),
-            grace_s=grace_s,
-            heartbeat_timeout_s=heartbeat_timeout_s,
-            stall_timeout_s=stall_timeout_s,
-            metrics_host=metrics_host,
-            metrics_port=metrics_port,
-            registry=RegistryLimits(
-                tenant_bytes=None if tenant_quota_gib is None else int(tenant_quota_gib * 2**30),
-                import_root=import_root,
+            pool=PoolConfig(pool_bytes=pool_bytes),
+            scheduler=SchedulerConfig(
+                max_running=max_running, max_step_tokens=max_step_tokens, max_waiting=max_waiting
             ),
-        )
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        run(config, lambda line: print(line, flush=True), as_json=as_json)
+            tiers=TierConfig(host_cache_bytes=int(host_cache_gib * 2**30), read_timeout_s=read_timeout_s),
+            max_rank=max_rank,
+        ),
+        data_dir=str(data_dir or default_data_dir()),
+        listen=listen,
+        api_keys=None if api_keys is None else str(api_keys),
+        tls_cert=None if tls_cert is None else str(tls_cert),
+        tls_key=None if tls_key is None else str(tls_key),
+        grace_s=grace_s,
+        heartbeat_timeout_s=heartbeat_timeout_s,
+        stall_timeout_s=stall_timeout_s,
+        metrics_host=metrics_host,
+        metrics_port=metrics_port,
+        registry=RegistryLimits(
+            tenant_bytes=None if tenant_quota_gib is None else int(tenant_quota_gib * 2**30),
+            import_root=import_root,
+        ),
+    )
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    run(config, lambda line: print(line, flush=True), as_json=as_json)

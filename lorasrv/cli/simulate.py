@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.table import Table
 
-from lorasrv.cli.output import REFUSED, JsonOption, fail, print_json, print_table, progress, reported_errors
+from lorasrv.cli.output import REFUSED, JsonOption, fail, print_json, print_table, progress
 from lorasrv.cli.pool_chart import pool_chart
 from lorasrv.config import DType, SchedulerConfig, TierConfig
 from lorasrv.errors import ConfigurationError
@@ -50,58 +50,57 @@ def simulate(
 ) -> None:
     """Run a workload through the engine's own scheduler and memory accounting, without a model or a device: a cost
     model says how long steps, copies and reads take."""
-    with reported_errors():
-        # Needs the server's packages, which the client alone does not install.
-        from lorasrv.sim.engine import EngineSetup
-        from lorasrv.sim.hardware import find_hardware
-        from lorasrv.sim.routing import ROUTERS
-        from lorasrv.sim.simulate import fewest_engines
-        from lorasrv.sim.simulate import simulate as run
-        from lorasrv.sim.slo import parse_slo
-        from lorasrv_bench.workloads import parse_workload
+    # Needs the server's packages, which the client alone does not install.
+    from lorasrv.sim.engine import EngineSetup
+    from lorasrv.sim.hardware import find_hardware
+    from lorasrv.sim.routing import ROUTERS
+    from lorasrv.sim.simulate import fewest_engines
+    from lorasrv.sim.simulate import simulate as run
+    from lorasrv.sim.slo import parse_slo
+    from lorasrv_bench.workloads import parse_workload
 
-        if plot is not None and not _has_matplotlib():
-            raise ConfigurationError("--plot needs matplotlib; pip install 'lorasrv[plot]' has it")
-        if routing not in ROUTERS:
-            raise ConfigurationError(f"routing {routing!r} is none of {', '.join(ROUTERS)}")
-        asked, bounds, engines = parse_workload(workload, seed), parse_slo(slo), _engines(gpus)
-        setup = EngineSetup(
-            shape=_shape(model),
-            hardware=find_hardware(hardware),
-            itemsize=_ITEMSIZE[dtype],
-            pool_bytes=None if pool_gib is None else int(pool_gib * 2**30),
-            scheduler=SchedulerConfig(
-                max_running=max_running,
-                max_step_tokens=max_step_tokens,
-                max_waiting=max_waiting,
-                prefix_cache=prefix_cache,
-            ),
-            tiers=TierConfig(host_cache_bytes=int(host_gib * 2**30), num_builders=readers),
-        )
-        with _no_collector(), progress(TextColumn("{task.description}"), BarColumn()) as bar:
-            task = bar.add_task("simulating", total=1.0)
+    if plot is not None and not _has_matplotlib():
+        raise ConfigurationError("--plot needs matplotlib; pip install 'lorasrv[plot]' has it")
+    if routing not in ROUTERS:
+        raise ConfigurationError(f"routing {routing!r} is none of {', '.join(ROUTERS)}")
+    asked, bounds, engines = parse_workload(workload, seed), parse_slo(slo), _engines(gpus)
+    setup = EngineSetup(
+        shape=_shape(model),
+        hardware=find_hardware(hardware),
+        itemsize=_ITEMSIZE[dtype],
+        pool_bytes=None if pool_gib is None else int(pool_gib * 2**30),
+        scheduler=SchedulerConfig(
+            max_running=max_running,
+            max_step_tokens=max_step_tokens,
+            max_waiting=max_waiting,
+            prefix_cache=prefix_cache,
+        ),
+        tiers=TierConfig(host_cache_bytes=int(host_gib * 2**30), num_builders=readers),
+    )
+    with _no_collector(), progress(TextColumn("{task.description}"), BarColumn()) as bar:
+        task = bar.add_task("simulating", total=1.0)
 
-            def told(share: float) -> None:
-                bar.update(task, completed=share)
+        def told(share: float) -> None:
+            bar.update(task, completed=share)
 
-            if engines is None:
-                outcome = fewest_engines(
-                    setup, asked, routing=routing, slo=bounds, most=most_gpus, tell=_tell_trial, progress=told
-                )
-            else:
-                outcome = run(setup, asked, engines, routing=routing, slo=bounds, progress=told)
-        if outcome is None:
-            fail(f"{most_gpus} GPUs do not keep {bounds}; --max-gpus tries more", REFUSED)
-            return
-        title = f"{asked.text} seed {seed}, {setup.shape.name} {dtype} on {outcome.num_engines} × {setup.hardware.name}"
-        if plot is not None:
-            from lorasrv.cli.pool_plot import plot_pool
-
-            plot_pool(outcome.pool, title, plot)
-        if as_json:
-            print_json(_as_dict(asked.text, seed, setup, dtype, routing, outcome))
+        if engines is None:
+            outcome = fewest_engines(
+                setup, asked, routing=routing, slo=bounds, most=most_gpus, tell=_tell_trial, progress=told
+            )
         else:
-            _show(title, setup, routing, outcome)
+            outcome = run(setup, asked, engines, routing=routing, slo=bounds, progress=told)
+    if outcome is None:
+        fail(f"{most_gpus} GPUs do not keep {bounds}; --max-gpus tries more", REFUSED)
+        return
+    title = f"{asked.text} seed {seed}, {setup.shape.name} {dtype} on {outcome.num_engines} × {setup.hardware.name}"
+    if plot is not None:
+        from lorasrv.cli.pool_plot import plot_pool
+
+        plot_pool(outcome.pool, title, plot)
+    if as_json:
+        print_json(_as_dict(asked.text, seed, setup, dtype, routing, outcome))
+    else:
+        _show(title, setup, routing, outcome)
 
 
 @contextmanager

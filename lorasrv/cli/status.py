@@ -3,13 +3,13 @@
 from rich.table import Table
 
 from lorasrv.cli.connection import UrlOption, connect
-from lorasrv.cli.output import JsonOption, message_dict, print_json, print_table, reported_errors
+from lorasrv.cli.output import JsonOption, message_dict, print_json, print_table
 from lorasrv.v1 import adapter_pb2, server_pb2
 
 
 def status(url: UrlOption = None, as_json: JsonOption = False) -> None:
     """Show the server's requests, its page pool and where its adapters are."""
-    with reported_errors(), connect(url) as client:
+    with connect(url) as client:
         info, now = client.info(), client.status()
         if as_json:
             print_json({"server": message_dict(info), "status": message_dict(now)})

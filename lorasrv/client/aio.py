@@ -1,20 +1,24 @@
 """The client for programs that keep many generations going at once."""
 
+import asyncio
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
 import grpc
 
-from lorasrv.client.errors import translated
+from lorasrv.client.errors import DeadlineExceeded, translated
 from lorasrv.client.messages import (
-    CHANNEL_OPTIONS,
     DEFAULT_URL,
     OWN_TENANT,
     Event,
     Generation,
     Prompt,
     WarmTier,
+    channel_options,
     credentials,
     detokenize_request,
     event_of,
@@ -33,10 +37,14 @@ from lorasrv.v1 import (
     server_pb2_grpc,
 )
 
+# A server refuses a call beyond the 1024 of a connection, and counts those that it has not quite put away.
+MAX_OPEN_CALLS = 768
+
 
 class AsyncClient:
     """What a service that generates asks for while it runs, by the names of `Client`, which has the other verbs and
-    says what the arguments are. Belongs to one event loop.
+    says what the arguments are. Belongs to the event loop that first uses it. Any number of calls may be made at once:
+    768 are open at a time, the others wait for their turn, within their time.
     """
 
     def __init__(
@@ -50,15 +58,28 @@ class AsyncClient:
         self._tenant = f"tenants/{tenant}"
         self._timeout_s = timeout_s
         self._credentials = credentials(api_key)
-        target, secure = target_of(url)
-        self._channel = (
-            grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), options=CHANNEL_OPTIONS)
-            if secure
-            else grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
-        )
-        self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._adapters: Any = adapter_pb2_grpc.AdapterServiceStub(self._channel)
-        self._server: Any = server_pb2_grpc.ServerServiceStub(self._channel)
+        self._target, self._secure = target_of(url)
+        self._places = asyncio.Semaphore(MAX_OPEN_CALLS)
+
+    @cached_property
+    def _channel(self) -> grpc.aio.Channel:
+        """Made when it is first used: gRPC ties it to the event loop that runs then."""
+        options = channel_options(self._target)
+        if self._secure:
+            return grpc.aio.secure_channel(self._target, grpc.ssl_channel_credentials(), options=options)
+        return grpc.aio.insecure_channel(self._target, options=options)
+
+    @cached_property
+    def _generation(self) -> Any:
+        return generation_pb2_grpc.GenerationServiceStub(self._channel)
+
+    @cached_property
+    def _adapters(self) -> Any:
+        return adapter_pb2_grpc.AdapterServiceStub(self._channel)
+
+    @cached_property
+    def _server(self) -> Any:
+        return server_pb2_grpc.ServerServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
         return self
@@ -76,14 +97,15 @@ class AsyncClient:
     async def stream(self, prompt: Prompt, *, adapter: str, **sampling: Any) -> AsyncGenerator[Event, None]:
         """As `Client.stream`; closing the generator or cancelling its task cancels the generation."""
         request = generate_request(prompt, adapter=adapter, **sampling)
-        call = self._generation.GenerateStream(request, timeout=self._timeout_s, metadata=self._credentials)
-        try:
-            with translated():
-                async for response in call:
-                    if (event := event_of(response)) is not None:
-                        yield event
-        finally:
-            call.cancel()
+        async with self._place(self._timeout_s) as timeout_s:
+            call = self._generation.GenerateStream(request, timeout=timeout_s, metadata=self._credentials)
+            try:
+                with translated():
+                    async for response in call:
+                        if (event := event_of(response)) is not None:
+                            yield event
+            finally:
+                call.cancel()
 
     async def tokenize(
         self,
@@ -123,6 +145,20 @@ class AsyncClient:
         return await self._call(self._server.GetStatus, server_pb2.GetStatusRequest())
 
     async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
-        with translated():
-            timeout_s = self._timeout_s if timeout_s is None else timeout_s
-            return await method(request, timeout=timeout_s, metadata=self._credentials)
+        async with self._place(self._timeout_s if timeout_s is None else timeout_s) as left_s:
+            with translated():
+                return await method(request, timeout=left_s, metadata=self._credentials)
+
+    @asynccontextmanager
+    async def _place(self, timeout_s: float | None) -> AsyncGenerator[float | None, None]:
+        """One of the calls that may be open, and what is then left of the time. Raises DeadlineExceeded."""
+        began_s = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._places.acquire()
+        except TimeoutError:
+            raise DeadlineExceeded(f"{MAX_OPEN_CALLS} calls of this client were open for {timeout_s:g} s") from None
+        try:
+            yield None if timeout_s is None else timeout_s - (time.monotonic() - began_s)
+        finally:
+            self._places.release()

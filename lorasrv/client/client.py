@@ -10,13 +10,13 @@ from google.protobuf.field_mask_pb2 import FieldMask
 
 from lorasrv.client.errors import InvalidArgument, NotFound, translated
 from lorasrv.client.messages import (
-    CHANNEL_OPTIONS,
     DEFAULT_URL,
     OWN_TENANT,
     Event,
     Generation,
     Prompt,
     WarmTier,
+    channel_options,
     credentials,
     detokenize_request,
     event_of,
@@ -26,7 +26,7 @@ from lorasrv.client.messages import (
     tokenize_request,
     warm_request,
 )
-from lorasrv.client.transfer import Progress, push_folder, receive_folder
+from lorasrv.client.transfer import Progress, default_id, push_folder, receive_folder
 from lorasrv.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
@@ -63,9 +63,9 @@ class Client:
         self._credentials = credentials(api_key)
         target, secure = target_of(url)
         self._channel = (
-            grpc.secure_channel(target, grpc.ssl_channel_credentials(), options=CHANNEL_OPTIONS)
+            grpc.secure_channel(target, grpc.ssl_channel_credentials(), options=channel_options(target))
             if secure
-            else grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+            else grpc.insecure_channel(target, options=channel_options(target))
         )
         self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._adapters: Any = adapter_pb2_grpc.AdapterServiceStub(self._channel)
@@ -142,7 +142,7 @@ class Client:
         folder = Path(folder)
         request = adapter_pb2.CreateUploadRequest(
             parent=self._tenant,
-            adapter_id=folder.resolve().name if adapter_id is None else adapter_id,
+            adapter_id=default_id(folder) if adapter_id is None else adapter_id,
             create_only=create_only,
         )
         return push_folder(self._adapters, self._call, folder, request, progress, resume_s)

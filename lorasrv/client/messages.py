@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
+from lorasrv.addresses import host_and_port, is_loopback
 from lorasrv.v1 import adapter_pb2, generation_pb2
 
 # Text, token ids, or the messages of a chat: [{"role": "user", "content": "Hello"}].
@@ -22,7 +23,8 @@ OWN_TENANT = "-"  # in resource names: the tenant of the API key
 API_KEY_VARIABLE = "LORASRV_API_KEY"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 DEFAULTS_FILE = "serving.json"
-CHUNK_BYTES = 1 << 20
+# A slow link passes one in seconds, so progress shows, and a break costs little.
+CHUNK_BYTES = 64 << 10
 
 PRIORITIES: Mapping[Priority, generation_pb2.Priority] = {
     "normal": generation_pb2.PRIORITY_NORMAL,
@@ -40,9 +42,14 @@ CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     # A server that comes back is found soon.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # Despite its name: how long one attempt may take, handshakes included.
-    ("grpc.min_reconnect_backoff_ms", 5000),
+    # Despite its name: how long one attempt may take, handshakes included; on a link that is full, each of their round
+    # trips takes seconds.
+    ("grpc.min_reconnect_backoff_ms", 20_000),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    # A server that is gone without a word is found out, and a quiet connection is kept by NATs and balancers.
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
 )
 
 
@@ -94,10 +101,16 @@ def target_of(url: str) -> tuple[str, bool]:
     """`HOST:PORT` of a URL, and whether it says https://; raises ValueError."""
     secure = url.startswith("https://")
     target = url.removeprefix("https://" if secure else "http://").rstrip("/")
-    host, colon, port = target.rpartition(":")
-    if not host or not colon or not port.isdigit() or "/" in target:
-        raise ValueError(f"{url!r} is not HOST:PORT, http://HOST:PORT or https://HOST:PORT")
+    host, _ = host_and_port(target)
+    if not host:
+        raise ValueError(f"{url!r} is not HOST:PORT")
     return target, secure
+
+
+def channel_options(target: str) -> tuple[tuple[str, int], ...]:
+    """Those of a channel to HOST:PORT. A proxy that the environment names could not reach this very machine."""
+    host, _ = host_and_port(target)
+    return (*CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)) if is_loopback(host) else CHANNEL_OPTIONS
 
 
 def credentials(api_key: str | None) -> tuple[tuple[str, str], ...]:
@@ -121,7 +134,7 @@ def generate_request(
     top_k: int | None = None,
     seed: int | None = None,
     max_tokens: int | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     presence_penalty: float | None = None,
@@ -151,7 +164,8 @@ def generate_request(
             top_k=top_k,
             seed=seed,
             max_tokens=max_tokens,
-            stop=stop,
+            # A string is a sequence of strings too.
+            stop=[stop] if isinstance(stop, str) else stop,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty,
@@ -174,6 +188,8 @@ def generate_request(
     if ignore_eos is not None:
         request.sampling.ignore_eos = ignore_eos
     if not _set_text(request, prompt):
+        if isinstance(prompt, bytes):
+            raise TypeError("the prompt is bytes, which are neither text nor token ids")
         request.tokens.CopyFrom(generation_pb2.TokenIds(ids=cast(Sequence[int], prompt)))
     return request
 
@@ -245,7 +261,7 @@ def upload_files(folder: Path) -> list[adapter_pb2.UploadFile]:
 
 
 def write_requests(folder: Path, upload: adapter_pb2.Upload) -> Iterator[adapter_pb2.WriteUploadRequest]:
-    """What the server has not committed yet, in messages of at most 1 MiB."""
+    """What the server has not committed yet, in messages of at most CHUNK_BYTES."""
     for wanted in upload.files:
         offset = wanted.committed_bytes
         with (folder / wanted.name).open("rb") as file:

@@ -2,12 +2,13 @@
 
 import hashlib
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from lorasrv.client.errors import Aborted, ClientError, DataLoss, OutOfRange, Unavailable
+from lorasrv.client.errors import Aborted, ClientError, DataLoss, DeadlineExceeded, OutOfRange, Unavailable
 from lorasrv.client.messages import ADAPTER_FILES, DEFAULTS_FILE, committed_bytes, upload_files, write_requests
 from lorasrv.v1 import adapter_pb2
 
@@ -16,8 +17,14 @@ Call = Callable[[Any, Any], Any]
 
 _FIRST_PAUSE_S = 0.05
 _LAST_PAUSE_S = 2.0
-# What may be over when it is tried again: the server is away, another writer has the file, bytes were given back.
-_PASSING = (Unavailable, Aborted, OutOfRange)
+# What may be over when it is tried again: the server is away, another writer has the file, bytes were given back, the
+# link carries less than all in the time of one call.
+_PASSING = (Unavailable, Aborted, OutOfRange, DeadlineExceeded)
+
+
+def default_id(folder: Path) -> str:
+    """The folder's own name; a link has the name that was given to it, whatever it points at."""
+    return Path(os.path.abspath(folder)).name
 
 
 def push_folder(
@@ -37,7 +44,6 @@ def push_folder(
     total = sum(file.size_bytes for file in upload.files)
     get = adapter_pb2.GetUploadRequest(name=upload.name)
     while upload.state == adapter_pb2.UPLOAD_STATE_RECEIVING and (sent := committed_bytes(upload)) < total:
-        patience.see(sent)
         try:
             upload = call(adapters.WriteUpload, _reported(write_requests(folder, upload), sent, total, progress))
         except ClientError as error:
@@ -45,6 +51,7 @@ def push_folder(
                 raise
             patience.wait(error)
             upload = patience.retry(lambda: call(adapters.GetUpload, get))
+        patience.see(committed_bytes(upload))
     if progress is not None:
         progress(total, total)
     finish = adapter_pb2.FinishUploadRequest(name=upload.name)
@@ -63,21 +70,25 @@ def _begin(adapters: Any, call: Call, request: adapter_pb2.CreateUploadRequest) 
 
 
 class _Patience:
-    """Waits a little longer each time, and no longer than `limit_s` without progress."""
+    """Waits a little longer each time, and no longer than `limit_s` from the first error after the last progress."""
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
-        self._seen = -1
+        self._seen = 0
         self._pause_s = _FIRST_PAUSE_S
-        self._since = time.monotonic()
+        # Not the time of the last progress: a call that brought bytes for an hour may break once.
+        self._failing_since: float | None = None
 
     def see(self, num_bytes: int) -> None:
         if num_bytes != self._seen:
-            self._seen, self._pause_s, self._since = num_bytes, _FIRST_PAUSE_S, time.monotonic()
+            self._seen, self._pause_s, self._failing_since = num_bytes, _FIRST_PAUSE_S, None
 
     def wait(self, error: ClientError) -> None:
         """Raises `error` when there has been no progress for too long."""
-        if time.monotonic() - self._since + self._pause_s > self._limit_s:
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+        if now - self._failing_since + self._pause_s > self._limit_s:
             raise error
         time.sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, _LAST_PAUSE_S)

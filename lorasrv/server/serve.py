@@ -3,12 +3,15 @@
 import asyncio
 import json
 import logging
+import resource
 import signal
 from collections.abc import Callable
 
 from lorasrv.config import EngineConfig
 from lorasrv.engine.client import Engine, ProcessEngine
 from lorasrv.server.server import Server, ServerConfig
+
+MAX_FILES = 1 << 16
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +26,18 @@ def serve(config: ServerConfig, announce: Callable[[str], None] = print, *, as_j
     def make_engine(engine: EngineConfig) -> Engine:
         return ProcessEngine(engine, heartbeat_timeout_s=config.heartbeat_timeout_s)
 
+    allow_connections()
     asyncio.run(serve_until_signal(config, ready, make_engine))
+
+
+def allow_connections() -> None:
+    """Raise the limit on open files as far as this process may, within reason: each connection is one, and the usual
+    1024 are for programs that call select().
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = MAX_FILES if hard == resource.RLIM_INFINITY else min(MAX_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
 async def serve_until_signal(

@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from lorasrv import __version__
+from lorasrv.addresses import host_and_port, is_loopback
 from lorasrv.config import EngineConfig
 from lorasrv.engine.admission import TokenLimits
 from lorasrv.engine.chat import load_chat_template
@@ -32,10 +33,10 @@ from lorasrv.server.info import ServerService
 from lorasrv.server.metrics import CallCounter, Metrics, MetricsEndpoint
 from lorasrv.server.seen import SeenVersions
 from lorasrv.server.tokens import TokenDesk
-from lorasrv.server.transport import is_loopback, tls_credentials
+from lorasrv.server.transport import tls_credentials
 from lorasrv.types import EngineInfo
 from lorasrv.v1 import adapter_pb2_grpc, generation_pb2_grpc, server_pb2, server_pb2_grpc
-from lorasrv_adapters.errors import AdapterError
+from lorasrv_adapters.errors import AdapterError, RegistryUnavailable
 from lorasrv_adapters.limits import RegistryLimits
 from lorasrv_adapters.registry import Registry
 
@@ -52,6 +53,10 @@ _OPTIONS = (
     # Of one connection. Calls that were opened and reset count until we are through with them, so this is what bounds
     # a flood of them: without it, 20000 in a second cost 160 MiB.
     ("grpc.max_concurrent_streams", 1024),
+    # A peer that is gone without a word, as behind a NAT that forgot it, is found out; a quiet connection is kept.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
     # Pings are answered, however many come. To close the connection on the third costs gRPC 1.76 4 KiB for every
     # further ping that it finds in what it has read: 400 MiB for 1.7 MB sent, by whoever can reach the port.
     ("grpc.http2.max_ping_strikes", 0),
@@ -87,9 +92,10 @@ class ServerConfig:
     registry: RegistryLimits = field(default_factory=RegistryLimits)
 
     def __post_init__(self) -> None:
-        host, colon, port = self.listen.rpartition(":")
-        if not colon or not port.isdigit() or int(port) > 65535:
-            raise ConfigurationError(f"listen address {self.listen!r} is not HOST:PORT")
+        try:
+            host, _ = host_and_port(self.listen)
+        except ValueError as error:
+            raise ConfigurationError(f"listen address {error}") from None
         if self.api_keys is None and not is_loopback(host):
             raise ConfigurationError(
                 f"listen address {self.listen!r} is not a loopback address: nothing else is served without API keys"
@@ -123,13 +129,17 @@ class Server:
         self._tokenizer = load_tokenizer(Path(model.path))
         self._chat_template = load_chat_template(Path(model.path))
         self._base = base_shapes(model.path, model.dtype)
-        self._registry = Registry(
-            Path(config.data_dir),
-            self._base,
-            config.engine.max_rank,
-            limits=config.registry,
-            check=adapter_check(config.engine),
-        )
+        try:
+            self._registry = Registry(
+                Path(config.data_dir),
+                self._base,
+                config.engine.max_rank,
+                limits=config.registry,
+                check=adapter_check(config.engine),
+            )
+        except RegistryUnavailable as error:
+            # The error itself names no path, since those of later calls go to clients.
+            raise RegistryUnavailable(f"data directory {config.data_dir}: {error}") from error
         self._engine = make_engine(replace(config.engine, blob_root=str(self._registry.blob_root)))
         self._health = Health(self._engine)
         self._metrics = Metrics(self._engine)
@@ -143,7 +153,7 @@ class Server:
         access = Access(self._keys, self._config.tenant)
         interceptors = [CallCounter(self._metrics), Boundary(access, self._config.stall_timeout_s)]
         server = grpc.aio.server(interceptors=interceptors, options=_OPTIONS)
-        host = self._config.listen.rpartition(":")[0]
+        host, _ = host_and_port(self._config.listen)
         try:
             if self._credentials is None:
                 port = server.add_insecure_port(self._config.listen)

@@ -1,21 +1,11 @@
-"""What the port is: whether others than this machine can reach it, and its TLS."""
+"""The port's TLS."""
 
-import ipaddress
 import ssl
 from pathlib import Path
 
 import grpc
 
 from lorasrv.errors import ConfigurationError
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def tls_credentials(cert: str | None, key: str | None) -> grpc.ServerCredentials | None:
