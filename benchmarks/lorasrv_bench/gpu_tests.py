@@ -63,6 +63,7 @@ def pytest_command() -> list[str]:
 def run_logged(command: Sequence[str], log: Path, limit_s: float) -> tuple[int | None, str]:
     """The exit code, None when it was not over in time, and the last line that it wrote."""
     paths = [str(ROOT / folder) for folder in (".", "kernels", "adapters", "benchmarks", "tests")]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
