@@ -92,9 +92,11 @@ class LoraPool:
     def _write(self, modules: list[PackedModule]) -> Adapter:
         packed = pack_adapter(modules, self.layout, tuple(self.shapes))
         pages = [self._free.pop() for _ in range(packed.num_pages)]
-        directory = self.storage.write_adapter(packed, pages, wait_for_steps=False).directory
+        copy = self.storage.write_adapter(packed, pages, wait_for_steps=True)
+        if copy.event is not None:
+            copy.event.synchronize()
         by_place = {(m.layer, m.module): m for m in modules}
-        return Adapter(directory=directory, max_rank=packed.max_rank, pages=pages, modules=by_place)
+        return Adapter(directory=copy.directory, max_rank=packed.max_rank, pages=pages, modules=by_place)
 
     def normal(self, *shape: int) -> Tensor:
         """Fresh values in the pool's type, on the CPU."""

@@ -23,7 +23,8 @@ from lorasrv_kernels.attention_work import (
 )
 
 SEQUENCES = ((1, 1), (1, 22), (9, 9), (5, 18), (16, 16), (3, 4), (20, 45), (4, 75), (1, 130))
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# A GPU's exp2 is off by 2^-22, in every weight and at every new maximum.
+TOLERANCE = {torch.float32: 6e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 def small_tiling(group: int, *, min_split: int = 32, deterministic: bool = False) -> Tiling:

@@ -1,6 +1,7 @@
 """Parts of the GPU benchmark: floors by brute force, budget, order of cases, tables, peers' loader."""
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from lorasrv_bench.gpu_report import report
 from lorasrv_bench.gpu_sgmv_cases import SgmvCase, lay_case, num_variants, sgmv_cases, some
 from lorasrv_bench.gpu_sizes import CPU_SIZE, QUICK_SIZE
 from lorasrv_bench.gpu_targets import Found, fastest_peers, targets
-from lorasrv_bench.gpu_tests import status_of, summary
+from lorasrv_bench.gpu_tests import pytest_command, run_logged, status_of, summary
 from lorasrv_bench.gpu_timing import Timing
 from lorasrv_kernels import reference
 from peers_fake import write_checkout
@@ -228,6 +229,21 @@ def test_cases_that_were_never_reached_are_counted(tmp_path: Path) -> None:
 def test_the_tests_summary() -> None:
     assert summary("...\n=== 3 passed in 1.2s ===\n") == "3 passed in 1.2s"
     assert [status_of(code) for code in (0, 1, 5)] == ["done", "wrong", "not run"]
+
+
+def test_what_a_command_said_is_kept_however_it_ends(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    failing = "import sys; print('FAILED one', flush=True); print('2 failed', file=sys.stderr); sys.exit(1)"
+    assert run_logged([sys.executable, "-c", failing], log, 60.0) == (1, "2 failed")
+    assert log.read_text() == "FAILED one\n2 failed\n"
+    code, last = run_logged([sys.executable, "-c", "import time; time.sleep(60)"], log, 0.0)
+    assert code is None
+    assert last.startswith("not over in the 0 s it had; last line: ")
+
+
+def test_slow_tests_are_none_of_a_gpus() -> None:
+    command = pytest_command()
+    assert command[command.index("gpu and not slow") - 1] == "-m"
 
 
 def test_a_checkout_is_imported_without_its_init_files(tmp_path: Path) -> None:

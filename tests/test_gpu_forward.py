@@ -23,9 +23,11 @@ from lorasrv.memory.tensors import module_geometry
 from lorasrv.model.decoder import Decoder
 from lorasrv.model.families import read_architecture
 from lorasrv.model.loader import load_weights
+from lorasrv.model.logit_edits import LogitEdits
 from lorasrv_kernels.dispatch import attention_tiling
 from test_gpu_engine import pack, save_model
 
+from triton import knobs  # isort: skip
 from lorasrv_kernels import gpu  # isort: skip
 
 BLOCK_TOKENS, NUM_PAGES, VOCAB = 16, 160, 101
@@ -57,7 +59,7 @@ class Rig:
             packed = pack(name, packer)
             pages = [self._free.pop() for _ in range(packed.num_pages)]
             for storage in (self.storage, oracle_storage):
-                copy = storage.write_adapter(packed, pages, wait_for_steps=False)
+                copy = storage.write_adapter(packed, pages, wait_for_steps=True)
             self.adapters[name] = AdapterInput(directory=copy.directory, max_rank=packed.max_rank, scale=1.0)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
@@ -138,3 +140,52 @@ def test_replayed_steps_draw_the_oracles_tokens(rig: Rig) -> None:
             step.draw(tuple(Draw(chunk=index, how=GREEDY) for index in range(len(chunks))))
             tokens.append(step.output().tokens)
         assert tokens[0] == tokens[1], members
+
+
+# What a request may ask for, none of which may make a step wait.
+HOW = (
+    GREEDY,
+    GREEDY._replace(temperature=0.8, logprobs=2),
+    GREEDY._replace(temperature=0.8, top_p=0.9),
+    GREEDY._replace(temperature=0.8, top_k=5, min_p=0.1),
+    GREEDY._replace(edits=LogitEdits(repeated=(3,), repetition_penalty=1.1, added=((4, 1.0),), masked=(5,))),
+    GREEDY._replace(temperature=1.2),
+)
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="nothing waits for a CPU")
+def test_steady_steps_neither_wait_for_the_device_nor_compile(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens come from the step before, on the device; ranks are new to its decode steps."""
+    rig.runner.capture_graphs(8, 8, 64)
+    compiled: list[str] = []
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, fn, **_: compiled.append(fn.name))
+    prompts = tuple(rig.chunk(sequence, 0, length) for sequence, (_, length) in enumerate(SEQUENCES))
+    rig.runner.forward(prompts).draw(())
+
+    def run(members: Sequence[int], how: Sequence[SampleInput], num_steps: int) -> None:
+        starts = [SEQUENCES[sequence][1] for sequence in members]
+        draws = tuple(Draw(chunk=index, how=each) for index, each in enumerate(how))
+        step = rig.runner.forward(tuple(rig.chunk(s, n, n + 1) for s, n in zip(members, starts, strict=True)))
+        step.draw(draws)
+        for ahead in range(1, num_steps):
+            following = (rig.chunk(s, n + ahead, n + ahead + 1) for s, n in zip(members, starts, strict=True))
+            submitted = rig.runner.forward(
+                tuple(chunk._replace(token_ids=(), drawn=index) for index, chunk in enumerate(following))
+            )
+            assert None not in step.output().tokens
+            submitted.draw(draws)
+            step = submitted
+        step.output()
+
+    for how in HOW:
+        run((0, 4), (how, GREEDY), 2)
+    compiled.clear()
+    with warnings.catch_warnings():
+        # Torch tells that it may not see every wait.
+        warnings.simplefilter("ignore", UserWarning)
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(range(len(SEQUENCES)), HOW, 6)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert compiled == []

@@ -27,7 +27,8 @@ from lorasrv_bench.gpu_sizes import CPU_SIZE, QUICK_SIZE, gpu_size
 
 # In this order; the share is of the time, beside the others'.
 SECTIONS: dict[str, tuple[float, Callable[[Section], None]]] = {
-    "tests": (75, gpu_tests.run),
+    "compile": (30, gpu_tests.run_compile),
+    "tests": (80, gpu_tests.run),
     "ceilings": (20, gpu_ceilings.run),
     "engine": (150, gpu_engine.run_decode),
     "sgmv": (130, gpu_sgmv.run),

@@ -22,6 +22,8 @@ _WARM_UP = 3
 # Steps are submitted this fast only if copies behind each other never run dry.
 _COPIES_IN_FLIGHT = 8
 _TEMPERATURE = 0.8
+# For one timing of a long prompt.
+_PREFILL_S = 3.0
 
 
 def run_decode(section: Section) -> None:
@@ -134,7 +136,7 @@ def _prefill(section: Section, rig: Rig, rank: int, case: dict[str, object]) -> 
         step.output()
         return time.perf_counter() - begin_s
 
-    repeats = 8 if rig.device.type == "cuda" else 3
+    repeats = max(2, min(8, int(_PREFILL_S / once())))
     timing, again = (Timing.of([once() for _ in range(repeats)]) for _ in range(2))
     floor = step_floor(model, [tokens], [tokens], [rank] * bool(rank), {rank: tokens if rank else 0}, DTYPE.itemsize)
     # The base model's operations alone: what an adapter adds is its cost.
