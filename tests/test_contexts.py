@@ -156,9 +156,10 @@ def test_what_is_written_is_what_is_read(config: Path) -> None:
     assert read_config(config) == written
 
 
-def test_output_that_nobody_takes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_nobody_takes(tmp_path: Path, unbuffered: str) -> None:
     """Behind `| head` there is nothing to say; on a full disk there is, in one line."""
-    env = command_env(command_folder(tmp_path / "bin"), tmp_path)
+    env = {**command_env(command_folder(tmp_path / "bin"), tmp_path), "PYTHONUNBUFFERED": unbuffered}
     done = bash("lorasrv context add prod a:1 && lorasrv context ls | true; echo ${PIPESTATUS[0]}", env)
     assert (done.stdout, done.stderr) == ("added prod: a:1\n0\n", "")
     for verb in ("context ls", "context ls --json", "context use prod"):

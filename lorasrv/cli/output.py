@@ -59,13 +59,11 @@ def reported_errors() -> Iterator[None]:
         try:
             yield
         finally:
-            # What cannot be written is to be known while it can still be said.
-            print(end="", flush=True)
+            _flush()
     except KeyboardInterrupt:
         fail("interrupted", INTERRUPTED)
     except BrokenPipeError:
         # Nobody reads on, as behind `| head`: nothing to say, and nobody to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(OK) from None
     except UnicodeError as error:
         fail(f"not Unicode text: {error.reason if isinstance(error, UnicodeEncodeError) else error}", USAGE)
@@ -73,6 +71,15 @@ def reported_errors() -> Iterator[None]:
         fail(one_line(error), exit_code(error))
     except ModuleNotFoundError as error:
         fail(f"{error.name} is not installed; pip install 'lorasrv[server]' has it", USAGE)
+
+
+def _flush() -> None:
+    """What cannot be written is to be known while it can still be said; Python would try again at its end."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
 
 
 def exit_code(error: Exception) -> int:
