@@ -287,9 +287,9 @@ async def test_a_client_that_is_gone_without_a_word_is_found_out(
 
 
 def with_quick_pings(options: Sequence[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-    """Options with the same pings, where there are any, a hundred times as often, and answers waited for for 1 s."""
+    """Options with the same pings, where there are any, a hundred times as often, and answers waited for for 3 s."""
     scaled = [(name, value // 100 if name == "grpc.keepalive_time_ms" else value) for name, value in options]
-    return (*scaled, ("grpc.http2.ping_timeout_ms", 1000))
+    return (*scaled, ("grpc.http2.ping_timeout_ms", 3000))
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "https_proxy"])
