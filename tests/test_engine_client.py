@@ -315,7 +315,7 @@ async def test_a_front_process_that_stalls_finds_a_few_messages_and_every_token(
         assert isinstance(await child.receive(None, time.monotonic), Ready)
         child.send(Submit(replace(request("big", max_tokens=400), n=64)))
         child.send(Submit(request("endless", fake_core.FOREVER)))
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(2.0)
         child.send(Cancel("endless"))
         deltas: list[TokenDelta] = []
         while sum(delta.finish is not None for delta in deltas) < 64:
@@ -332,7 +332,7 @@ async def test_a_front_process_that_stalls_finds_a_few_messages_and_every_token(
         if delta.request_id == "big":
             tokens[delta.sample] += delta.token_ids
     assert tokens == {index: list(range(10 * index, 10 * index + 400)) for index in range(64)}
-    assert max(len(delta.token_ids) for delta in deltas) > 10
+    assert max(len(delta.token_ids) for delta in deltas) > 1, "a message tells of one step"
 
 
 async def test_a_thread_engine_closes_its_core() -> None:
