@@ -192,6 +192,7 @@ inline void shrink(const Adapters& adapters, const ShrinkItem& item, const Shrin
 constexpr int64_t EXPAND_TOKENS = 8;
 constexpr int64_t EXPAND_COLS = 256;
 
+// Their sum stays in registers; with more of them the output is rounded in between.
 constexpr int64_t EXPAND_ROWS = 256;
 
 // Rows [row, row + num_rows) and columns [low, high) of one module's B, for a segment's tokens.
